@@ -1,0 +1,134 @@
+"""mmcv's compiled extension, ``mmcv._ext``, from torchvision's operators and plain torch.
+
+:func:`install` lets ``import mmcv.ops`` succeed where mmcv came without its extension (a wheel of
+pure Python, mmcv-lite) or with one that doesn't load (built for another torch). An extension that
+loads is used. The environment variable ``MMDENSE_OPS`` chooses, when ``mmcv._ext`` is first
+imported:
+
+=============== ==================================================================================
+``auto``        the compiled extension if it loads, else ours; one warning if it is there and fails
+``torchvision`` ours
+``compiled``    the compiled extension; ImportError without one that loads
+=============== ==================================================================================
+
+What is provided, forward and backward, on every device, in float64, float32, float16, bfloat16:
+
+============================================ =====================================================
+boxes                                        nms, softnms, nms_match, bbox_overlaps
+regions                                      roi_align (avg, max), roi_pool
+convolutions                                 deform_conv, modulated_deform_conv, masked_im2col and
+                                             masked_col2im (forward only, as in mmcv)
+losses                                       sigmoid_focal_loss, softmax_focal_loss
+attention                                    ms_deform_attn, psamask
+upsampling                                   carafe, carafe_naive
+normalisation                                sync_bn
+============================================ =====================================================
+
+That is what mmdet 3.3 and mmseg 1.2 call, except deform_roi_pool (two configs of Faster R-CNN) and
+line_nms (CLRNet). Every other name exists and raises NotImplementedError when it is called:
+rotated and quadrilateral boxes, points and voxels, sparse convolution, border_align, prroi_pool,
+correlation, StyleGAN's operators and so on.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ['backend', 'install']
+
+NAME = 'mmcv._ext'
+VARIABLE = 'MMDENSE_OPS'
+CHOICES = ('auto', 'torchvision', 'compiled')
+OURS = str(Path(__file__).with_name('_ext.py'))
+
+
+def install() -> None:
+    """Answer imports of ``mmcv._ext`` from now on. Calling it again changes nothing.
+
+    Neither torch nor mmcv is imported, and nothing is decided, before somebody imports mmcv.ops.
+    """
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def backend() -> str:
+    """Return which operators mmcv uses, 'compiled' or 'torchvision', importing them if need be.
+
+    Raises:
+        ImportError: there is no mmcv, or ``MMDENSE_OPS=compiled`` and no extension that loads.
+        ValueError: ``MMDENSE_OPS`` has an unknown value.
+    """
+    module = importlib.import_module(NAME)
+    return 'torchvision' if getattr(module, '__file__', None) == OURS else 'compiled'
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds ``mmcv._ext``, and nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != NAME or path is None:
+            return None
+        return importlib.util.spec_from_file_location(NAME, OURS, loader=_Loader(path))
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    """Loads the compiled extension on ``path`` or, under its name, our ``_ext.py``."""
+
+    def __init__(self, path: Sequence[str]) -> None:
+        super().__init__(NAME, OURS)
+        self.package_path = path
+        self.compiled = None
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        choice = os.environ.get(VARIABLE, 'auto')
+        if choice not in CHOICES:
+            raise ValueError(
+                f'{VARIABLE}={choice!r} is unknown; choose one of {", ".join(CHOICES)}'
+            )
+        if choice == 'torchvision':
+            return None
+        self.compiled = importlib.machinery.PathFinder.find_spec(NAME, self.package_path)
+        if self.compiled is None:
+            reason = 'mmcv is installed without it'
+        else:
+            try:
+                return _load(self.compiled)
+            except (ImportError, OSError) as error:
+                detail, origin = str(error).partition('\n')[0], self.compiled.origin
+                reason = f'{detail if origin in detail else f"{origin}: {detail}"} (does not load)'
+                self.compiled = None
+                if choice == 'auto':
+                    warnings.warn(
+                        f"mmcv's compiled extension is not used, mmdense's operators are: {reason}",
+                    )
+        if choice == 'compiled':
+            raise ImportError(
+                f'{VARIABLE}=compiled, but there is no compiled extension of mmcv: {reason}. '
+                f'Install an mmcv that was built for this torch, or set {VARIABLE}=auto',
+                name=NAME,
+            )
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        if self.compiled is None:
+            super().exec_module(module)
+        else:
+            # The import system gave it our spec; it has run while it was loaded.
+            module.__spec__, module.__loader__ = self.compiled, self.compiled.loader
+
+
+def _load(spec: importlib.machinery.ModuleSpec) -> ModuleType:
+    """Return the compiled module of ``spec``, executed."""
+    importlib.import_module('torch')  # its libraries are what the extension links against
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

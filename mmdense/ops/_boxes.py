@@ -1,0 +1,111 @@
+"""Suppression and overlap of boxes [N, 4] as (x1, y1, x2, y2)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmdense.ops._common import widen
+
+
+@torch.no_grad()
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Return the indices that survive, highest score first, equal scores in their given order."""
+    boxes, scores = widen(boxes, scores)
+    dtype = torch.promote_types(boxes.dtype, scores.dtype)
+    # Sides are x2 - x1 + offset, in areas and in intersections alike: moving the far corner by
+    # the offset gives both.
+    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), 1) if offset else boxes
+    # mmcv compares at the boxes' precision, torchvision's CPU kernel in double: an IoU of exactly
+    # 0.6 in float32 exceeds the double 0.6.
+    iou_threshold = torch.tensor(iou_threshold, dtype=dtype).item()
+    return torch.ops.torchvision.nms(boxes.to(dtype), scores.to(dtype), iou_threshold)
+
+
+@torch.no_grad()
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int,
+) -> Tensor:
+    """Write (box, decayed score) to ``dets`` [N, 5] in the order picked; return their indices.
+
+    ``method`` is 0 naive, 1 linear, 2 gaussian. The work is sequential: one round a kept box, in
+    numpy, whose calls cost the least.
+    """
+    boxes, scores = widen(boxes, scores)
+    rows = torch.cat((boxes, scores[:, None].to(boxes)), 1).T.cpu().numpy().copy()
+    x1, y1, x2, y2, score = rows
+    area = (x2 - x1 + offset) * (y2 - y1 + offset)
+    inds = np.arange(score.size)
+    columns = (*rows, area, inds)
+    picked, size = 0, score.size
+    while picked < size:
+        best = picked + score[picked:size].argmax()
+        for column in columns:
+            column[[picked, best]] = column[[best, picked]]
+        rest = slice(picked + 1, size)
+        width = np.minimum(x2[picked], x2[rest]) - np.maximum(x1[picked], x1[rest]) + offset
+        height = np.minimum(y2[picked], y2[rest]) - np.maximum(y1[picked], y1[rest]) + offset
+        inter = width.clip(min=0) * height.clip(min=0)
+        union = area[picked] + area[rest] - inter
+        # Two boxes without area (0 / 0) don't overlap.
+        iou = np.divide(inter, union, out=np.zeros_like(inter), where=union != 0)
+        if method == 2:
+            score[rest] *= np.exp(-(iou * iou) / sigma)
+        else:
+            score[rest] *= np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1)
+        # As mmcv drops a box, the last one takes its place: with equal scores that order decides.
+        alive = score[rest] >= min_score
+        kept = alive.sum()
+        holes = np.flatnonzero(~alive[:kept])
+        movers = kept + np.flatnonzero(alive[kept:])[::-1]
+        for column in columns:
+            column[rest][holes] = column[rest][movers]
+        picked += 1
+        size = picked + kept
+    dets[:size] = torch.from_numpy(rows[:, :size].T).to(dets)
+    return torch.from_numpy(inds[:size]).to(boxes.device)
+
+
+@torch.no_grad()
+def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
+    """Return groups of indices into ``dets`` [N, 5]: a kept box, then those that it suppresses."""
+    (dets,) = widen(dets)
+    order = dets[:, 4].argsort(descending=True, stable=True)
+    groups = []
+    while order.numel():
+        first, rest = order[:1], order[1:]
+        matched = _overlaps(dets[first, :4], dets[rest, :4]) >= iou_threshold
+        groups.append(torch.cat((first, rest[matched])).tolist())
+        order = rest[~matched]
+    return groups
+
+
+@torch.no_grad()
+def bbox_overlaps(
+    bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
+) -> None:
+    """Write IoU (``mode`` 0) or intersection over the first box (1) to ``ious`` [M, N] or [M]."""
+    first, second = widen(bboxes1, bboxes2)
+    first = first if aligned else first[:, None]
+    ious.copy_(_overlaps(first, second, offset, over_first=mode == 1))
+
+
+def _overlaps(first: Tensor, second: Tensor, offset: int = 0, over_first: bool = False) -> Tensor:
+    """Return the overlap of boxes [..., 4], as their leading dimensions broadcast."""
+
+    def sides(low: Tensor, high: Tensor) -> Tensor:
+        return high - low + offset
+
+    low = torch.maximum(first[..., :2], second[..., :2])
+    high = torch.minimum(first[..., 2:], second[..., 2:])
+    inter = sides(low, high).clamp(min=0).prod(-1)
+    base = sides(first[..., :2], first[..., 2:]).prod(-1)
+    if not over_first:
+        base = base + sides(second[..., :2], second[..., 2:]).prod(-1) - inter
+    return inter / base

@@ -1,0 +1,208 @@
+"""Deformable convolution, versions 1 and 2, by torchvision's kernels.
+
+Both libraries order offsets as (y, x) pairs a kernel position, deformable groups outermost.
+``im2col_step`` and the buffers ``columns`` and ``ones`` are the compiled kernels' own affair.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdense.ops._common import widen
+
+
+@torch.no_grad()
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write ``output``."""
+    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
+    output.copy_(_forward(input, weight, offset, None, None, geometry))
+
+
+@torch.no_grad()
+def deform_conv_backward_input(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradInput: Tensor,
+    gradOffset: Tensor,
+    weight: Tensor,
+    columns: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    im2col_step: int,
+) -> None:
+    """Write the gradients of the input and of the offsets."""
+    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
+    grads = _backward(gradOutput, input, weight, offset, None, geometry)
+    gradInput.copy_(grads[0])
+    gradOffset.copy_(grads[2])
+    # torchvision computes all gradients at once and mmcv asks for the weight's in its next call,
+    # with the same buffer: leave it there, with the gradient that it belongs to.
+    columns.mmdense_pending = gradOutput, grads[1]
+
+
+@torch.no_grad()
+def deform_conv_backward_parameters(
+    input: Tensor,
+    offset: Tensor,
+    gradOutput: Tensor,
+    gradWeight: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    kW: int,
+    kH: int,
+    dW: int,
+    dH: int,
+    padW: int,
+    padH: int,
+    dilationW: int,
+    dilationH: int,
+    group: int,
+    deformable_group: int,
+    scale: float,
+    im2col_step: int,
+) -> None:
+    """Add ``scale`` times the gradient of the weight to ``gradWeight``."""
+    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
+    owner, grad_weight = vars(columns).pop('mmdense_pending', (None, None))
+    if owner is not gradOutput:
+        weight = torch.zeros_like(gradWeight)
+        grad_weight = _backward(gradOutput, input, weight, offset, None, geometry)[1]
+    gradWeight.add_(grad_weight.to(gradWeight), alpha=scale)
+
+
+@torch.no_grad()
+def modulated_deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write ``output``; ``bias`` counts only ``with_bias``."""
+    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    geometry = *strides, *pads, *dilations, group, deformable_group
+    offset, mask = (_reread(field, output) for field in (offset, mask))
+    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+
+
+@torch.no_grad()
+def modulated_deform_conv_backward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    columns: Tensor,
+    grad_input: Tensor,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+    grad_offset: Tensor,
+    grad_mask: Tensor,
+    grad_output: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+    with_bias: bool,
+) -> None:
+    """Write all gradients; that of the bias only ``with_bias``."""
+    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    geometry = *strides, *pads, *dilations, group, deformable_group
+    outs = grad_input, grad_weight, grad_offset, grad_mask, grad_bias
+    offset, mask = (_reread(field, grad_output) for field in (offset, mask))
+    grads = _backward(grad_output, input, weight, offset, mask, geometry)
+    for out, grad in zip(outs if with_bias else outs[:4], grads, strict=False):
+        unread = out.numel() - grad.numel()
+        if unread:
+            grad = F.pad(grad.flatten(1), (0, unread // len(out))).reshape(out.shape)
+        out.copy_(grad)
+
+
+def _reread(field: Tensor, output: Tensor) -> Tensor:
+    """Return offsets or masks in the size of the output, as mmcv's kernels read them.
+
+    mmcv's version 2 doesn't look at their height and width: it takes the values of an image one
+    after the other and leaves the rest. DyHead relies on that for its coarsest levels.
+    """
+    channels, size = field.size(1), output.shape[2:]
+    if field.shape[2:] == size or field[0].numel() < channels * size.numel():
+        return field
+    return field.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
+
+
+def _forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    geometry: tuple[int, ...],
+) -> Tensor:
+    used = mask is not None
+    mask = offset.new_zeros(len(offset), 1) if mask is None else mask
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
+    tensors = widen(input, weight, offset, mask, bias)
+    return torch.ops.torchvision.deform_conv2d(*tensors, *geometry, used)
+
+
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor | None,
+    geometry: tuple[int, ...],
+) -> tuple[Tensor, ...]:
+    """Return the gradients of input, weight, offset, mask and bias."""
+    used = mask is not None
+    mask = offset.new_zeros(len(offset), 1) if mask is None else mask
+    tensors = widen(grad, input, weight, offset, mask, weight.new_zeros(len(weight)))
+    return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, used)

@@ -1,0 +1,222 @@
+"""Operators that read a window round each pixel: CARAFE, masked convolution, PSANet's masks."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmdense.ops._common import widen
+
+# CARAFE: each output pixel is the sum of the window round the input pixel beneath it, weighted by
+# its own mask [N, G * K * K, S * H, S * W]; G groups of channels share masks; S: scale factor.
+
+
+@torch.no_grad()
+def carafe_naive_forward(
+    features: Tensor,
+    masks: Tensor,
+    output: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+) -> None:
+    """Write ``output`` [N, C, S * H, S * W]."""
+    wide, masks = widen(features, masks)
+    total = wide.new_zeros(_split(output, group_size, scale_factor).shape)
+    for window, mask in _taps(wide, masks, kernel_size, group_size, scale_factor):
+        total.addcmul_(window, mask)
+    output.copy_(total.reshape(output.shape))
+
+
+@torch.no_grad()
+def carafe_naive_backward(
+    top_grad: Tensor,
+    features: Tensor,
+    masks: Tensor,
+    bottom_grad: Tensor,
+    mask_grad: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+) -> None:
+    """Write the gradients of features and masks."""
+    grad, wide, wide_masks = widen(top_grad, features, masks)
+    grad = _split(grad, group_size, scale_factor)
+    pad = kernel_size // 2
+    padded = F.pad(torch.zeros_like(wide), [pad] * 4)
+    height, width = features.shape[2:]
+    mask_parts = []
+    taps = _taps(wide, wide_masks, kernel_size, group_size, scale_factor)
+    for tap, (window, mask) in enumerate(taps):
+        y, x = divmod(tap, kernel_size)
+        part = (grad * mask).sum((4, 6)).flatten(1, 2)
+        padded[:, :, y : y + height, x : x + width] += part
+        mask_parts.append((grad * window).sum(2))
+    bottom_grad.copy_(padded[:, :, pad : pad + height, pad : pad + width])
+    mask_grad.copy_(torch.stack(mask_parts, 2).reshape(masks.shape))
+
+
+@torch.no_grad()
+def carafe_forward(
+    features: Tensor,
+    masks: Tensor,
+    rfeatures: Tensor,
+    routput: Tensor,
+    rmasks: Tensor,
+    output: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+) -> None:
+    """Write ``output``, and to ``rfeatures`` what the backward will be given for the features."""
+    rfeatures.copy_(features)
+    carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
+
+
+@torch.no_grad()
+def carafe_backward(
+    top_grad: Tensor,
+    rfeatures: Tensor,
+    masks: Tensor,
+    rtop_grad: Tensor,
+    rbottom_grad_hs: Tensor,
+    rbottom_grad: Tensor,
+    rmask_grad: Tensor,
+    bottom_grad: Tensor,
+    mask_grad: Tensor,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
+) -> None:
+    """Write the gradients of features and masks."""
+    sizes = kernel_size, group_size, scale_factor
+    carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, *sizes)
+
+
+def _split(map_: Tensor, groups: int, scale: int) -> Tensor:
+    """Return [N, G * c, S * H, S * W] as [N, G, c, H, S, W, S]."""
+    parts = map_.unflatten(3, (-1, scale)).unflatten(2, (-1, scale))
+    return parts.unflatten(1, (groups, -1))
+
+
+def _taps(
+    features: Tensor, masks: Tensor, kernel_size: int, groups: int, scale: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield, for each place of the window, features [N, G, c, H, 1, W, 1] and masks that fit.
+
+    One place at a time: all of them together would take K * K copies of the features.
+    """
+    height, width = features.shape[2:]
+    padded = F.pad(features, [kernel_size // 2] * 4)
+    masks = _split(masks, groups, scale)
+    for tap in range(kernel_size**2):
+        y, x = divmod(tap, kernel_size)
+        window = padded[:, :, y : y + height, x : x + width].unflatten(1, (groups, -1))
+        yield window[:, :, :, :, None, :, None], masks[:, :, tap, None]
+
+
+@torch.no_grad()
+def masked_im2col_forward(
+    im: Tensor,
+    mask_h_idx: Tensor,
+    mask_w_idx: Tensor,
+    col: Tensor,
+    kernel_h: int,
+    kernel_w: int,
+    pad_h: int,
+    pad_w: int,
+) -> None:
+    """Write to ``col`` [C * kernel_h * kernel_w, I] the windows of ``im`` [1, C, H, W] at I pixels.
+
+    mmcv counts the pixels in the output of a convolution with stride 1.
+    """
+    # A window may reach past the padding where it isn't kernel // 2; there it reads zero too.
+    padded = F.pad(im[0], (pad_w, kernel_w, pad_h, kernel_h))
+    rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None]
+    columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
+    col.copy_(padded[:, rows[:, None], columns[None]].reshape(col.shape))
+
+
+@torch.no_grad()
+def masked_col2im_forward(
+    col: Tensor,
+    mask_h_idx: Tensor,
+    mask_w_idx: Tensor,
+    im: Tensor,
+    height: int,
+    width: int,
+    channels: int,
+) -> None:
+    """Write the columns of ``col`` [C, I] to I pixels of ``im`` [1, C, H, W]."""
+    im[0][:, mask_h_idx, mask_w_idx] = col.to(im)
+
+
+# PSANet: channel (i, j) of a mask [N, h_mask * w_mask, H, W] belongs, at pixel (y, x), to the pixel
+# (y + i - half_h, x + j - half_w). COLLECT lists these pixels in the channels, [N, H * W, H, W];
+# DISTRIBUTE has them in the plane and the pixel (y, x) in the channels.
+COLLECT = 0
+
+
+@torch.no_grad()
+def psamask_forward(
+    input: Tensor,
+    output: Tensor,
+    psa_type: int,
+    num_: int,
+    h_feature: int,
+    w_feature: int,
+    h_mask: int,
+    w_mask: int,
+    half_h_mask: int,
+    half_w_mask: int,
+) -> None:
+    """Write ``output`` [N, H * W, H, W], zero where the mask doesn't reach."""
+    halves = half_h_mask, half_w_mask
+    # Place in the mask: target pixel - pixel + half.
+    outs, pixels, limits = (h_feature, w_feature), (h_feature, w_feature), (h_mask, w_mask)
+    index, inside = _places(outs, pixels, halves, -1, limits, input.device)
+    full = (input.gather(1, index.expand(num_, -1, -1, -1)) * inside).flatten(2)
+    output.copy_((full if psa_type == COLLECT else full.transpose(1, 2)).reshape(output.shape))
+
+
+@torch.no_grad()
+def psamask_backward(
+    grad_output: Tensor,
+    grad_input: Tensor,
+    psa_type: int,
+    num_: int,
+    h_feature: int,
+    w_feature: int,
+    h_mask: int,
+    w_mask: int,
+    half_h_mask: int,
+    half_w_mask: int,
+) -> None:
+    """Write the gradient [N, h_mask * w_mask, H, W]: each value went to one place at most."""
+    halves = half_h_mask, half_w_mask
+    # Target pixel: place in the mask + pixel - half.
+    outs, pixels, limits = (h_mask, w_mask), (h_feature, w_feature), (h_feature, w_feature)
+    index, inside = _places(outs, pixels, halves, 1, limits, grad_output.device)
+    grad = grad_output.flatten(2)
+    grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).reshape(grad_output.shape)
+    grad_input.copy_(grad.gather(1, index.expand(num_, -1, -1, -1)) * inside)
+
+
+Pair = tuple[int, int]
+
+
+def _places(
+    outs: Pair, pixels: Pair, halves: Pair, sign: int, limits: Pair, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and where it is inside."""
+    ranges = [
+        torch.arange(out, device=device)[:, None]
+        + sign * (torch.arange(size, device=device) - half)
+        for out, size, half in zip(outs, pixels, halves, strict=True)
+    ]
+    (y, x), (y_in, x_in) = ranges, [(r >= 0) & (r < n) for r, n in zip(ranges, limits, strict=True)]
+    y, x = y.clamp(0, limits[0] - 1), x.clamp(0, limits[1] - 1)
+    index = y[:, None, :, None] * limits[1] + x[:, None]
+    inside = y_in[:, None, :, None] & x_in[:, None]
+    return index.flatten(0, 1), inside.flatten(0, 1)

@@ -1,0 +1,49 @@
+"""Package metadata of mmdense."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+# Two distributions own the import names mmengine, mmcv, mmdet and mmseg. They must never be
+# installed over each other, so neither is a hard dependency: the user takes one by its extra.
+MM = [
+    'onedl-mmengine>=0.10.10',
+    'onedl-mmcv>=2.3.2',
+    'onedl-mmdetection>=3.4',
+    'onedl-mmsegmentation>=1.3',
+]
+OPENMMLAB = [
+    'mmengine>=0.10.4',
+    'mmcv-lite>=2.1,<2.2',
+    'mmdet>=3.3,<3.4',
+    'mmsegmentation>=1.2,<1.3',
+    # Imported by mmsegmentation and mmengine, declared by neither.
+    'ftfy',
+    'regex',
+    'setuptools<82',
+]
+DEMO = ['scikit-learn>=1.3', 'pillow>=9.1', 'rich', 'matplotlib']
+TEST = [*DEMO, 'pytest>=8', 'pytest-xdist']
+
+setup(
+    name='mmdense',
+    version=re.search(r"__version__ = '(.+)'", (ROOT / 'mmdense/__init__.py').read_text())[1],
+    description='RDNet, DenseNet, CondenseNetV2 and ReXNet backbones for MMDetection and '
+    'MMSegmentation, without a compiler.',
+    long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    packages=find_packages(include=['mmdense', 'mmdense.*']),
+    python_requires='>=3.10',
+    install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16'],
+    extras_require={
+        'mm': MM,
+        'openmmlab': OPENMMLAB,
+        'demo': DEMO,
+        'test': TEST,
+        'dev': [*TEST, 'ruff'],
+    },
+)

@@ -1,0 +1,231 @@
+"""Record what mmcv's compiled operators return, for test_reference.py to compare with ours.
+
+Run with a compiled mmcv (for the recorded file onedl-mmcv 2.3.6, built with torch 2.13.0); nothing
+here imports mmdense:
+
+    python tests/ops/make_mmcv_reference.py --out tests/ops/data/mmcv_reference.npz
+
+Only operators that mmcv has for the CPU are here. With ``--seeds 20`` it makes a larger file for a
+thorough comparison: ``--compare FILE --seeds 20`` prints the largest difference of each case.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+Arrays = dict[str, np.ndarray]
+Case = Callable[[np.random.RandomState], Arrays]
+
+
+def boxes(
+    rng: np.random.RandomState, count: int, grid: bool = False, ties: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return crowded boxes and scores; on a ``grid`` many IoUs coincide, with ``ties`` scores.
+
+    Among equal scores soft-NMS has an order; that of mmcv's nms and nms_match is left to torch's
+    unstable sort, and differs from one torch to another.
+    """
+    corner, side = rng.rand(count, 2) * 30, rng.rand(count, 2) * 20 + 1
+    scores = rng.rand(count)
+    if grid:
+        corner, side = corner // 4 * 4, side // 4 * 4 + 4
+    if ties:
+        scores = np.ceil(scores * 5) / 5
+    data = np.concatenate((corner, corner + side, scores[:, None]), 1).astype(np.float32)
+    return torch.from_numpy(data[:, :4].copy()), torch.from_numpy(data[:, 4].copy())
+
+
+def normal(rng: np.random.RandomState, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(rng.randn(*shape).astype(np.float32))
+
+
+def with_grads(
+    rng: np.random.RandomState, function: Callable[..., torch.Tensor], **leaves: torch.Tensor
+) -> Arrays:
+    """Return the output of ``function(**leaves)`` and gradients, for a random output gradient."""
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+    out = function(**leaves)
+    grads = torch.autograd.grad(out, list(leaves.values()), normal(rng, *out.shape))
+    arrays = {f'grad_{name}': grad.numpy() for name, grad in zip(leaves, grads, strict=True)}
+    return {'output': out.detach().numpy(), **arrays}
+
+
+def nms(rng: np.random.RandomState, offset: int, grid: bool, threshold: float) -> Arrays:
+    from mmcv.ops import nms
+
+    dets, keep = nms(*boxes(rng, 60, grid), threshold, offset=offset)
+    return {'dets': dets.numpy(), 'keep': keep.numpy()}
+
+
+def soft_nms(rng: np.random.RandomState, method: str, offset: int, ties: bool) -> Arrays:
+    from mmcv.ops import soft_nms
+
+    options = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
+    dets, keep = soft_nms(*boxes(rng, 40, ties, ties), **options)
+    return {'dets': dets.numpy(), 'keep': keep.numpy()}
+
+
+def nms_match(rng: np.random.RandomState, grid: bool) -> Arrays:
+    from mmcv.ops import nms_match
+
+    dets, scores = boxes(rng, 50, grid)
+    groups = nms_match(torch.cat((dets, scores[:, None]), 1), 0.4)
+    return {'members': torch.cat(groups).numpy(), 'sizes': np.array([len(g) for g in groups])}
+
+
+def bbox_overlaps(rng: np.random.RandomState, mode: str, aligned: bool, offset: int) -> Arrays:
+    from mmcv.ops import bbox_overlaps
+
+    first, second = boxes(rng, 12)[0], boxes(rng, 12)[0]
+    return {'ious': bbox_overlaps(first, second, mode, aligned, offset).numpy()}
+
+
+def roi_align(
+    rng: np.random.RandomState, pool_mode: str, sampling_ratio: int, aligned: bool
+) -> Arrays:
+    from mmcv.ops import roi_align
+
+    # Some reach over the edges of the 10 x 12 maps (40 x 48 pixels), or far beyond them.
+    rois = boxes(rng, 5)[0] * torch.tensor([1.8, 1.5, 1.2, 1.1]) - 5
+    rois[:, 2:] = torch.maximum(rois[:, 2:], rois[:, :2] + 0.5)
+    rois = torch.cat((torch.from_numpy(rng.randint(0, 2, (5, 1))).float(), rois), 1)
+    options = rois, (2, 3), 0.25, sampling_ratio, pool_mode, aligned
+    maps = normal(rng, 2, 3, 10, 12)
+    return with_grads(rng, lambda input: roi_align(input, *options), input=maps)
+
+
+def deform_conv2d(
+    rng: np.random.RandomState, stride: int, dilation: int, both_groups: tuple[int, int]
+) -> Arrays:
+    from mmcv.ops import deform_conv2d
+
+    groups, deform_groups = both_groups
+    size = [(n + 2 - dilation * 2 - 1) // stride + 1 for n in (4, 5)]
+    return with_grads(
+        rng,
+        lambda input, offset, weight: deform_conv2d(
+            input, offset, weight, stride, 1, dilation, groups, deform_groups
+        ),
+        input=normal(rng, 2, 4, 4, 5),
+        offset=normal(rng, 2, 18 * deform_groups, *size) * 2,
+        weight=normal(rng, 6, 4 // groups, 3, 3),
+    )
+
+
+def modulated_deform_conv2d(
+    rng: np.random.RandomState, stride: int, both_groups: tuple[int, int], with_bias: bool
+) -> Arrays:
+    from mmcv.ops import modulated_deform_conv2d
+
+    groups, deform_groups = both_groups
+    size = [(n + 2 - 3) // stride + 1 for n in (4, 5)]
+    leaves = dict(
+        input=normal(rng, 2, 4, 4, 5),
+        offset=normal(rng, 2, 18 * deform_groups, *size) * 2,
+        mask=normal(rng, 2, 9 * deform_groups, *size),
+        weight=normal(rng, 6, 4 // groups, 3, 3),
+    )
+    if with_bias:
+        leaves['bias'] = normal(rng, 6)
+    return with_grads(
+        rng,
+        lambda input, offset, mask, weight, bias=None: modulated_deform_conv2d(
+            input, offset, mask, weight, bias, stride, 1, 1, groups, deform_groups
+        ),
+        **leaves,
+    )
+
+
+def oversized_offsets(rng: np.random.RandomState, deform_groups: int) -> Arrays:
+    """Offsets and masks of the next finer level, as mmdet's DyHead passes them."""
+    from mmcv.ops import modulated_deform_conv2d
+
+    return with_grads(
+        rng,
+        lambda input, offset, mask, weight: modulated_deform_conv2d(
+            input, offset, mask, weight, None, 1, 1, 1, 1, deform_groups
+        ),
+        input=normal(rng, 2, 2, 3, 4),
+        offset=normal(rng, 2, 18 * deform_groups, 5, 7),
+        mask=normal(rng, 2, 9 * deform_groups, 5, 7),
+        weight=normal(rng, 3, 2, 3, 3),
+    )
+
+
+def psa_mask(rng: np.random.RandomState, psa_type: str, mask_size: tuple[int, int]) -> Arrays:
+    from mmcv.ops import PSAMask
+
+    channels = mask_size[0] * mask_size[1]
+    return with_grads(rng, PSAMask(psa_type, mask_size), input=normal(rng, 2, channels, 3, 4))
+
+
+def cases() -> Iterator[tuple[str, Case]]:
+    """Yield every case with its name."""
+    booleans = False, True
+    pairs = (1, 2), (2, 1)  # of groups and deformable groups
+    grid: list[tuple[Callable[..., Arrays], dict]] = [
+        (nms, dict(offset=(0, 1), grid=booleans, threshold=(0.3, 0.6))),
+        (soft_nms, dict(method=('naive', 'linear', 'gaussian'), offset=(0, 1), ties=booleans)),
+        (nms_match, dict(grid=booleans)),
+        (bbox_overlaps, dict(mode=('iou', 'iof'), aligned=booleans, offset=(0, 1))),
+        (roi_align, dict(pool_mode=('avg', 'max'), sampling_ratio=(0, 2), aligned=booleans)),
+        (deform_conv2d, dict(stride=(1, 2), dilation=(1, 2), both_groups=pairs)),
+        (
+            modulated_deform_conv2d,
+            dict(stride=(1, 2), both_groups=pairs, with_bias=booleans),
+        ),
+        (oversized_offsets, dict(deform_groups=(1, 2))),
+        (psa_mask, dict(psa_type=('collect', 'distribute'), mask_size=((5, 7), (3, 1)))),
+    ]
+    for function, options in grid:
+        for values in itertools.product(*options.values()):
+            chosen = dict(zip(options, values, strict=True))
+            name = ','.join(f'{key}={value}' for key, value in chosen.items())
+            yield f'{function.__name__}({name})', partial(function, **chosen)
+
+
+def run(case: Case, seed: int) -> Arrays:
+    # The stream of RandomState is frozen: every numpy makes the same inputs.
+    return case(np.random.RandomState(seed))  # noqa: NPY002
+
+
+def pack(arrays: Arrays) -> np.ndarray:
+    """Return all values in one array: a file of many small arrays is mostly headers."""
+    return np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32)
+
+
+def unpack(packed: np.ndarray, like: Arrays) -> Arrays:
+    """Return ``packed`` with the names and shapes of ``like``; they must fit."""
+    ends = np.cumsum([array.size for array in like.values()])
+    if packed.size != ends[-1]:
+        raise ValueError(f'{packed.size} values recorded, {ends[-1]} computed')
+    parts = np.split(packed, ends[:-1])
+    return {k: part.reshape(a.shape) for (k, a), part in zip(like.items(), parts, strict=True)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('--out', help='file to write')
+    parser.add_argument('--compare', help='file to compare with')
+    parser.add_argument('--seeds', type=int, default=1)
+    args = parser.parse_args()
+    results = {
+        f'{name}/{seed}': run(case, seed) for name, case in cases() for seed in range(args.seeds)
+    }
+    if args.out:
+        np.savez_compressed(args.out, **{key: pack(arrays) for key, arrays in results.items()})
+    if args.compare:
+        recorded = np.load(args.compare)
+        for key, arrays in results.items():
+            for output, expected in unpack(recorded[key], arrays).items():
+                gap = np.abs(arrays[output] - expected).max(initial=0)
+                sys.stdout.write(f'{gap:.1e}  {key}/{output}\n')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from mmcv.ops.multi_scale_deform_attn import (
+    MultiScaleDeformableAttnFunction,
+    multi_scale_deformable_attn_pytorch,
+)
+from torch.autograd import gradcheck
+
+SHAPES = (4, 5), (2, 3)
+
+
+def attend(value, shapes, locations, weights):
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    apply = MultiScaleDeformableAttnFunction.apply
+    return apply(value, shapes, starts, locations, weights, 64)
+
+
+@pytest.fixture
+def inputs(rng, device):
+    """Two images, two heads of three channels, five queries, two levels, four points."""
+    shapes = torch.tensor(SHAPES, device=device)
+    options = dict(generator=rng, device=device, dtype=torch.float64)
+    value = torch.randn(2, 26, 2, 3, **options)
+    locations = torch.rand(2, 5, 2, 2, 4, 2, **options) * 1.4 - 0.2  # some off the maps
+    weights = torch.rand(2, 5, 2, 2, 4, **options)
+    return value, shapes, locations, weights
+
+
+def test_by_hand(device):
+    value = torch.arange(6.0, device=device).view(1, 6, 1, 1)  # a map of 2 x 3
+    shapes = torch.tensor([[2, 3]], device=device)
+    points = [[0.5, 0.25], [1 / 3, 0.75], [5 / 6, 0.5], [3.0, 0.5]]  # (x, y)
+    locations = torch.tensor(points, device=device).view(1, 4, 1, 1, 1, 2)
+    weights = torch.tensor([1.0, 1, 2, 1], device=device).view(1, 4, 1, 1, 1)
+    # The centre of pixel (0, 1); between (1, 0) and (1, 1); between (0, 2) and (1, 2); nowhere.
+    out = attend(value, shapes, locations, weights)
+    torch.testing.assert_close(out.flatten(), torch.tensor([1.0, 3.5, 7, 0], device=device))
+
+
+def test_equals_mmcv_in_plain_torch(inputs):
+    value, shapes, locations, weights = inputs
+    leaves = [t.requires_grad_() for t in (value, locations, weights)]
+    out = attend(value, shapes, locations, weights)
+    expected = multi_scale_deformable_attn_pytorch(value, shapes.tolist(), locations, weights)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    grads = [torch.autograd.grad(o, leaves, grad) for o in (out, expected)]
+    for one, other in zip(*grads, strict=True):
+        assert one.any()
+        torch.testing.assert_close(one, other)
+
+
+def test_gradient(inputs):
+    value, shapes, locations, weights = inputs
+    assert gradcheck(
+        lambda v, p, w: attend(v, shapes, p, w),
+        [t.requires_grad_() for t in (value[:1], locations[:1], weights[:1])],
+        nondet_tol=1e-9,
+    )
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_halves_are_near_float64(inputs, dtype):
+    value, shapes, locations, weights = (
+        t.to(dtype) if t.is_floating_point() else t for t in inputs
+    )
+    out = attend(value, shapes, locations, weights)
+    assert out.dtype == dtype
+    high = attend(value.double(), shapes, locations.double(), weights.double())
+    torch.testing.assert_close(out.double(), high, rtol=0.02, atol=0.02)
+
+
+def test_no_queries(inputs):
+    value, shapes, locations, weights = inputs
+    value.requires_grad_()
+    out = attend(value, shapes, locations[:, :0], weights[:, :0])
+    assert out.shape == (2, 0, 6)
+    out.sum().backward()
+    assert not value.grad.any()

@@ -1,0 +1,237 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from mmcv.ops import batched_nms, bbox_overlaps, nms, nms_match, soft_nms
+from torch import tensor
+
+# IoUs with the first: 1, 0.5, 0.
+BOXES = [[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 5.0], [20.0, 20.0, 30.0, 30.0]]
+SCORES = [0.9, 0.8, 0.7]
+
+
+def crowd(rng, count):
+    corner = torch.rand(count, 2, generator=rng, device=rng.device) * 30
+    side = torch.rand(count, 2, generator=rng, device=rng.device) * 20 + 1
+    return torch.cat((corner, corner + side), 1), torch.rand(
+        count, generator=rng, device=rng.device
+    )
+
+
+def suppress(boxes, scores, threshold, offset):
+    """Greedy suppression, box by box."""
+    keep = []
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]):
+        for j in keep:
+            a, b = boxes[i], boxes[j]
+            width = max(min(a[2], b[2]) - max(a[0], b[0]) + offset, 0)
+            height = max(min(a[3], b[3]) - max(a[1], b[1]) + offset, 0)
+            sizes = [(c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)]
+            if width * height / (sum(sizes) - width * height) > threshold:
+                break
+        else:
+            keep.append(i)
+    return keep
+
+
+@pytest.mark.parametrize(('threshold', 'kept'), [(0.4, [0, 2]), (0.5, [0, 1, 2])])
+def test_nms_suppresses_above_the_threshold_only(device, threshold, kept):
+    dets, keep = nms(tensor(BOXES, device=device), tensor(SCORES, device=device), threshold)
+    assert keep.tolist() == kept
+    assert dets.device.type == device.type
+    torch.testing.assert_close(
+        dets.cpu(), torch.cat((tensor(BOXES), tensor(SCORES)[:, None]), 1)[kept]
+    )
+
+
+def test_nms_compares_in_the_precision_of_the_boxes():
+    # 3 / 5 in float32 is above the double 0.6, and equal to the float32 0.6.
+    boxes = tensor([[0.0, 0.0, 5.0, 1.0], [0.0, 0.0, 3.0, 1.0]])
+    assert nms(boxes, tensor([0.9, 0.8]), 0.6)[1].tolist() == [0, 1]
+    assert nms(boxes, tensor([0.9, 0.8]), 0.59)[1].tolist() == [0]
+
+
+def test_nms_offset_counts_the_last_pixel():
+    # Sides 9 or 10: IoU 36 / 126 = 0.286 without, 50 / 150 = 0.333 with the offset.
+    boxes = tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 5.0, 9.0, 14.0]])
+    scores = tensor([0.9, 0.8])
+    assert nms(boxes, scores, 0.3, offset=0)[1].tolist() == [0, 1]
+    assert nms(boxes, scores, 0.3, offset=1)[1].tolist() == [0]
+    assert boxes.max() == 14
+
+
+@pytest.mark.parametrize('offset', [0, 1])
+@pytest.mark.parametrize('threshold', [0.3, 0.7])
+def test_nms_equals_suppression_box_by_box(device, rng, offset, threshold):
+    boxes, scores = crowd(rng, 400)
+    expected = suppress(boxes.tolist(), scores.tolist(), threshold, offset)
+    assert 20 < len(expected) < 380
+    assert nms(boxes, scores, threshold, offset)[1].tolist() == expected
+
+
+def test_nms_keeps_the_order_of_equal_scores(device):
+    apart = torch.arange(300.0, device=device)[:, None] * 10 + tensor(BOXES[0], device=device)
+    same = tensor(BOXES[:1] * 300, device=device)
+    scores = torch.full((300,), 0.5, device=device)
+    assert nms(apart * 1.5, scores, 0.5)[1].tolist() == list(range(300))
+    assert nms(same, scores, 0.5)[1].tolist() == [0]
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize('offset', [0, 1])
+def test_nms_takes_every_dtype(device, dtype, offset):
+    # 512 x 512 overflows float16.
+    boxes = tensor(
+        [[0, 0, 512, 512], [0, 0, 512, 384], [0, 0, 512, 64]], dtype=dtype, device=device
+    )
+    scores = tensor([0.5, 0.75, 0.25], device=device)
+    assert nms(boxes, scores.to(dtype), 0.5, offset)[1].tolist() == [1, 2]
+    assert nms(boxes, scores, 0.5, offset)[1].tolist() == [1, 2]
+
+
+def test_nms_keeps_the_digits_of_the_boxes(device):
+    boxes = tensor([[0, 0, 10, 10], [0, 0, 10, 5 + 1e-9]], dtype=torch.float64, device=device)
+    scores = tensor([0.9, 0.8], device=device)
+    assert nms(boxes, scores, 0.5)[1].tolist() == [0]
+    assert nms(boxes.float(), scores, 0.5)[1].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize('offset', [0, 1])
+def test_nms_of_nothing(device, offset):
+    dets, keep = nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5, offset)
+    assert dets.shape == (0, 5)
+    assert keep.shape == (0,)
+    assert keep.dtype == torch.int64
+
+
+def test_nms_filters_and_limits():
+    dets, keep = nms(tensor(BOXES), tensor(SCORES), 0.5, score_threshold=0.75, max_num=1)
+    assert keep.tolist() == [0]
+    dets, keep = nms(np.array(BOXES, np.float32), np.array(SCORES, np.float32), 0.4)
+    assert isinstance(keep, np.ndarray)
+    assert keep.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize('split_thr', [10000, 100])
+@pytest.mark.parametrize('kind', ['nms', 'soft_nms'])
+def test_batched_nms_treats_classes_apart(device, rng, split_thr, kind):
+    boxes, scores = crowd(rng, 400)
+    labels = torch.arange(400, device=device) % 80
+    config = dict(type=kind, iou_threshold=0.4, split_thr=split_thr)
+    if kind == 'soft_nms':
+        config['min_score'] = 0.2
+    dets, keep = batched_nms(boxes, scores, labels, config)
+
+    function = {'nms': nms, 'soft_nms': soft_nms}[kind]
+    options = {k: v for k, v in config.items() if k not in ('type', 'split_thr')}
+    expected = {}
+    for label in range(80):
+        index = (labels == label).nonzero()[:, 0]
+        found, kept = function(boxes[index], scores[index], **options)
+        expected |= dict(zip(index[kept].tolist(), found[:, 4].tolist(), strict=True))
+    assert 80 < len(expected) < 400
+    assert sorted(keep.tolist()) == sorted(expected)
+    torch.testing.assert_close(
+        dets[:, 4].cpu(), tensor([expected[i] for i in keep.tolist()]), rtol=1e-4, atol=1e-5
+    )
+    assert (dets[:, 4].diff() <= 0).all()
+    torch.testing.assert_close(dets[:, :4], boxes[keep])
+
+
+def test_batched_nms_can_ignore_classes_and_be_skipped(device):
+    boxes, scores = tensor(BOXES, device=device), tensor(SCORES, device=device).flip(0)
+    labels = torch.arange(3, device=device)
+    config = dict(type='nms', iou_threshold=0.4)
+    assert batched_nms(boxes, scores, labels, config)[1].tolist() == [2, 1, 0]
+    assert batched_nms(boxes, scores, labels, config, class_agnostic=True)[1].tolist() == [2, 1]
+    assert batched_nms(boxes, scores, labels, None)[1].tolist() == [2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ('method', 'decayed'),
+    [('naive', 0), ('linear', 0.8 * 0.5), ('gaussian', 0.8 * math.exp(-(0.5**2) / 0.5))],
+)
+def test_soft_nms_decays_by_overlap(device, method, decayed):
+    boxes, scores = tensor(BOXES, device=device), tensor(SCORES, device=device)
+    dets, keep = soft_nms(boxes, scores, 0.3, sigma=0.5, min_score=0.01, method=method)
+    expected = {0: 0.9, 2: 0.7, 1: decayed} if decayed else {0: 0.9, 2: 0.7}
+    assert keep.tolist() == list(expected)
+    torch.testing.assert_close(dets[:, 4].tolist(), list(expected.values()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dets[:, :4], boxes[keep])
+
+
+def test_soft_nms_drops_below_the_smallest_score():
+    decayed = 0.8 * 0.5
+    for min_score, count in ((decayed - 0.01, 3), (decayed + 0.01, 2)):
+        dets, keep = soft_nms(tensor(BOXES), tensor(SCORES), 0.3, min_score=min_score)
+        assert len(dets) == len(keep) == count
+
+
+def test_soft_nms_linear_decays_from_its_threshold_on():
+    for threshold, score in ((0.5, 0.4), (0.51, 0.8)):
+        dets, keep = soft_nms(tensor(BOXES), tensor(SCORES), threshold)
+        assert dets[keep == 1, 4].item() == pytest.approx(score)
+
+
+def test_soft_nms_offset_counts_the_last_pixel():
+    boxes = tensor([[0.0, 0.0, 9.0, 9.0], [0.0, 5.0, 9.0, 14.0]])
+    dets, _ = soft_nms(boxes, tensor([0.9, 0.6]), 0.3, offset=1)
+    torch.testing.assert_close(dets[:, 4], tensor([0.9, 0.6 * (1 - 50 / 150)]))
+    dets, _ = soft_nms(boxes, tensor([0.9, 0.6]), 0.3, offset=0)
+    torch.testing.assert_close(dets[:, 4], tensor([0.9, 0.6]))
+
+
+@pytest.mark.parametrize('method', ['naive', 'linear', 'gaussian'])
+def test_soft_nms_of_boxes_without_area(method):
+    point = [3.0, 1.0, 3.0, 1.0]
+    dets, keep = soft_nms(tensor([point] * 3), tensor([0.5, 0.4, 0.0]), 0.6, method=method)
+    assert keep.tolist() == [0, 1]
+    torch.testing.assert_close(dets[:, 4], tensor([0.5, 0.4]))
+
+
+def test_soft_nms_of_nothing_and_of_halves():
+    dets, keep = soft_nms(torch.zeros(0, 4), torch.zeros(0))
+    assert dets.shape == (0, 5)
+    assert keep.shape == (0,)
+    dets, keep = soft_nms(tensor(BOXES).half(), tensor(SCORES).half())
+    assert dets.dtype == torch.float16
+    torch.testing.assert_close(dets[:, 4].tolist(), [0.9, 0.7, 0.4], rtol=1e-3, atol=0)
+
+
+def test_nms_match_groups_by_the_box_that_suppresses(device):
+    boxes = [*BOXES, [0.0, 0.0, 10.0, 9.0], [20.0, 20.0, 30.0, 28.0]]
+    dets = tensor([[*box, s] for box, s in zip(boxes, [0.5, 0.6, 0.7, 0.8, 0.9], strict=True)])
+    groups = nms_match(dets.to(device), 0.5)
+    assert [group.tolist() for group in groups] == [[4, 2], [3, 1, 0]]
+    assert groups[0].device.type == device.type
+    assert nms_match(torch.zeros(0, 5, device=device), 0.5) == []
+    # At the threshold it matches, where nms keeps.
+    assert [len(g) for g in nms_match(dets[:2], 0.5)] == [2]
+    assert [len(g) for g in nms_match(dets[:2], 0.51)] == [1, 1]
+
+
+def test_nms_match_keeps_the_order_of_equal_scores(device):
+    dets = tensor([[*box, 0.5] for box in BOXES[::2] * 100], device=device)
+    assert [g.tolist() for g in nms_match(dets, 0.5)] == [[*range(k, 200, 2)] for k in (0, 1)]
+
+
+def test_bbox_overlaps_by_hand(device):
+    first = tensor([[0.0, 0, 10, 10], [10, 10, 20, 20], [32, 32, 38, 42]], device=device)
+    second = tensor([[0.0, 0, 10, 20], [0, 10, 10, 19], [10, 10, 20, 20]], device=device)
+    expected = tensor([[0.5, 0, 0], [0, 0, 1], [0, 0, 0]], device=device)
+    torch.testing.assert_close(bbox_overlaps(first, second), expected)
+    torch.testing.assert_close(bbox_overlaps(first, second, aligned=True), expected.diagonal())
+    over_first = tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]], device=device)
+    torch.testing.assert_close(bbox_overlaps(first, second, mode='iof'), over_first)
+    # Sides 11 and 21: 121 / (121 + 231 - 121), and the corner that touches is one pixel.
+    expected = tensor([[121 / 231, 11 / 220, 1 / 241]], device=device)
+    torch.testing.assert_close(bbox_overlaps(first[:1], second, offset=1), expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_bbox_overlaps_of_halves_does_not_overflow(device, dtype):
+    boxes = tensor([[0, 0, 512, 512], [0, 0, 512, 256]], dtype=dtype, device=device)
+    expected = tensor([[1, 0.5], [0.5, 1]], dtype=dtype, device=device)
+    torch.testing.assert_close(bbox_overlaps(boxes, boxes), expected)
+    assert bbox_overlaps(boxes, boxes[:0]).shape == (2, 0)

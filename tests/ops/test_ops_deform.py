@@ -1,0 +1,155 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+from torch.autograd import gradcheck
+
+from mmdense.ops import _deform
+
+
+def leaves(rng, groups=1, deform_groups=1, size=(5, 6), dtype=torch.float64):
+    """Input, offset, mask, weight, bias for a 3 x 3 convolution with padding 1 and stride 1."""
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=rng, device=rng.device, dtype=dtype)
+
+    return (
+        normal(2, 4, *size),
+        normal(2, 18 * deform_groups, *size),
+        normal(2, 9 * deform_groups, *size).sigmoid(),
+        normal(2, 4 // groups, 3, 3),
+        normal(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ('stride', 'padding', 'dilation'), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 0, 1)]
+)
+@pytest.mark.parametrize('groups', [1, 2])
+def test_without_offsets_it_is_a_convolution(device, rng, stride, padding, dilation, groups):
+    x, _, _, weight, bias = leaves(rng, groups)
+    expected = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    offset = x.new_zeros(2, 18, *expected.shape[2:])
+    out = deform_conv2d(x, offset, weight, stride, padding, dilation, groups, 1)
+    torch.testing.assert_close(out, expected)
+    half = torch.full_like(offset[:, :9], 0.5)
+    options = bias, stride, padding, dilation, groups, 1
+    out = modulated_deform_conv2d(x, offset, half, weight, *options)
+    torch.testing.assert_close(out, expected / 2 + bias[:, None, None])
+
+
+def test_uneven_strides_paddings_and_kernels(device, rng):
+    x = torch.randn(1, 4, 7, 9, generator=rng, device=device)
+    weight = torch.randn(2, 4, 3, 1, generator=rng, device=device)
+    options = (2, 1), (1, 0), (1, 2)
+    expected = F.conv2d(x, weight, None, *options)
+    out = deform_conv2d(x, x.new_zeros(1, 6, *expected.shape[2:]), weight, *options)
+    torch.testing.assert_close(out, expected)
+
+
+def test_offsets_are_y_then_x(device, rng):
+    x, offset, mask, weight, _ = leaves(rng)
+    offset.zero_()[:, 0::2] = 1  # y
+    offset[:, 1::2] = -2  # x
+    moved = F.conv2d(F.pad(x, (3, 0, 0, 2)), weight)[:, :, :, :6]  # down 1, left 2, padding 1
+    torch.testing.assert_close(deform_conv2d(x, offset, weight, 1, 1), moved)
+    out = modulated_deform_conv2d(x, offset, torch.ones_like(mask), weight, None, 1, 1)
+    torch.testing.assert_close(out, moved)
+
+
+def test_deform_groups_move_their_own_channels(device, rng):
+    x, offset, mask, weight, _ = leaves(rng, deform_groups=2)
+    halves = (t.chunk(2, 1) for t in (x, offset, mask, weight))
+    parts = [modulated_deform_conv2d(*half, None, 1, 1) for half in zip(*halves, strict=True)]
+    out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 2)
+    torch.testing.assert_close(out, sum(parts))
+
+
+def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
+    x, offset, mask, weight, _ = (t.requires_grad_() for t in leaves(rng))
+    small = x[:, :, :3, :2]
+    out = modulated_deform_conv2d(small, offset, mask, weight, None, 1, 1)
+    read = [t.flatten(1)[:, : n * 6].view(2, n, 3, 2) for t, n in ((offset, 18), (mask, 9))]
+    expected = modulated_deform_conv2d(small, *read, weight, None, 1, 1)
+    torch.testing.assert_close(out, expected)
+    grads = [torch.autograd.grad(o.square().sum(), (offset, mask)) for o in (out, expected)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(RuntimeError, match='offset output dims'):
+        modulated_deform_conv2d(x, offset[:, :, :4], mask, weight, None, 1, 1)
+
+
+@pytest.mark.parametrize(('groups', 'deform_groups'), [(1, 1), (2, 1), (1, 2)])
+def test_gradient(device, rng, groups, deform_groups):
+    x, offset, mask, weight, bias = leaves(rng, groups, deform_groups, size=(2, 2))
+    x, offset, mask = x[:1], offset[:1], mask[:1]
+    for leaf in (x, offset, mask, weight, bias):
+        leaf.requires_grad_()
+    options = dict(nondet_tol=1e-9)
+    sizes = 1, 1, 1, groups, deform_groups
+    assert gradcheck(lambda *t: deform_conv2d(*t, *sizes), (x, offset, weight), **options)
+    inputs = x, offset, mask, weight, bias
+    assert gradcheck(lambda *t: modulated_deform_conv2d(*t, *sizes), inputs, **options)
+
+
+def test_each_gradient_can_be_asked_alone_and_again(device, rng):
+    x, offset, _, weight, _ = (t.requires_grad_() for t in leaves(rng))
+    out = deform_conv2d(x, offset, weight, 1, 1)
+    first, second = torch.randn(2, *out.shape, generator=rng, device=device, dtype=out.dtype)
+    together = torch.autograd.grad(out, (x, offset, weight), first, retain_graph=True)
+    alone = [torch.autograd.grad(out, t, first, retain_graph=True)[0] for t in (x, offset, weight)]
+    for one, other in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other)
+    # What was computed for one output gradient must not serve another.
+    torch.autograd.grad(out, x, second, retain_graph=True)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, weight, first, retain_graph=True)[0], together[2]
+    )
+    twice = torch.autograd.grad(out, (x, offset, weight), 2 * first)
+    for one, other in zip(together, twice, strict=True):
+        torch.testing.assert_close(2 * one, other)
+
+
+def test_the_pending_gradient_serves_its_own_output_only(device, rng):
+    x, offset, _, weight, _ = leaves(rng)
+    first, second = torch.randn(2, 2, 2, 5, 6, generator=rng, device=device, dtype=x.dtype)
+    sizes = dict(kW=3, kH=3, dW=1, dH=1, padW=1, padH=1, dilationW=1, dilationH=1)
+    sizes |= dict(group=1, deformable_group=1, im2col_step=2)
+
+    def gradient(grad_output, columns):
+        out, ones = torch.ones_like(weight), x.new_empty(0)
+        tensors = x, offset, grad_output, out, columns, ones
+        _deform.deform_conv_backward_parameters(*tensors, **sizes, scale=0.5)
+        return out
+
+    columns = x.new_empty(0)
+    outs = torch.zeros_like(x), torch.zeros_like(offset)
+    _deform.deform_conv_backward_input(x, offset, first, *outs, weight, columns, **sizes)
+    torch.testing.assert_close(gradient(second, columns), gradient(second, x.new_empty(0)))
+    leaf = weight.clone().requires_grad_()
+    deform_conv2d(x, offset, leaf, 1, 1).backward(second)
+    torch.testing.assert_close(gradient(second, x.new_empty(0)), 1 + leaf.grad / 2)
+
+
+def test_version_one_goes_backward_once(device, rng, monkeypatch):
+    calls = []
+    backward = _deform._backward
+    monkeypatch.setattr(_deform, '_backward', lambda *a: calls.append(1) or backward(*a))
+    x, offset, _, weight, _ = (t.requires_grad_() for t in leaves(rng))
+    deform_conv2d(x, offset, weight, 1, 1).sum().backward()
+    assert len(calls) == 1
+    assert all(t.grad.any() for t in (x, offset, weight))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_halves_are_near_float64(device, rng, dtype):
+    tensors = leaves(rng)
+    results = {}
+    for kind in (torch.float64, dtype):
+        x, offset, mask, weight, bias = (t.to(dtype).to(kind).requires_grad_() for t in tensors)
+        one = deform_conv2d(x, offset, weight, 1, 1)
+        two = modulated_deform_conv2d(x, offset, mask, weight, bias, 1, 1)
+        assert one.dtype == two.dtype == kind
+        grads = torch.autograd.grad(one.sum() + two.sum(), (x, offset, mask, weight, bias))
+        results[kind] = [one, two, *grads]
+    for low, high in zip(results[dtype], results[torch.float64], strict=True):
+        torch.testing.assert_close(low.double(), high, rtol=0.03, atol=0.2)

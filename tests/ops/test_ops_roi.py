@@ -1,0 +1,235 @@
+import math
+
+import pytest
+import torch
+from mmcv.ops import RoIAlign, RoIPool
+from torch import tensor
+from torch.autograd import gradcheck
+
+from mmdense.ops import _ext, _roi
+
+SIZE = 8
+
+
+def columns(device='cpu', power=1):
+    """A map [1, 1, 8, 8] whose values are a power of the column."""
+    return (torch.arange(float(SIZE), device=device) ** power).expand(1, 1, SIZE, SIZE)
+
+
+def random_rois(rng, count, images=2):
+    """RoIs on maps of 8 x 8, some over the edges."""
+    options = dict(generator=rng, device=rng.device, dtype=torch.float64)
+    corner, side = torch.rand(count, 2, **options) * 7 - 1, torch.rand(count, 2, **options) * 5 + 1
+    image = torch.arange(count, device=rng.device)[:, None] % images
+    return torch.cat((image, corner, corner + side), 1)
+
+
+@pytest.mark.parametrize(('aligned', 'expected'), [(True, [2.5, 4.5]), (False, [3.0, 5.0])])
+def test_roi_align_samples_between_pixel_centres(device, aligned, expected):
+    rois = tensor([[0.0, 2, 2, 6, 6]], device=device)
+    out = RoIAlign(2, sampling_ratio=2, aligned=aligned)(columns(device), rois)
+    torch.testing.assert_close(out, tensor([[[expected] * 2]], device=device))
+    scaled = RoIAlign(2, 0.5, sampling_ratio=2, aligned=aligned)(columns(device), rois * 2)
+    torch.testing.assert_close(scaled, out)
+
+
+# On squares, from column 1 to 5: one sample at 3; two at 2 and 4; four at 1.5 ... 4.5, where
+# interpolation gives 2.5, 6.5, 12.5, 20.5.
+@pytest.mark.parametrize(
+    ('pool_mode', 'ratio', 'expected'),
+    [
+        ('avg', 1, 9),
+        ('avg', 2, 10),
+        ('avg', 0, 10.5),
+        ('max', 1, 9),
+        ('max', 2, 16),
+        ('max', 0, 20.5),
+    ],
+)
+def test_roi_align_pools_its_samples(device, pool_mode, ratio, expected):
+    rois = tensor([[0.0, 1, 1, 5, 5]], device=device)
+    out = RoIAlign(1, 1.0, ratio, pool_mode, aligned=False)(columns(device, 2), rois)
+    torch.testing.assert_close(out, tensor([[[[float(expected)]]]], device=device))
+
+
+def test_roi_align_sees_zero_more_than_a_pixel_off_the_map(device):
+    rois = tensor(
+        [[0.0, -9, -9, -5, -5], [0, -0.9, 3, -0.5, 4], [0, 7.2, 3, 7.4, 4]], device=device
+    )
+    for mode in ('avg', 'max'):
+        out = RoIAlign(1, 1.0, 1, mode, aligned=False)(columns(device) + 1, rois).flatten()
+        # RoIs are at least 1 wide: these two are sampled at -0.4 and 7.7, beside columns 0 and 7.
+        torch.testing.assert_close(out, tensor([0.0, 1, 8], device=device))
+
+
+@pytest.mark.parametrize('box', [[-9, 2, 1, 4], [2, -9, 4, 1], [7, 2, 17, 4], [2, 7, 4, 17]])
+def test_roi_align_max_of_zeros_off_the_map_moves_no_pixel(device, box):
+    maps = torch.full((1, 1, SIZE, SIZE), -1.0, device=device, requires_grad=True)
+    out = RoIAlign(1, 1.0, 2, 'max', aligned=False)(maps, tensor([[0.0, *box]], device=device))
+    out.sum().backward()
+    assert out.item() == 0
+    assert not maps.grad.any()
+
+
+def test_roi_align_makes_small_rois_a_pixel_only_if_not_aligned(device):
+    rois = tensor([[0.0, 2, 2, 2, 2]], device=device)
+    for mode, expected in (('avg', 2.5), ('max', 2.5)):
+        out = RoIAlign(1, 1.0, 0, mode, aligned=False)(columns(device), rois)
+        assert out.item() == expected
+        # No area and no samples: nothing, and no gradient.
+        maps = columns(device).clone().requires_grad_()
+        out = RoIAlign(1, 1.0, 0, mode, aligned=True)(maps, rois)
+        assert out.item() == 0
+        out.sum().backward()
+        assert not maps.grad.any()
+
+
+def test_roi_align_reads_the_image_it_is_told(device):
+    maps = torch.cat((columns(device), columns(device) + 100))
+    rois = tensor([[1.0, 2, 2, 6, 6], [0, 2, 2, 6, 6], [1, 2, 2, 6, 6]], device=device)
+    for mode in ('avg', 'max'):
+        out = RoIAlign(1, 1.0, 2, mode)(maps, rois).flatten()
+        torch.testing.assert_close(out - out[1], tensor([100.0, 0, 100], device=device))
+
+
+def test_roi_align_max_says_where(device):
+    rois = tensor([[0.0, 1, 2, 5, 6]], device=device)
+    out, y, x = (torch.full((1, 1, 2, 2), -7.0, device=device) for _ in range(3))
+    _ext.roi_align_forward(
+        columns(device, 2),
+        rois,
+        out,
+        y,
+        x,
+        aligned_height=2,
+        aligned_width=2,
+        spatial_scale=1.0,
+        sampling_ratio=2,
+        pool_mode=0,
+        aligned=False,
+    )
+    # Bins two wide, samples half a pixel from their edges; rows are equal, so the first wins.
+    assert x.tolist() == [[[[2.5, 4.5]] * 2]]
+    assert y.tolist() == [[[[2.5, 2.5], [4.5, 4.5]]]]
+    torch.testing.assert_close(out, tensor([[[[6.5, 20.5]] * 2]], device=device))
+
+
+@pytest.mark.parametrize('pool_mode', ['avg', 'max'])
+@pytest.mark.parametrize('ratio', [0, 2])
+@pytest.mark.parametrize('aligned', [True, False])
+def test_roi_align_gradient(device, rng, pool_mode, ratio, aligned):
+    maps = torch.randn(2, 1, 5, 6, generator=rng, device=device, dtype=torch.float64)
+    rois = random_rois(rng, 4)
+    layer = RoIAlign((2, 3), 0.6, ratio, pool_mode, aligned)
+    assert gradcheck(lambda maps: layer(maps, rois), maps.requires_grad_(), nondet_tol=1e-9)
+
+
+def test_roi_align_max_is_at_least_the_average_and_in_chunks_the_same(device, rng, monkeypatch):
+    maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
+    rois = random_rois(rng, 30).float()
+    average, largest = (RoIAlign(3, 1.0, 0, mode)(maps, rois) for mode in ('avg', 'max'))
+    assert (largest >= average).all()
+    assert (largest > average).any()
+    monkeypatch.setattr(_roi, 'CHUNK', 1)
+    assert torch.equal(RoIAlign(3, 1.0, 0, 'max')(maps, rois), largest)
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(3), RoIAlign(3, pool_mode='max'), RoIPool(3)])
+def test_no_rois_give_no_outputs_and_no_gradient(device, layer):
+    maps = columns(device).clone().requires_grad_()
+    out = layer(maps, torch.zeros(0, 5, device=device))
+    assert out.shape == (0, 1, 3, 3)
+    out.sum().backward()
+    assert not maps.grad.any()
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(3), RoIAlign(3, pool_mode='max'), RoIPool(3)])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_halves_are_near_float32(device, rng, layer, dtype):
+    # Values and corners that both halves hold exactly.
+    maps = torch.randint(-8, 8, (2, 3, SIZE, SIZE), generator=rng, device=device).float()
+    rois = (random_rois(rng, 6) * 4).round().float() / 4
+    rois[:, 0] //= 4
+    grad = torch.ones(6, 3, 3, 3, device=device)
+    results = {}
+    for kind in (torch.float32, dtype):
+        leaf = maps.to(kind, copy=True).requires_grad_()
+        out = layer(leaf, rois.to(kind))
+        assert out.dtype == kind
+        out.backward(grad.to(kind))
+        results[kind] = out.float(), leaf.grad.float()
+    for low, high in zip(results[dtype], results[torch.float32], strict=True):
+        torch.testing.assert_close(low, high, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(3), RoIAlign(3, pool_mode='max'), RoIPool(3)])
+def test_memory_format_and_autocast_change_nothing(device, rng, layer):
+    maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
+    rois = random_rois(rng, 6).float()
+    expected = layer(maps, rois)
+    assert torch.equal(layer(maps.contiguous(memory_format=torch.channels_last), rois), expected)
+    with torch.autocast(device.type, torch.bfloat16):
+        out = layer(maps, rois)
+    assert out.dtype == torch.float32
+    assert torch.equal(out, expected)
+
+
+def pool(maps, rois, size, scale):
+    """mmcv's RoIPool, bin by bin."""
+    height, width = maps.shape[2:]
+    out = maps.new_zeros(len(rois), maps.size(1), *size)
+    for r, (image, x1, y1, x2, y2) in enumerate(rois.tolist()):
+        x1, y1, x2, y2 = x1 * scale, y1 * scale, (x2 + 1) * scale, (y2 + 1) * scale
+        for p in range(size[0]):
+            for q in range(size[1]):
+                h, w = (y2 - y1) / size[0], (x2 - x1) / size[1]
+                top, left = max(math.floor(p * h + y1), 0), max(math.floor(q * w + x1), 0)
+                bottom = min(math.ceil((p + 1) * h + y1), height)
+                right = min(math.ceil((q + 1) * w + x1), width)
+                if bottom > top and right > left:
+                    bin_ = maps[int(image), :, top:bottom, left:right]
+                    out[r, :, p, q] = bin_.amax((1, 2))
+    return out
+
+
+def test_roi_pool_by_hand(device):
+    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
+    out = RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device))
+    assert out.tolist() == [[[[5, 7], [13, 15]]]]
+    # Of equal values the first counts, and the gradient goes there.
+    maps = torch.zeros(1, 1, 4, 4, device=device, requires_grad=True)
+    RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device)).sum().backward()
+    assert maps.grad[0, 0].nonzero().tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+    # Three columns in two bins: both reach over the middle one.
+    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
+    out = RoIPool((1, 2))(maps, tensor([[0.0, 0, 0, 2, 0]], device=device))
+    assert out.tolist() == [[[[1, 2]]]]
+
+
+@pytest.mark.parametrize('scale', [1.0, 0.7])
+def test_roi_pool_equals_pooling_bin_by_bin(device, rng, scale):
+    maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device, dtype=torch.float64)
+    rois = random_rois(rng, 20)
+    rois[0, 1:] += 20  # off the map
+    expected = pool(maps, rois, (3, 2), scale)
+    assert not expected[0].any()
+    assert torch.equal(RoIPool((3, 2), scale)(maps, rois), expected)
+
+
+def test_roi_pool_gradient(device, rng):
+    maps = torch.randn(2, 2, 5, 6, generator=rng, device=device, dtype=torch.float64)
+    rois = random_rois(rng, 5)
+    assert gradcheck(
+        lambda maps: RoIPool((3, 2), 0.7)(maps, rois), maps.requires_grad_(), nondet_tol=1e-9
+    )
+
+
+def test_roi_pool_of_malformed_and_distant_rois_is_zero(device):
+    maps = (columns(device) + 1).clone().requires_grad_()
+    # The second ends before it begins, but its bins, rounded outwards, would hold a pixel.
+    rois = [[0.0, 5, 5, 2, 6], [0, 5.5, 5, 4.3, 6], [0, 90, 90, 95, 95]]
+    rois = tensor(rois, device=device)
+    out = RoIPool(2)(maps, rois)
+    out.sum().backward()
+    assert not out.any()
+    assert not maps.grad.any()
