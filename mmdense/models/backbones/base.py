@@ -1,0 +1,165 @@
+"""The contract of every backbone of mmdense.
+
+    net = RDNet(arch='tiny', out_indices=(0, 1, 2, 3), frozen_stages=-1, norm_eval=False, ...)
+    net.out_channels              # (256, 440, 744, 1040), one per returned map
+    net.out_strides               # (4, 8, 16, 32), input pixels per map pixel
+    net.layer_depth('stem.0.weight')   # (0, 9): depth of a parameter, number of depths
+    net(x)                        # x [N, C, H, W] -> tuple of [N, out_channels[i], H_i, W_i]
+    net.train() is net            # frozen stages stay frozen
+
+A stage is everything between two tapped maps: stage 1 ends in map 0, stage i in map i - 1, and the
+stem is stage 0. Maps are tapped before any downsampling that follows them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from mmengine.model import BaseModule
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ['Backbone', 'resolve_arch']
+
+ArchT = TypeVar('ArchT')
+
+
+def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> ArchT:
+    """Return the architecture of that name, or one built from a dict of its fields.
+
+    Args:
+        arch: A name in ``known``, or a dict with the fields of the family's ``Arch``.
+        known: The family's named architectures.
+
+    Raises:
+        ValueError: Unknown name, or unknown, missing or impossible field.
+    """
+    if isinstance(arch, str):
+        if arch not in known:
+            raise ValueError(f'unknown arch {arch!r}{_suggest(arch, known)}')
+        return known[arch]
+    arch_type = type(next(iter(known.values())))
+    fields = {field.name: field for field in dataclasses.fields(arch_type)}
+    if not isinstance(arch, Mapping):
+        raise ValueError(f'arch must be one of {list(known)} or a dict of {list(fields)}')
+    for key in arch:
+        if key not in fields:
+            raise ValueError(f'unknown field {key!r} of arch{_suggest(key, fields)}')
+    missing = [
+        name
+        for name, field in fields.items()
+        if field.default is dataclasses.MISSING and name not in arch
+    ]
+    if missing:
+        raise ValueError(f'arch lacks {missing}; fields: {list(fields)}')
+    return arch_type(**arch)
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f'; did you mean {close[0]!r}?' if close else ''
+    return f'{hint} (known: {known})'
+
+
+class Backbone(BaseModule):
+    """Base class: which maps are returned, what is frozen, what keeps its statistics.
+
+    A family calls ``super().__init__`` with what it is made of, creates its modules, and ends its
+    constructor with :meth:`_freeze`. It implements :meth:`_stage_modules`,
+    :meth:`_layer_depths` and ``forward``.
+
+    Args:
+        map_channels: Channels of every map that can be tapped, fine to coarse.
+        map_strides: Strides of the same maps, in input pixels.
+        out_indices: Which maps to return, increasing; negative ones count from the end.
+        frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
+        norm_eval: Keep batch norms in eval mode while training.
+        with_cp: Recompute activations in backward to save memory.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: An index or stage that does not exist, or indices that don't increase.
+    """
+
+    out_channels: tuple[int, ...]
+    out_strides: tuple[int, ...]
+
+    def __init__(
+        self,
+        *,
+        map_channels: Sequence[int],
+        map_strides: Sequence[int],
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        norm_eval: bool,
+        with_cp: bool,
+        init_cfg: dict | list[dict] | None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        num_maps = len(map_channels)
+        if any(not -num_maps <= i < num_maps for i in out_indices):
+            raise ValueError(f'out_indices {tuple(out_indices)}: there are {num_maps} maps')
+        self.out_indices = tuple(i % num_maps for i in out_indices)
+        if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
+            raise ValueError(
+                f'out_indices {tuple(out_indices)} must be at least one, increasing and unique'
+            )
+        if not -1 <= frozen_stages <= num_maps:
+            raise ValueError(f'frozen_stages is {frozen_stages}, must be from -1 to {num_maps}')
+        self.out_channels = tuple(map_channels[i] for i in self.out_indices)
+        self.out_strides = tuple(map_strides[i] for i in self.out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        """Return the modules of one stage; stage 0 is the stem."""
+        raise NotImplementedError
+
+    def _layer_depths(self) -> tuple[Mapping[str, int], int]:
+        """Return the depth of each module-name prefix, and the number of depths."""
+        raise NotImplementedError
+
+    def layer_depth(self, name: str) -> tuple[int, int]:
+        """Return ``(depth, number of depths)`` of a parameter, for layer-wise learning rates.
+
+        The stem has depth 0. The last depth is that of what was not pretrained with the network
+        (output norms here, necks and heads outside), so a rate of ``decay ** (number - 1 - depth)``
+        leaves those at 1.
+
+        Args:
+            name: As in ``named_parameters()`` of the backbone.
+
+        Raises:
+            ValueError: The backbone has no such parameter.
+        """
+        prefixes, num_depths = self._layer_depths()
+        for prefix, depth in prefixes.items():
+            if name.startswith(f'{prefix}.'):
+                return depth, num_depths
+        raise ValueError(f'{type(self).__name__} has no parameter {name!r}')
+
+    def _freeze(self) -> None:
+        for stage in range(self.frozen_stages + 1):
+            for module in self._stage_modules(stage):
+                module.eval()
+                module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Set training mode, except for what is frozen or, with ``norm_eval``, batch norms."""
+        super().train(mode)
+        if mode:
+            self._freeze()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return the maps at ``out_indices``, [N, C_i, H_i, W_i], for images [N, C, H, W]."""
+        raise NotImplementedError

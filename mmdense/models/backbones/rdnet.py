@@ -1,0 +1,234 @@
+"""RDNet: `DenseNets Reloaded <https://arxiv.org/abs/2403.19588>`_ (ECCV 2024).
+
+A patch stem and 7 to 12 dense stages. Each block reads the concatenation of all features made so
+far in its dense stage and adds ``growth`` channels; between dense stages a norm and a convolution
+halve the channels, and the resolution where a new stride begins. Maps are tapped at the end of the
+last dense stage of each stride, before that norm.
+
+Parameter names are those of timm's ``rdnet_*``, whose outputs the tests reproduce.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.registry import MODELS
+
+__all__ = ['RDNet']
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Shape of an RDNet.
+
+    Attributes:
+        stem: Channels after the 4 x 4 patch stem.
+        growth: Channels that each block adds, one number per dense stage.
+        down: Dense stages (counted from 0) that begin by halving the resolution.
+        blocks: Blocks per dense stage.
+        gate_from: First dense stage (counted from 0) whose blocks end in a squeeze-excite gate.
+        layer_scale: What the learned scale of each block's output starts from.
+    """
+
+    stem: int
+    growth: tuple[int, ...]
+    down: tuple[int, ...]
+    blocks: int = 3
+    gate_from: int = 2
+    layer_scale: float = 1e-6
+
+    def __post_init__(self) -> None:
+        last = len(self.growth) - 1
+        if last < 0 or min(self.stem, self.blocks, *self.growth) < 1:
+            raise ValueError(f'stem, blocks and each growth must be positive: {self}')
+        if list(self.down) != sorted(set(self.down)) or any(not 1 <= i <= last for i in self.down):
+            raise ValueError(f'down must increase within 1 to {last}: {self.down}')
+
+
+ARCHS = dict(
+    tiny=Arch(stem=64, growth=(64, 104, *[128] * 4, 224), down=(1, 2, 6)),
+    small=Arch(stem=72, growth=(64, 128, *[128] * 7, 240, 240), down=(1, 2, 9)),
+    base=Arch(stem=120, growth=(96, 128, *[168] * 7, 336, 336), down=(1, 2, 9)),
+    large=Arch(stem=144, growth=(128, 192, *[256] * 8, 360, 360), down=(1, 2, 10)),
+)
+
+
+def _eighths(channels: float) -> int:
+    return int(channels / 8) * 8
+
+
+class MixBlock(nn.Module):
+    """Map all features of the dense stage, [N, C, H, W] together, to ``growth`` new channels."""
+
+    def __init__(
+        self, channels: int, growth: int, *, gated: bool, layer_scale: float, drop_path: float
+    ) -> None:
+        super().__init__()
+        hidden = _eighths(channels * 4)
+        layers = [
+            nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
+            LayerNorm2d(channels, eps=1e-6),
+            nn.Conv2d(channels, hidden, 1),
+            nn.GELU(),
+            nn.Conv2d(hidden, growth, 1),
+        ]
+        if gated:
+            layers.append(EffectiveSEModule(growth))
+        # timm's names double the word: dense_block0.layers.layers.0.weight
+        self.layers = nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
+        self.gamma = nn.Parameter(torch.full((growth,), layer_scale))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.layers(torch.cat(features, 1))
+        return self.drop_path(x * self.gamma.view(1, -1, 1, 1))
+
+
+class DenseStage(nn.Sequential):
+    """Mix blocks, each reading the stage's input and what all earlier blocks made."""
+
+    def __init__(self, blocks: Sequence[MixBlock], *, with_cp: bool) -> None:
+        super().__init__(OrderedDict((f'dense_block{i}', b) for i, b in enumerate(blocks)))
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for block in self:
+            if self.with_cp and torch.is_grad_enabled():
+                # Keeps the features alone: the block's concatenation is made again in backward.
+                features.append(checkpoint(block, features[:], use_reentrant=False))
+            else:
+                features.append(block(features))
+        return torch.cat(features, 1)
+
+
+@MODELS.register_module()
+class RDNet(Backbone):
+    """RDNet with maps at strides 4, 8, 16 and 32.
+
+    Heights and widths are rounded down at each halving, as in timm; an image smaller than the
+    coarsest stride in either direction raises ValueError.
+
+    Args:
+        arch: 'tiny', 'small', 'base', 'large', or a dict of :class:`Arch`'s fields; the number of
+            maps is one more than the number of entries in ``down``.
+        out_indices: Maps to return, increasing; negative ones count from the end.
+        output_norm: Add one GroupNorm(1) per returned map, as the published detectors do (the
+            published segmentors don't).
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
+        frozen_stages: -1 freezes nothing, 0 the stem, i also the dense stages up to map i - 1.
+        norm_eval: Accepted for the common contract; RDNet's norms keep no statistics.
+        in_channels: Channels of the image.
+        with_cp: Recompute each block in backward: less memory, same results, more time.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: Unknown arch or field, impossible index or stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | Mapping[str, Any] = 'tiny',
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        output_norm: bool = False,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        in_channels: int = 3,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        arch = resolve_arch(arch, ARCHS)
+        num_stages = len(arch.growth)
+        inputs, outputs = [], []  # channels of each dense stage
+        for i, growth in enumerate(arch.growth):
+            inputs.append(_eighths(outputs[-1] * 0.5) if i else arch.stem)
+            outputs.append(inputs[-1] + arch.blocks * growth)
+        taps = [i - 1 for i in arch.down] + [num_stages - 1]
+        super().__init__(
+            map_channels=[outputs[i] for i in taps],
+            map_strides=[4 * 2**i for i in range(len(taps))],
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self._taps = taps
+        self._min_size = 4 * 2 ** len(arch.down)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, arch.stem, 4, stride=4), LayerNorm2d(arch.stem, eps=1e-6)
+        )
+        num_blocks = num_stages * arch.blocks
+        rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
+        # Dense stages behind the last returned map are neither built nor run.
+        self.dense_stages = nn.Sequential()
+        for i in range(taps[self.out_indices[-1]] + 1):
+            layers = []
+            if i:
+                stride = 2 if i in arch.down else 1
+                layers += [
+                    LayerNorm2d(outputs[i - 1], eps=1e-6),
+                    nn.Conv2d(outputs[i - 1], inputs[i], stride, stride=stride),
+                ]
+            blocks = [
+                MixBlock(
+                    inputs[i] + b * arch.growth[i],
+                    arch.growth[i],
+                    gated=i >= arch.gate_from,
+                    layer_scale=arch.layer_scale,
+                    drop_path=rates[i * arch.blocks + b],
+                )
+                for b in range(arch.blocks)
+            ]
+            layers.append(DenseStage(blocks, with_cp=with_cp))
+            self.dense_stages.append(nn.Sequential(*layers))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        self.output_norms = nn.ModuleDict()
+        if output_norm:
+            for index, channels in zip(self.out_indices, self.out_channels, strict=True):
+                self.output_norms[str(index)] = nn.GroupNorm(1, channels)
+        self._freeze()
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        if stage == 0:
+            return [self.stem]
+        first = self._taps[stage - 2] + 1 if stage > 1 else 0
+        return list(self.dense_stages[first : self._taps[stage - 1] + 1])
+
+    def _layer_depths(self) -> tuple[Mapping[str, int], int]:
+        num_depths = self._taps[-1] + 3
+        depths = {f'dense_stages.{i}': i + 1 for i in range(len(self.dense_stages))}
+        return {'stem': 0, **depths, 'output_norms': num_depths - 1}, num_depths
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maps [N, C_i, H // s_i, W // s_i] for images [N, in_channels, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride.
+        """
+        if min(x.shape[-2:]) < self._min_size:
+            raise ValueError(
+                f'image of {tuple(x.shape[-2:])} pixels: RDNet needs at least {self._min_size} in '
+                'both directions'
+            )
+        x = self.stem(x)
+        maps = []
+        for i, stage in enumerate(self.dense_stages):
+            x = stage(x)
+            if i in self._taps and self._taps.index(i) in self.out_indices:
+                index = str(self._taps.index(i))
+                maps.append(self.output_norms[index](x) if index in self.output_norms else x)
+        return tuple(maps)

@@ -1,0 +1,23 @@
+"""Registries of scope ``mmdense``, children of mmengine's.
+
+They fill themselves on the first look-up, so configs need only ``type='mmdense.RDNet'`` and
+``custom_imports = dict(imports=['mmdense'])``.
+"""
+
+try:
+    from mmengine.registry import HOOKS as _HOOKS
+    from mmengine.registry import MODELS as _MODELS
+    from mmengine.registry import Registry
+except ModuleNotFoundError as error:
+    if error.name != 'mmengine':
+        raise
+    raise ModuleNotFoundError(
+        'mmdense needs the MM packages, in one of two distributions that must not be mixed: '
+        "pip install 'mmdense[mm]' (maintained) or pip install 'mmdense[openmmlab]' (original)",
+        name='mmengine',
+    ) from None
+
+__all__ = ['HOOKS', 'MODELS']
+
+MODELS = Registry('model', parent=_MODELS, scope='mmdense', locations=['mmdense.models'])
+HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])

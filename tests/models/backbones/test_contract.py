@@ -1,0 +1,224 @@
+"""The contract of mmdense/models/backbones/base.py, run over every family with tiny networks."""
+
+import mmengine
+import pytest
+import torch
+from mmengine.registry import MODELS
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import mmdense  # noqa: F401
+
+# A family's name -> the smallest network that has all its parts. Two lines make a new family known.
+FAMILIES = {
+    'RDNet': dict(arch=dict(stem=8, growth=(8, 8, 8, 16, 8), down=(1, 2, 4), blocks=2)),
+}
+NUM_MAPS = 4
+
+
+def build(family, **options):
+    torch.manual_seed(0)
+    return MODELS.build(dict(type=f'mmdense.{family}', **FAMILIES[family], **options))
+
+
+def image(height=64, width=96, channels=3, batch=2):
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def active(net):
+    """Give zero- and nearly-zero-initialised scales a size that shows in the outputs."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) + 0.5)
+    return net
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def test_announced_channels_and_strides_are_real(family):
+    net = build(family).eval()
+    maps = net(image())
+    assert isinstance(maps, tuple)
+    assert len(maps) == NUM_MAPS
+    assert tuple(m.shape[1] for m in maps) == net.out_channels
+    assert tuple(64 // m.shape[2] for m in maps) == net.out_strides == (4, 8, 16, 32)
+    assert all(torch.isfinite(m).all() for m in maps)
+
+
+@pytest.mark.parametrize('size', [(33, 47), (65, 50), (97, 130)])
+def test_odd_sizes(family, size):
+    net = build(family).eval()
+    for m, stride in zip(net(image(*size)), net.out_strides, strict=True):
+        for got, pixels in zip(m.shape[2:], size, strict=True):
+            assert got in (pixels // stride, -(-pixels // stride))
+
+
+@pytest.mark.parametrize('indices', [(0,), (3,), (1, 3), (0, 1, 2), (-1,), (-3, -1)])
+def test_out_indices_return_the_same_maps(family, indices):
+    full = active(build(family)).eval()
+    part = build(family, out_indices=indices).eval()
+    missing = part.load_state_dict(full.state_dict(), strict=False).missing_keys
+    assert not missing
+    assert part.out_channels == tuple(full.out_channels[i] for i in indices)
+    assert part.out_strides == tuple(full.out_strides[i] for i in indices)
+    maps = full(image())
+    for got, i in zip(part(image()), indices, strict=True):
+        torch.testing.assert_close(got, maps[i])
+
+
+def test_gradients_reach_every_parameter(family):
+    net = active(build(family))
+    loss = sum((m * torch.randn_like(m)).sum() for m in net(image()))
+    loss.backward()
+    without = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not without
+
+
+@pytest.mark.parametrize('stages', [-1, 0, 1, 3, 4])
+def test_frozen_stages(family, stages):
+    net = build(family, frozen_stages=stages)
+    for _ in range(2):  # as built, and after train() has been called
+        for stage in range(NUM_MAPS + 1):
+            modules = net._stage_modules(stage)
+            assert modules
+            for module in modules:
+                assert all(p.requires_grad == (stage > stages) for p in module.parameters())
+                assert module.training == (stage > stages)
+        net.eval()
+        assert net.train() is net
+    # Every parameter belongs to exactly one stage.
+    owned = [
+        id(p) for s in range(NUM_MAPS + 1) for m in net._stage_modules(s) for p in m.parameters()
+    ]
+    assert sorted(owned) == sorted(id(p) for p in net.parameters())
+
+
+@pytest.mark.parametrize('norm_eval', [False, True])
+def test_norm_eval_keeps_statistics(family, norm_eval):
+    net = build(family, norm_eval=norm_eval)
+    assert net.train() is net
+    assert net.training
+    for module in net.modules():
+        if isinstance(module, _BatchNorm):
+            assert module.training is not norm_eval
+
+
+def test_layer_depth_knows_every_parameter(family):
+    net = build(family)
+    depths = {}
+    for name, _ in net.named_parameters():
+        depth, number = net.layer_depth(name)
+        depths.setdefault(depth, name)
+        assert 0 <= depth < number
+    # Depths follow the data, from 0, without a gap; the last one is for heads.
+    assert list(depths) == sorted(depths) == list(range(number - 1))
+    assert all(net.layer_depth(n)[0] == 0 for s in [0] for n in _names(net, net._stage_modules(s)))
+    with pytest.raises(ValueError, match="no parameter 'nonsense.weight'"):
+        net.layer_depth('nonsense.weight')
+
+
+def _names(net, modules):
+    ids = {id(p) for m in modules for p in m.parameters()}
+    return [n for n, p in net.named_parameters() if id(p) in ids]
+
+
+def test_with_cp_changes_memory_alone(family):
+    plain, recomputing = active(build(family)), active(build(family, with_cp=True))
+    sizes, grads = [], []
+    for net in (plain, recomputing):
+        saved = {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        x = image().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            maps = net(x)
+            held = dict(saved)
+        sizes.append(sum(held.values()))
+        sum(m.square().sum() for m in maps).backward()
+        grads.append([x.grad, *(p.grad for p in net.parameters())])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(plain.buffers(), recomputing.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_in_channels(family):
+    net = build(family, in_channels=5)
+    assert net(image(channels=5))[0].shape[1] == net.out_channels[0]
+    with pytest.raises(RuntimeError, match='channels'):
+        net(image(channels=3))
+
+
+def test_drop_path_is_random_in_training_only(family):
+    net = active(build(family, drop_path_rate=0.9))
+    x = image()
+    assert not torch.equal(net(x)[-1], net(x)[-1])
+    net.eval()
+    torch.testing.assert_close(net(x)[-1], net(x)[-1])
+
+
+def test_channels_last_in_gives_the_same(family):
+    net = active(build(family)).eval()
+    expected = net(image())
+    net.to(memory_format=torch.channels_last)
+    got = net(image().to(memory_format=torch.channels_last))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert a.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_init_cfg_loads_a_checkpoint(family, tmp_path):
+    trained = active(build(family))
+    file = str(tmp_path / 'backbone.pth')
+    torch.save(dict(state_dict=trained.state_dict()), file)
+    net = build(family, init_cfg=dict(type='Pretrained', checkpoint=file))
+    net.init_weights()
+    for a, b in zip(net.parameters(), trained.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.slow
+def test_compiles_without_graph_break(family):
+    net = active(build(family)).eval()
+    compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        for a, b in zip(compiled(image()), net(image()), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(out_indices=()), 'at least one'),
+        (dict(out_indices=(4,)), 'there are 4 maps'),
+        (dict(out_indices=(-5,)), 'there are 4 maps'),
+        (dict(out_indices=(1, 0)), 'increasing'),
+        (dict(out_indices=(3, -1)), 'unique'),
+        (dict(frozen_stages=5), 'from -1 to 4'),
+        (dict(frozen_stages=-2), 'from -1 to 4'),
+        (dict(arch='nonsense'), "unknown arch 'nonsense'"),
+        (dict(arch=dict(nonsense=1)), "unknown field 'nonsense'"),
+        (dict(arch={}), 'arch lacks'),
+        (dict(arch=3), 'arch must be one of'),
+    ],
+)
+def test_wrong_arguments(family, options, message):
+    network = {**FAMILIES[family], **options}
+    cls = mmengine.registry.MODELS.get(f'mmdense.{family}')
+    with pytest.raises(ValueError, match=message):
+        cls(**network)
+
+
+def test_image_below_the_coarsest_stride(family):
+    net = build(family)
+    with pytest.raises(ValueError, match='at least 32'):
+        net(image(31, 64))
