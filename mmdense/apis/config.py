@@ -1,0 +1,167 @@
+"""Reading a config file, and the changes that command-line options make to it."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from mmdense.apis.errors import UserError
+
+__all__ = [
+    'drop_amp',
+    'load_config',
+    'use_amp',
+    'use_auto_scale_lr',
+    'use_checkpoint',
+    'use_show_dir',
+    'use_tta',
+    'write_predictions',
+]
+
+
+def load_config(
+    path: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    work_dir: str | None = None,
+    launcher: str = 'none',
+) -> Config:
+    """Read a config file and apply the options that every tool has.
+
+    Args:
+        path: The config file.
+        options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's own
+            ``data_root`` wherever it stands: in data sets, annotation files and metrics.
+        work_dir: Where logs and checkpoints go; otherwise the config's own or ``work_dirs/<name>``.
+        launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
+
+    Raises:
+        UserError: No such config or base, or a config without a model.
+    """
+    file = Path(path)
+    if not file.is_file():
+        siblings = [str(other) for other in file.parent.glob('*.py')]
+        close = difflib.get_close_matches(path, siblings, n=1, cutoff=0.4)
+        raise UserError(f'no config {path}' + (f'; did you mean {close[0]}?' if close else ''))
+    try:
+        cfg = Config.fromfile(file)
+    except FileNotFoundError as error:
+        raise UserError(f'{path} inherits a config that does not exist: {error}') from error
+    options = dict(options or {})
+    if 'data_root' in options:
+        if 'data_root' not in cfg:
+            raise UserError(f'{path} has no data_root: set each data set by its own option')
+        _move_data(cfg, cfg.data_root, str(options['data_root']))
+    cfg.merge_from_dict(options)
+    if 'model' not in cfg:
+        raise UserError(f'{path} names no model: choose a config outside _base_')
+    cfg.launcher = launcher
+    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / file.stem)
+    return cfg
+
+
+def _move_data(node: Any, old: str, new: str) -> None:
+    """Replace the folder ``old`` by ``new`` at the head of every path below ``node``."""
+    new = new.rstrip('/') + '/'
+    for key, value in enumerate(node) if isinstance(node, list) else list(node.items()):
+        if isinstance(value, str) and value.startswith(old):
+            node[key] = new + value[len(old) :].lstrip('/')
+        elif isinstance(value, dict | list):
+            _move_data(value, old, new)
+
+
+def use_amp(cfg: Config) -> None:
+    """Train in mixed precision with dynamic loss scaling, unless the config does so already."""
+    if cfg.optim_wrapper.type != 'AmpOptimWrapper':
+        cfg.optim_wrapper.type = 'AmpOptimWrapper'
+        cfg.optim_wrapper.loss_scale = 'dynamic'
+
+
+def drop_amp(cfg: Config) -> None:
+    """Replace mixed by plain precision, with a warning: mmengine's AMP refuses to run on a CPU."""
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper is None or wrapper.get('type') != 'AmpOptimWrapper':
+        return
+    print_log(
+        'no GPU: this run uses float32 in place of mixed precision',
+        logger='current',
+        level=logging.WARNING,
+    )
+    wrapper.type = 'OptimWrapper'
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate by the real over the config's base batch size.
+
+    Raises:
+        UserError: The config doesn't say its base batch size.
+    """
+    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        raise UserError(f'{cfg.filename} has no auto_scale_lr.base_batch_size to scale from')
+    cfg.auto_scale_lr.enable = True
+
+
+def use_checkpoint(cfg: Config, resume: str | None) -> None:
+    """Go on from a checkpoint, from the latest of the work dir ('auto'), or from none (None).
+
+    Raises:
+        UserError: A checkpoint is named, here or by ``load_from``, and isn't there.
+    """
+    if resume:
+        cfg.resume = True
+        cfg.load_from = None if resume == 'auto' else resume
+    start = cfg.get('load_from')
+    if start and '://' not in start and not Path(start).is_file():
+        raise UserError(f'no checkpoint {start}')
+
+
+def use_tta(cfg: Config) -> None:
+    """Test with the augmentations of the config's ``tta_model`` and ``tta_pipeline``.
+
+    Raises:
+        UserError: The config has none.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise UserError(f'{cfg.filename} has no tta_model and tta_pipeline')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def write_predictions(cfg: Config, out: str) -> None:
+    """Write test predictions: one .pkl file (detection) or a folder of label maps (segmentation).
+
+    Raises:
+        UserError: A detector's file doesn't end in .pkl.
+    """
+    if cfg.default_scope == 'mmseg':
+        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        return
+    if not out.endswith('.pkl'):
+        raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
+    metrics = cfg.test_evaluator
+    metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
+    cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
+
+
+def use_show_dir(cfg: Config, folder: str) -> None:
+    """Save pictures of the test predictions in ``folder``.
+
+    Raises:
+        UserError: The config has no visualization hook.
+    """
+    if 'visualization' not in cfg.get('default_hooks', {}):
+        raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
+    folder = str(Path(folder).resolve())  # mmdet would put a relative one below its work dir
+    cfg.default_hooks.visualization.draw = True
+    if cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = folder
+    else:
+        cfg.default_hooks.visualization.test_out_dir = folder

@@ -1,0 +1,31 @@
+"""Errors that a user can mend, told in one line."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+__all__ = ['UserError', 'report_errors']
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text is one line that says how."""
+
+
+def report_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """Make a command's ``main`` end with one line and status 2 on a :class:`UserError`."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(_fail(str(error)))
+
+    return wrapped
+
+
+def _fail(message: str) -> int:
+    sys.stderr.write(f'error: {message}\n')
+    return 2

@@ -1,0 +1,131 @@
+"""A runner that can start, or one line that says why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model import is_model_wrapper
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdense.apis.config import drop_amp
+from mmdense.apis.errors import UserError
+
+__all__ = ['build_runner', 'load_weights']
+
+
+def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
+    """Build the runner after checking what usually goes wrong.
+
+    Args:
+        cfg: As :func:`.load_config` returns it. Changed where the machine asks for it: without a
+            GPU, mixed precision becomes plain precision, with one warning, and the processes of
+            launcher 'pytorch' talk through gloo.
+        loaders: Which loaders will run: of 'train', 'val' and 'test'.
+
+    Raises:
+        UserError: A file of a data set is missing, or channels don't fit.
+    """
+    _check_data(cfg, loaders)
+    if not torch.cuda.is_available():
+        drop_amp(cfg)
+        if cfg.get('launcher') == 'pytorch':
+            _distribute_on_cpu(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    model = runner.model
+    while is_model_wrapper(model):
+        model = model.module
+    _check_channels(model)
+    return runner
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """Start the process group and wrap the model: mmengine takes a GPU for given in both."""
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault(
+        'model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False)
+    )
+
+
+def _data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
+    """Yield every data set config below ``node`` that reads files, with its place."""
+    if isinstance(node, dict):
+        if node.get('ann_file') or node.get('data_prefix'):
+            yield where, node
+        for key in ('dataset', 'datasets'):
+            if key in node:
+                yield from _data_sets(node[key], f'{where}.{key}')
+    elif isinstance(node, list):
+        for i, child in enumerate(node):
+            yield from _data_sets(child, f'{where}[{i}]')
+
+
+def _check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    for loader in loaders:
+        place = f'{loader}_dataloader'
+        for where, data in _data_sets(cfg.get(place), place):
+            root = data.get('data_root') or ''
+            prefixes = [p for p in (data.get('data_prefix') or {}).values() if isinstance(p, str)]
+            for name in [data.get('ann_file'), *prefixes]:
+                path = Path(root, name or '')
+                if '://' in root or '://' in str(name) or path.exists():
+                    continue
+                raise UserError(
+                    f'{path} not found (wanted by {where}): if the data are elsewhere, add '
+                    '--cfg-options data_root=FOLDER'
+                )
+
+
+def _check_channels(model: nn.Module) -> None:
+    """Compare what the backbone announces with what is configured to read it."""
+    announced = getattr(getattr(model, 'backbone', None), 'out_channels', None)
+    if announced is None:
+        return
+    has_neck = getattr(model, 'neck', None) is not None
+    for name in ['neck'] if has_neck else ['decode_head', 'auxiliary_head']:
+        reader = getattr(model, name, None)
+        for head in reader if isinstance(reader, nn.ModuleList) else [reader]:
+            wanted = getattr(head, 'in_channels', None)
+            if wanted is None:
+                continue
+            given = list(announced)
+            index = getattr(head, 'in_index', None)
+            if isinstance(index, int):
+                given = given[index]
+            elif index is not None:
+                given = [given[i] for i in index]
+                if head.input_transform == 'resize_concat':
+                    given = sum(given)
+            if given != (wanted if isinstance(wanted, int) else list(wanted)):
+                raise UserError(
+                    f'{name} expects {wanted} channels, but the backbone gives {given}: set '
+                    f"model.{name}.in_channels='{given}'"
+                )
+
+
+def load_weights(runner: Runner, path: str) -> None:
+    """Load a trained model's weights into the runner's model.
+
+    Args:
+        runner: The runner to test with.
+        path: A checkpoint file, or any address that mmengine can load from.
+
+    Raises:
+        UserError: The file is missing, is no checkpoint, or holds nothing of this model.
+    """
+    if '://' not in path and not Path(path).is_file():
+        raise UserError(f'no checkpoint {path}')
+    try:
+        checkpoint = runner.load_checkpoint(path)
+    except Exception as error:  # whatever a wrong file makes unpickling and loading stumble over
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f'{path} cannot be loaded as a checkpoint: {reason}') from error
+    weights = {name.removeprefix('module.') for name in checkpoint.get('state_dict', checkpoint)}
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if weights.isdisjoint(model.state_dict()):
+        raise UserError(f"{path} holds no weight of this model: is it another config's?")

@@ -1,0 +1,176 @@
+"""Configs as the tools read and change them, and the mistakes that they explain."""
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from mmdense.apis import UserError, config, run
+from support import DEMOS, ROOT
+
+COCO = str(ROOT / 'configs/detection/rdnet/faster-rcnn_rdnet-t_fpn_1x_coco.py')
+
+
+def test_work_dir_and_options():
+    cfg = config.load_config(COCO, options={'model.backbone.arch': 'small'})
+    assert cfg.work_dir == 'work_dirs/faster-rcnn_rdnet-t_fpn_1x_coco'
+    assert cfg.model.backbone.arch == 'small'
+    assert config.load_config(COCO, work_dir='elsewhere').work_dir == 'elsewhere'
+
+
+@pytest.mark.parametrize('path', [COCO, *map(str, DEMOS.values())])
+def test_data_root_moves_every_path(path):
+    cfg = config.load_config(path, options=dict(data_root='/big/disk'))
+    old = Config.fromfile(path).data_root
+    assert old not in cfg.pretty_text
+    assert cfg.train_dataloader.dataset.data_root == '/big/disk/'
+    assert cfg.test_dataloader.dataset.data_root == '/big/disk/'
+    if 'ann_file' in cfg.val_evaluator:
+        assert cfg.val_evaluator.ann_file.startswith('/big/disk/annotations/')
+
+
+def test_unknown_config_suggests_one():
+    with pytest.raises(UserError, match='did you mean .*faster-rcnn_rdnet-t_fpn_1x_coco.py'):
+        config.load_config(COCO.replace('rdnet-t', 'rdnet-tiny'))
+
+
+def test_missing_base(tmp_path):
+    file = tmp_path / 'leaf.py'
+    file.write_text("_base_ = './nowhere.py'\n")
+    with pytest.raises(UserError, match='inherits a config that does not exist.*nowhere'):
+        config.load_config(str(file))
+
+
+def test_config_without_model():
+    with pytest.raises(UserError, match='names no model'):
+        config.load_config(str(ROOT / 'configs/detection/_base_/coco_1x.py'))
+
+
+def test_data_root_needs_one_to_replace(tmp_path):
+    file = tmp_path / 'leaf.py'
+    file.write_text("model = dict(type='mmdense.RDNet')\n")
+    with pytest.raises(UserError, match='has no data_root'):
+        config.load_config(str(file), options=dict(data_root='x'))
+
+
+def test_amp_and_its_absence():
+    cfg = config.load_config(COCO)
+    config.use_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
+    assert cfg.optim_wrapper.loss_scale == 'dynamic'
+    config.drop_amp(cfg)
+    assert cfg.optim_wrapper.type == 'OptimWrapper'
+    assert 'loss_scale' not in cfg.optim_wrapper
+
+
+def test_amp_of_the_recipe_stays():
+    cfg = config.load_config(COCO)
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=512)
+    config.use_amp(cfg)
+    assert cfg.optim_wrapper.loss_scale == 512
+
+
+def test_auto_scale_lr():
+    cfg = config.load_config(COCO)
+    config.use_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr.enable
+    cfg.pop('auto_scale_lr')
+    with pytest.raises(UserError, match='base_batch_size'):
+        config.use_auto_scale_lr(cfg)
+
+
+def test_resume(tmp_path):
+    file = tmp_path / 'x.pth'
+    file.touch()
+    cfg = config.load_config(COCO)
+    config.use_checkpoint(cfg, 'auto')
+    assert cfg.resume
+    assert cfg.load_from is None
+    config.use_checkpoint(cfg, str(file))
+    assert cfg.load_from == str(file)
+    with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+        config.use_checkpoint(cfg, 'nowhere.pth')
+
+
+def test_tta_takes_model_and_pipeline():
+    cfg = config.load_config(COCO)
+    config.use_tta(cfg)
+    assert cfg.model.type == 'DetTTAModel'
+    assert cfg.model.module.backbone.type == 'mmdense.RDNet'
+    assert cfg.test_dataloader.dataset.pipeline[-1].type == 'TestTimeAug'
+
+
+def test_out_of_a_detector_is_a_pickle():
+    cfg = config.load_config(COCO)
+    config.write_predictions(cfg, 'x.pkl')
+    assert [m.type for m in cfg.test_evaluator] == ['CocoMetric', 'DumpDetResults']
+    with pytest.raises(UserError, match='pkl'):
+        config.write_predictions(cfg, 'x.json')
+
+
+def test_show_dir_is_where_the_user_stands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load_config(COCO)
+    config.use_show_dir(cfg, 'shown')
+    assert cfg.default_hooks.visualization.test_out_dir == str(tmp_path / 'shown')
+    del cfg.default_hooks.visualization
+    with pytest.raises(UserError, match='visualization'):
+        config.use_show_dir(cfg, 'shown')
+
+
+def demo(task, project, tmp_path, **options):
+    options = dict(options, data_root=str(project / 'data/digits'))
+    cfg = config.load_config(str(DEMOS[task]), options=options, work_dir=str(tmp_path))
+    cfg.log_level = 'ERROR'
+    return cfg
+
+
+def test_missing_data_names_file_and_option(tmp_path):
+    cfg = config.load_config(COCO, options=dict(data_root='/nowhere'))
+    with pytest.raises(
+        UserError, match=r'^/nowhere/annotations/instances_val2017.json .*data_root='
+    ):
+        run.build_runner(cfg, loaders=('test',))
+
+
+@pytest.mark.parametrize(
+    ('task', 'key', 'value', 'message'),
+    [
+        ('detection', 'neck', [64, 96, 100], r'neck expects .64, 96, 100. .*gives .64, 96, 144.'),
+        ('segmentation', 'decode_head', [1, 2, 3, 4], r'decode_head expects .1, 2, 3, 4. '),
+        ('segmentation', 'auxiliary_head', 7, 'auxiliary_head expects 7 .*gives 144'),
+    ],
+)
+def test_channels_that_do_not_fit(project, tmp_path, task, key, value, message):
+    cfg = demo(task, project, tmp_path, **{f'model.{key}.in_channels': value})
+    with pytest.raises(UserError, match=message):
+        run.build_runner(cfg, loaders=())
+
+
+def test_concatenating_head_wants_the_sum(project, tmp_path):
+    head = {'type': 'FCNHead', 'in_index': [0, 1], 'input_transform': 'resize_concat'}
+    options = {f'model.auxiliary_head.{k}': v for k, v in head.items()}
+    options['model.auxiliary_head.in_channels'] = [64, 96]
+    run.build_runner(demo('segmentation', project, tmp_path, **options), loaders=())
+    options['model.auxiliary_head.in_channels'] = [64, 97]
+    with pytest.raises(UserError, match='expects 161 channels, but the backbone gives 160'):
+        run.build_runner(demo('segmentation', project, tmp_path, **options), loaders=())
+
+
+def test_checkpoints_that_are_none(project, tmp_path):
+    runner = run.build_runner(demo('detection', project, tmp_path), loaders=('test',))
+    with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+        run.load_weights(runner, 'nowhere.pth')
+    file = tmp_path / 'x.pth'
+    for content in (b'', b'not a checkpoint'):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match='cannot be loaded as a checkpoint'):
+            run.load_weights(runner, str(file))
+    torch.save(dict(state_dict={'other.weight': torch.zeros(1)}), file)
+    with pytest.raises(UserError, match='no weight of this model'):
+        run.load_weights(runner, str(file))
+    torch.save(dict(state_dict=runner.model.state_dict()), file)
+    with torch.no_grad():
+        before = runner.model.backbone.stem[0].weight.clone()
+        runner.model.backbone.stem[0].weight.zero_()
+    run.load_weights(runner, str(file))
+    assert torch.equal(runner.model.backbone.stem[0].weight, before)

@@ -1,0 +1,62 @@
+"""Write the README's table of backbones from the networks themselves, or check that it is fresh."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdense.models import RDNet
+from mmdense.models.backbones import rdnet
+
+README = Path(__file__).parents[1] / 'README.md'
+BEGIN, END = '<!-- backbones: written by tools/update_readme.py -->', '<!-- /backbones -->'
+FAMILIES = {RDNet: rdnet.ARCHS}
+SIZES = ((224, 224), (800, 1344))
+
+
+def giga_macs(net: torch.nn.Module, size: tuple[int, int]) -> float:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.empty(1, 3, *size, device='meta'))
+    return counter.get_total_flops() / 2e9  # it counts a multiply-add as two
+
+
+def table() -> str:
+    titles = ['type', 'arch', 'channels', 'strides', 'params (M)']
+    titles += [f'GMACs at {height} x {width}' for height, width in SIZES]
+    rows = [titles, ['---'] * 4 + ['--:'] * 3]
+    for family, archs in FAMILIES.items():
+        for arch in archs:
+            with torch.device('meta'):
+                net = family(arch=arch).eval()
+            rows.append(
+                [
+                    f'`mmdense.{family.__name__}`',
+                    f'`{arch}`',
+                    ', '.join(map(str, net.out_channels)),
+                    ', '.join(map(str, net.out_strides)),
+                    f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f}',
+                    *(f'{giga_macs(net, size):.1f}' for size in SIZES),
+                ]
+            )
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--check', action='store_true', help='write nothing; 1 if it is stale')
+    args = parser.parse_args()
+    text = README.read_text(encoding='utf-8')
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    fresh = f'{head}{BEGIN}\n{table()}\n{END}{tail}'
+    if fresh == text:
+        return
+    if args.check:
+        sys.exit(f'{README.name} is stale: run python tools/update_readme.py')
+    README.write_text(fresh, encoding='utf-8')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,51 @@
+"""Draw a trained model's predictions and its training curves."""
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import DictAction
+from rich.console import Console
+from rich.table import Table
+
+from mmdense.apis import config, pictures, report_errors, run
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config file')
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--work-dir', help='of the training (work_dirs/<config>)')
+    parser.add_argument('--out', metavar='DIR', help='where pictures go (the work dir)')
+    parser.add_argument('--num', type=int, default=12, help='number of images (%(default)s)')
+    parser.add_argument(
+        '--score-thr', type=float, default=0.5, help='lowest score of a drawn box (%(default)s)'
+    )
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
+    return parser.parse_args()
+
+
+@report_errors
+def main() -> None:
+    args = parse_args()
+    cfg = config.load_config(args.config, options=args.cfg_options, work_dir=args.work_dir)
+    losses, metrics = pictures.read_scalars(cfg.work_dir)
+    out = Path(args.out or cfg.work_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures.plot_curves(losses, metrics, out / 'curves.png')
+    runner = run.build_runner(cfg, loaders=('test',))
+    run.load_weights(runner, args.checkpoint)
+    pictures.draw_predictions(
+        runner, out / 'predictions.png', count=args.num, score_thr=args.score_thr
+    )
+    console = Console()
+    if metrics:
+        table = Table('last validation', 'value')
+        for key, name in pictures.METRICS.items():
+            if key in metrics[-1]:
+                table.add_row(name, f'{metrics[-1][key]:.3f}')
+        console.print(table)
+    console.print(f'pictures: {out / "predictions.png"} {out / "curves.png"}', soft_wrap=True)
+
+
+if __name__ == '__main__':
+    main()
