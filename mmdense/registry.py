@@ -19,5 +19,8 @@ except ModuleNotFoundError as error:
 
 __all__ = ['HOOKS', 'MODELS']
 
-MODELS = Registry('model', parent=_MODELS, scope='mmdense', locations=['mmdense.models'])
+# Building a model may load weights, whose schemes are in the engine.
+MODELS = Registry(
+    'model', parent=_MODELS, scope='mmdense', locations=['mmdense.models', 'mmdense.engine']
+)
 HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])

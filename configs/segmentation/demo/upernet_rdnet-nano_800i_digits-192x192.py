@@ -6,7 +6,7 @@ _base_ = [
 
 norm_cfg = dict(type='BN', requires_grad=True)
 # Nine pixels in ten are background: at full weight it is all that the first minutes learn.
-class_weight = [0.2, *[1.0] * 10]
+class_weight = [0.1, *[1.0] * 10]
 model = dict(
     data_preprocessor=dict(size=(192, 192)),
     backbone=dict(

@@ -1,0 +1,57 @@
+"""Hooks and checkpoint schemes."""
+
+import pytest
+import timm
+import torch
+from mmengine.registry import HOOKS, MODELS
+
+import mmdense  # noqa: F401
+
+INIT = dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')
+
+
+class FakeRunner:
+    def __init__(self, model):
+        self.model = model
+
+
+def test_channels_last_hook_changes_format_alone():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 1))
+    image = torch.randn(2, 3, 32, 32)
+    before = model(image)
+    HOOKS.build(dict(type='mmdense.ChannelsLastHook')).before_run(FakeRunner(model))
+    after = model(image)
+    assert not before.is_contiguous(memory_format=torch.channels_last)
+    assert after.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_come_from_timm(monkeypatch):
+    torch.manual_seed(0)
+    published = timm.create_model('rdnet_tiny', num_classes=0)
+    asked = []
+
+    def create_model(name, **options):
+        asked.append((name, options))
+        return published
+
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    net = MODELS.build(dict(type='mmdense.RDNet', init_cfg=INIT))
+    net.init_weights()
+    assert asked == [('rdnet_tiny.nv_in1k', dict(pretrained=True, num_classes=0))]
+    expected = published.state_dict()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_without_network_training_stops(monkeypatch, tmp_path):
+    def create_model(name, **options):
+        raise OSError('cannot reach the hub\nand much more')
+
+    monkeypatch.setattr(timm, 'create_model', create_model)
+    net = MODELS.build(dict(type='mmdense.RDNet', init_cfg=INIT))
+    with pytest.raises(
+        RuntimeError, match='rdnet_tiny.nv_in1k: cannot reach the hub. .*init_cfg=None'
+    ):
+        net.init_weights()
