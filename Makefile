@@ -7,7 +7,7 @@ PYTEST := $(BIN)/python -m pytest
 
 TASK ?= detection
 DEMO_detection := faster-rcnn_rdnet-nano_fpn_8e_digits
-DEMO_segmentation := upernet_rdnet-nano_800i_digits-192x192
+DEMO_segmentation := upernet_rdnet-nano_400i_digits-192x192
 DEMO := configs/$(TASK)/demo/$(DEMO_$(TASK)).py
 WORK := work_dirs/$(DEMO_$(TASK))
 

@@ -4,16 +4,18 @@ They fill themselves on the first look-up, so configs need only ``type='mmdense.
 ``custom_imports = dict(imports=['mmdense'])``.
 """
 
+from importlib.util import find_spec
+
 try:
     from mmengine.registry import HOOKS as _HOOKS
     from mmengine.registry import MODELS as _MODELS
     from mmengine.registry import Registry
-except ModuleNotFoundError as error:
-    if error.name != 'mmengine':
+except ModuleNotFoundError:
+    if find_spec('mmengine'):
         raise
     raise ModuleNotFoundError(
-        'mmdense needs the MM packages, in one of two distributions that must not be mixed: '
-        "pip install 'mmdense[mm]' (maintained) or pip install 'mmdense[openmmlab]' (original)",
+        'mmdense needs the MM packages, in one of two distributions that must not be mixed; in its '
+        "folder: pip install -e '.[mm]' (maintained) or pip install -e '.[openmmlab]' (original)",
         name='mmengine',
     ) from None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DEMOS = dict(
     detection=ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py',
-    segmentation=ROOT / 'configs/segmentation/demo/upernet_rdnet-nano_800i_digits-192x192.py',
+    segmentation=ROOT / 'configs/segmentation/demo/upernet_rdnet-nano_400i_digits-192x192.py',
 )
 # Two iterations of eight images, then one validation.
 TWO_ITERATIONS = dict(

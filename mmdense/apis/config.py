@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from mmdense.apis.errors import UserError
@@ -55,9 +56,14 @@ def load_config(
         raise UserError(f'{path} inherits a config that does not exist: {error}') from error
     options = dict(options or {})
     if 'data_root' in options:
-        if 'data_root' not in cfg:
+        old, new = (str(c.get('data_root') or '').rstrip('/') for c in (cfg, options))
+        if not old:
             raise UserError(f'{path} has no data_root: set each data set by its own option')
-        _move_data(cfg, cfg.data_root, str(options['data_root']))
+        if not new:
+            raise UserError('data_root is empty: name the folder that holds the data')
+        for key, child in list(cfg.items()):
+            cfg[key] = _move_data(child, old, new)
+        del options['data_root']
     cfg.merge_from_dict(options)
     if 'model' not in cfg:
         raise UserError(f'{path} names no model: choose a config outside _base_')
@@ -66,21 +72,29 @@ def load_config(
     return cfg
 
 
-def _move_data(node: Any, old: str, new: str) -> None:
-    """Replace the folder ``old`` by ``new`` at the head of every path below ``node``."""
-    new = new.rstrip('/') + '/'
-    for key, value in enumerate(node) if isinstance(node, list) else list(node.items()):
-        if isinstance(value, str) and value.startswith(old):
-            node[key] = new + value[len(old) :].lstrip('/')
-        elif isinstance(value, dict | list):
-            _move_data(value, old, new)
+def _move_data(node: Any, old: str, new: str) -> Any:
+    """Return ``node`` with the folder ``old`` replaced by ``new`` at the head of every path."""
+    if isinstance(node, str) and (node == old or node.startswith(f'{old}/')):
+        return new + node[len(old) :]
+    if isinstance(node, list | tuple):
+        return type(node)(_move_data(child, old, new) for child in node)
+    if isinstance(node, dict):
+        for key, child in node.items():
+            node[key] = _move_data(child, old, new)
+    return node
 
 
 def use_amp(cfg: Config) -> None:
-    """Train in mixed precision with dynamic loss scaling, unless the config does so already."""
-    if cfg.optim_wrapper.type != 'AmpOptimWrapper':
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.loss_scale = 'dynamic'
+    """Train in mixed precision with dynamic loss scaling, unless the config does so already.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+    if kind == 'OptimWrapper':
+        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    elif kind != 'AmpOptimWrapper':
+        raise UserError(f'--amp cannot replace the optim_wrapper {kind} of {cfg.filename}')
 
 
 def drop_amp(cfg: Config) -> None:
@@ -88,11 +102,12 @@ def drop_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None or wrapper.get('type') != 'AmpOptimWrapper':
         return
-    print_log(
-        'no GPU: this run uses float32 in place of mixed precision',
-        logger='current',
-        level=logging.WARNING,
-    )
+    if is_main_process():
+        print_log(
+            'no GPU: this run uses float32 in place of mixed precision',
+            logger='current',
+            level=logging.WARNING,
+        )
     wrapper.type = 'OptimWrapper'
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
@@ -104,7 +119,7 @@ def use_auto_scale_lr(cfg: Config) -> None:
     Raises:
         UserError: The config doesn't say its base batch size.
     """
-    if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UserError(f'{cfg.filename} has no auto_scale_lr.base_batch_size to scale from')
     cfg.auto_scale_lr.enable = True
 
@@ -119,7 +134,7 @@ def use_checkpoint(cfg: Config, resume: str | None) -> None:
         cfg.resume = True
         cfg.load_from = None if resume == 'auto' else resume
     start = cfg.get('load_from')
-    if start and '://' not in start and not Path(start).is_file():
+    if start and '://' not in start and not Path(start).exists():
         raise UserError(f'no checkpoint {start}')
 
 
@@ -132,7 +147,11 @@ def use_tta(cfg: Config) -> None:
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise UserError(f'{cfg.filename} has no tta_model and tta_pipeline')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    data = cfg.test_dataloader.dataset
+    while 'dataset' in data:
+        data = data.dataset
+    for part in data.get('datasets', [data]):
+        part.pipeline = cfg.tta_pipeline
 
 
 def write_predictions(cfg: Config, out: str) -> None:
@@ -141,13 +160,14 @@ def write_predictions(cfg: Config, out: str) -> None:
     Raises:
         UserError: A detector's file doesn't end in .pkl.
     """
+    metrics = cfg.test_evaluator
+    metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
     if cfg.default_scope == 'mmseg':
-        cfg.test_evaluator.update(output_dir=out, keep_results=True)
+        for metric in metrics:
+            metric.update(output_dir=out, keep_results=True)
         return
     if not out.endswith('.pkl'):
         raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
-    metrics = cfg.test_evaluator
-    metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
     cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
 
 

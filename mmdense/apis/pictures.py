@@ -48,6 +48,9 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
         for line in file.read_text().splitlines():
             record = json.loads(line)
             if 'loss' in record:
+                if not last:  # what an earlier run logged from here on was not resumed from
+                    losses = {i: r for i, r in losses.items() if i < record['step']}
+                    metrics = {i: r for i, r in metrics.items() if i < record['step']}
                 last = record['step']
                 losses[last] = record
             elif last and METRICS.keys() & record.keys():

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -33,23 +33,33 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
     """
     _check_data(cfg, loaders)
     if not torch.cuda.is_available():
-        drop_amp(cfg)
         if cfg.get('launcher') == 'pytorch':
             _distribute_on_cpu(cfg)
+        if 'train' in loaders:
+            drop_amp(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    model = runner.model
-    while is_model_wrapper(model):
-        model = model.module
-    _check_channels(model)
+    model = cfg.model
+    _check_channels(_unwrap(runner.model), model.get('module', model))
     return runner
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """Return the detector or segmentor inside wrappers for processes and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
 
 
 def _distribute_on_cpu(cfg: Config) -> None:
     """Start the process group and wrap the model: mmengine takes a GPU for given in both."""
     torch.distributed.init_process_group('gloo')
-    cfg.setdefault(
-        'model_wrapper_cfg', dict(type='MMDistributedDataParallel', broadcast_buffers=False)
+    wrapper = dict(
+        type='MMDistributedDataParallel',
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+        device_ids=None,
     )
+    cfg.setdefault('model_wrapper_cfg', wrapper)
 
 
 def _data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
@@ -81,31 +91,32 @@ def _check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
                 )
 
 
-def _check_channels(model: nn.Module) -> None:
-    """Compare what the backbone announces with what is configured to read it."""
+def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
+    """Compare what the backbone announces with what the config says of those that read it."""
     announced = getattr(getattr(model, 'backbone', None), 'out_channels', None)
     if announced is None:
         return
-    has_neck = getattr(model, 'neck', None) is not None
-    for name in ['neck'] if has_neck else ['decode_head', 'auxiliary_head']:
-        reader = getattr(model, name, None)
-        for head in reader if isinstance(reader, nn.ModuleList) else [reader]:
-            wanted = getattr(head, 'in_channels', None)
-            if wanted is None:
-                continue
-            given = list(announced)
-            index = getattr(head, 'in_index', None)
-            if isinstance(index, int):
-                given = given[index]
-            elif index is not None:
-                given = [given[i] for i in index]
-                if head.input_transform == 'resize_concat':
-                    given = sum(given)
-            if given != (wanted if isinstance(wanted, int) else list(wanted)):
+    names = ['neck'] if cfg.get('neck') else ['decode_head', 'auxiliary_head']
+    for name in names:
+        readers = cfg.get(name) or []
+        for reader in readers if isinstance(readers, list) else [readers]:
+            said = reader.get('in_channels')
+            if name == 'neck':
+                given = list(announced)
+                # A single number, or coarse to fine, is the habit of some necks.
+                fits = not isinstance(said, list | tuple) or list(said) in (given, given[::-1])
+            else:
+                index = reader.get('in_index', -1)
+                many = isinstance(index, list | tuple)
+                given = [announced[i] for i in index] if many else announced[index]
+                fits = said is None or (list(said) if many else said) == given
+            if not fits:
                 raise UserError(
-                    f'{name} expects {wanted} channels, but the backbone gives {given}: set '
+                    f'{name} expects {said} channels, but the backbone gives {given}: set '
                     f"model.{name}.in_channels='{given}'"
                 )
+            if name == 'neck':
+                break  # further necks read the first one
 
 
 def load_weights(runner: Runner, path: str) -> None:
@@ -118,7 +129,7 @@ def load_weights(runner: Runner, path: str) -> None:
     Raises:
         UserError: The file is missing, is no checkpoint, or holds nothing of this model.
     """
-    if '://' not in path and not Path(path).is_file():
+    if '://' not in path and not Path(path).exists():
         raise UserError(f'no checkpoint {path}')
     try:
         checkpoint = runner.load_checkpoint(path)
@@ -126,6 +137,5 @@ def load_weights(runner: Runner, path: str) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f'{path} cannot be loaded as a checkpoint: {reason}') from error
     weights = {name.removeprefix('module.') for name in checkpoint.get('state_dict', checkpoint)}
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    if weights.isdisjoint(model.state_dict()):
+    if weights.isdisjoint(_unwrap(runner.model).state_dict()):
         raise UserError(f"{path} holds no weight of this model: is it another config's?")

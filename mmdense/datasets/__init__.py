@@ -2,6 +2,8 @@
 
 from mmdense.datasets.digits import (
     CLASSES,
+    FOREGROUND_CLASSES,
+    FOREGROUND_PALETTE,
     PALETTE,
     SEG_CLASSES,
     SEG_PALETTE,
@@ -9,4 +11,13 @@ from mmdense.datasets.digits import (
     make_digits,
 )
 
-__all__ = ['CLASSES', 'PALETTE', 'SEG_CLASSES', 'SEG_PALETTE', 'DigitsData', 'make_digits']
+__all__ = [
+    'CLASSES',
+    'FOREGROUND_CLASSES',
+    'FOREGROUND_PALETTE',
+    'PALETTE',
+    'SEG_CLASSES',
+    'SEG_PALETTE',
+    'DigitsData',
+    'make_digits',
+]

@@ -7,6 +7,7 @@ scikit-learn bundles (china.jpg, flower.jpg), so nothing is downloaded. What is 
     OUT/train/000000.jpg ...                    OUT/val/000000.jpg ...
     OUT/annotations/instances_train.json        OUT/annotations/instances_val.json    (COCO)
     OUT/semantic/train/000000.png ...           OUT/semantic/val/000000.png ...       (mmseg)
+    OUT/foreground/train/000000.png ...         OUT/foreground/val/000000.png ...     (mmseg)
     OUT/demo.json                               how it was made; marks the folder as ours
 
 Shapes: S = image side, [h, w] = one digit's tight window, all in pixels; images are RGB.
@@ -40,12 +41,16 @@ PALETTE = (
 )
 SEG_CLASSES = ('background', *CLASSES)
 SEG_PALETTE = ((0, 0, 0), *PALETTE)
+# The same label maps with all digits as one class.
+FOREGROUND_CLASSES = ('background', 'digit')
+FOREGROUND_PALETTE = ((0, 0, 0), (255, 225, 25))
 
 SPLITS = ('train', 'val')
+MAPS = ('semantic', 'foreground')  # folders of label maps
 MARKER = 'demo.json'
 GENERATOR = 'mmdense.datasets.make_digits'
 # To be raised whenever the same arguments give other files: older folders are then remade.
-VERSION = 1
+VERSION = 2
 
 PHOTOS = ('china.jpg', 'flower.jpg')
 SCAN_SIDE = 8
@@ -195,7 +200,7 @@ def _read_marker(root: Path) -> dict | None:
         ours = False
     if not ours:
         raise FileExistsError(f'{root} was not made by this tool, it stays as it is: {way_out}')
-    foreign = names - {*SPLITS, 'annotations', 'semantic', MARKER}
+    foreign = names - {*SPLITS, *MAPS, 'annotations', MARKER}
     if foreign:
         raise FileExistsError(
             f'{root} also holds {", ".join(sorted(foreign))}, not made by this tool: {way_out}'
@@ -210,7 +215,7 @@ def _up_to_date(root: Path, marker: dict | None, arguments: dict[str, int]) -> b
     return all(
         _annotation_file(root, split).is_file()
         and len(list((root / split).glob('*.jpg'))) == arguments[split]
-        and len(list((root / 'semantic' / split).glob('*.png'))) == arguments[split]
+        and all(len(list((root / maps / split).glob('*.png'))) == arguments[split] for maps in MAPS)
         for split in SPLITS
     )
 
@@ -221,7 +226,7 @@ def _annotation_file(root: Path, split: str) -> Path:
 
 def _write_split(root: Path, split: str, scenes: Iterable[_Scene]) -> int:
     """Write images, label maps and annotations of one split, return the number of digits."""
-    for folder in (root / split, root / 'semantic' / split, root / 'annotations'):
+    for folder in (root / split, *(root / maps / split for maps in MAPS), root / 'annotations'):
         folder.mkdir(parents=True, exist_ok=True)
     images, annotations = [], []
     for image_id, (image, labels, objects) in enumerate(scenes):
@@ -230,8 +235,9 @@ def _write_split(root: Path, split: str, scenes: Iterable[_Scene]) -> int:
             '.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
         )[1]
         (root / split / f'{stem}.jpg').write_bytes(jpeg.tobytes())
-        png = cv2.imencode('.png', labels)[1]
-        (root / 'semantic' / split / f'{stem}.png').write_bytes(png.tobytes())
+        for maps, values in zip(MAPS, (labels, np.minimum(labels, 1)), strict=True):
+            png = cv2.imencode('.png', values)[1]
+            (root / maps / split / f'{stem}.png').write_bytes(png.tobytes())
         height, width = labels.shape
         images.append(dict(id=image_id, file_name=f'{stem}.jpg', width=width, height=height))
         for digit, scan, mask in objects:

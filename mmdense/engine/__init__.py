@@ -1,6 +1,7 @@
 """What training needs around the networks: importing this package registers all of it."""
 
-from mmdense.engine.checkpoints import load_from_timm
+from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
+from mmdense.engine.checkpoints import allow_training_state, load_from_timm
 from mmdense.engine.hooks import ChannelsLastHook
 
-__all__ = ['ChannelsLastHook', 'load_from_timm']
+__all__ = ['ChannelsLastHook', 'allow_training_state', 'load_from_timm']

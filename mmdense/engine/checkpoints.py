@@ -1,11 +1,47 @@
-"""Where weights can come from, as schemes of mmengine's checkpoint loader."""
+"""Where weights can come from, and what a checkpoint may hold."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import timm
+import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
-__all__ = ['load_from_timm']
+__all__ = ['allow_training_state', 'load_from_timm']
+
+
+def allow_training_state() -> None:
+    """Let torch's safe loading read what mmengine saves beside the weights: its log buffers.
+
+    Since torch 2.6 ``torch.load`` refuses objects that it doesn't know; the original mmengine can't
+    load its own checkpoints there. (The maintained one opens a list of its own for each load, and
+    takes those entries off torch's list after it, ours too.)
+    """
+    core = getattr(np, '_core', None) or np.core
+    # numpy 2 renamed the module; files of either are read under either.
+    renamed = [
+        (function, f'numpy.{module}.multiarray.{function.__name__}')
+        for function in (core.multiarray._reconstruct, core.multiarray.scalar)
+        for module in ('core', '_core')
+    ]
+    dtypes = {type(np.dtype(code)) for code in '?bhilqefd'}
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *renamed, (_method, 'builtins.getattr')]
+    )
+
+
+def _method(owner: Any, name: str) -> Any:
+    """Stand in for ``getattr``, by which log buffers name their statistics: for nothing else."""
+    if owner is not HistoryBuffer:
+        raise TypeError(f'a checkpoint asks for {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
+if tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6):
+    allow_training_state()
 
 
 @CheckpointLoader.register_scheme(prefixes='timm://')

@@ -1,5 +1,6 @@
 """Networks: importing this package registers them."""
 
+from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
 from mmdense.models.backbones import RDNet
 
 __all__ = ['RDNet']

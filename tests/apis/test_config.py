@@ -50,6 +50,19 @@ def test_data_root_needs_one_to_replace(tmp_path):
     file.write_text("model = dict(type='mmdense.RDNet')\n")
     with pytest.raises(UserError, match='has no data_root'):
         config.load_config(str(file), options=dict(data_root='x'))
+    with pytest.raises(UserError, match='data_root is empty'):
+        config.load_config(COCO, options=dict(data_root=''))
+
+
+def test_data_root_moves_folders_not_prefixes(tmp_path):
+    file = tmp_path / 'leaf.py'
+    file.write_text(
+        "model = dict(type='SGD')\ndata_root = 'data/ade'\n"
+        "paths = ('data/ade', 'data/ade/x.json', 'data/ade_more/x.json')\n"
+    )
+    cfg = config.load_config(str(file), options=dict(data_root='/new/'))
+    assert cfg.paths == ('/new', '/new/x.json', 'data/ade_more/x.json')
+    assert cfg.data_root == '/new'
 
 
 def test_amp_and_its_absence():
@@ -64,9 +77,15 @@ def test_amp_and_its_absence():
 
 def test_amp_of_the_recipe_stays():
     cfg = config.load_config(COCO)
+    cfg.optim_wrapper.pop('type')  # mmengine's default
+    config.use_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
     cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=512)
     config.use_amp(cfg)
     assert cfg.optim_wrapper.loss_scale == 512
+    cfg.optim_wrapper.type = 'ApexOptimWrapper'
+    with pytest.raises(UserError, match='ApexOptimWrapper'):
+        config.use_amp(cfg)
 
 
 def test_auto_scale_lr():
@@ -97,6 +116,16 @@ def test_tta_takes_model_and_pipeline():
     assert cfg.model.type == 'DetTTAModel'
     assert cfg.model.module.backbone.type == 'mmdense.RDNet'
     assert cfg.test_dataloader.dataset.pipeline[-1].type == 'TestTimeAug'
+
+
+def test_tta_reaches_joined_data_sets():
+    cfg = config.load_config(COCO)
+    parts = [cfg.test_dataloader.dataset.copy() for _ in range(2)]
+    cfg.test_dataloader.dataset = dict(type='ConcatDataset', datasets=parts)
+    config.use_tta(cfg)
+    assert 'pipeline' not in cfg.test_dataloader.dataset
+    for part in cfg.test_dataloader.dataset.datasets:
+        assert part.pipeline[-1].type == 'TestTimeAug'
 
 
 def test_out_of_a_detector_is_a_pickle():
@@ -136,7 +165,7 @@ def test_missing_data_names_file_and_option(tmp_path):
     ('task', 'key', 'value', 'message'),
     [
         ('detection', 'neck', [64, 96, 100], r'neck expects .64, 96, 100. .*gives .64, 96, 144.'),
-        ('segmentation', 'decode_head', [1, 2, 3, 4], r'decode_head expects .1, 2, 3, 4. '),
+        ('segmentation', 'decode_head', [1, 2, 3], r'decode_head expects .1, 2, 3. '),
         ('segmentation', 'auxiliary_head', 7, 'auxiliary_head expects 7 .*gives 144'),
     ],
 )
@@ -146,14 +175,68 @@ def test_channels_that_do_not_fit(project, tmp_path, task, key, value, message):
         run.build_runner(cfg, loaders=())
 
 
-def test_concatenating_head_wants_the_sum(project, tmp_path):
+def test_concatenating_head_names_each_channel(project, tmp_path):
     head = {'type': 'FCNHead', 'in_index': [0, 1], 'input_transform': 'resize_concat'}
     options = {f'model.auxiliary_head.{k}': v for k, v in head.items()}
     options['model.auxiliary_head.in_channels'] = [64, 96]
     run.build_runner(demo('segmentation', project, tmp_path, **options), loaders=())
     options['model.auxiliary_head.in_channels'] = [64, 97]
-    with pytest.raises(UserError, match='expects 161 channels, but the backbone gives 160'):
+    with pytest.raises(UserError, match=r'expects .64, 97. channels, .*gives .64, 96.'):
         run.build_runner(demo('segmentation', project, tmp_path, **options), loaders=())
+
+
+@pytest.mark.parametrize(
+    'neck',
+    [
+        dict(type='DilatedEncoder', in_channels=144),
+        dict(type='YOLOV3Neck', in_channels=[144, 96, 64]),
+        [dict(type='FPN', in_channels=[64, 96, 144]), dict(type='BFP', in_channels=48)],
+        None,
+    ],
+)
+def test_other_necks_are_let_through(neck):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torch.nn.Identity()
+            self.backbone.out_channels = (64, 96, 144)
+
+    run._check_channels(Model(), dict(neck=neck))
+
+
+def test_weights_reach_the_model_inside_test_time_augmentation(project, tmp_path):
+    cfg = demo('segmentation', project, tmp_path)
+    plain = run.build_runner(cfg, loaders=('test',))
+    file = str(tmp_path / 'x.pth')
+    torch.save(dict(state_dict=plain.model.state_dict()), file)
+    cfg = demo('segmentation', project, tmp_path)
+    config.use_tta(cfg)
+    runner = run.build_runner(cfg, loaders=('test',))
+    run.load_weights(runner, file)
+    for old, new in zip(plain.model.parameters(), runner.model.module.parameters(), strict=True):
+        assert torch.equal(old, new)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='gloo stands in where there is no GPU')
+def test_processes_without_gpu(project, tmp_path, monkeypatch):
+    env = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1', MASTER_PORT=29533)
+    for key, value in env.items():
+        monkeypatch.setenv(key, str(value))
+    cfg = demo('detection', project, tmp_path)
+    cfg.update(launcher='pytorch', find_unused_parameters=True)
+    try:
+        runner = run.build_runner(cfg, loaders=('train',))
+        assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+        assert runner.model.find_unused_parameters
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_one_dimensional_parameters_do_not_decay(project, tmp_path):
+    runner = run.build_runner(demo('detection', project, tmp_path), loaders=('train',))
+    for group in runner.build_optim_wrapper(runner.cfg.optim_wrapper).optimizer.param_groups:
+        (parameter,) = group['params']
+        assert (group['weight_decay'] == 0) == (parameter.ndim == 1)
 
 
 def test_checkpoints_that_are_none(project, tmp_path):

@@ -8,7 +8,7 @@ from mmengine.registry import MODELS, DefaultScope, init_default_scope
 
 import mmdense  # noqa: F401
 from mmdense.apis.run import _check_channels
-from mmdense.datasets import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
+from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
 
 LEAVES = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')
 
@@ -28,7 +28,7 @@ def test_config_builds_and_fits(path):
     init_default_scope(cfg.default_scope)
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    _check_channels(model)
+    _check_channels(model, cfg.model)
     classes = cfg.train_dataloader.dataset.get('metainfo', {}).get('classes', range(80))
     for name in ('bbox_head', 'decode_head', 'auxiliary_head'):
         head = getattr(getattr(model, 'roi_head', model), name, None) or getattr(model, name, None)
@@ -36,9 +36,27 @@ def test_config_builds_and_fits(path):
             assert head.num_classes == len(classes)
 
 
+@pytest.mark.parametrize('path', LEAVES, ids=lambda p: p.stem)
+def test_no_parameter_is_left_without_a_gradient(path):
+    """DDP would refuse it."""
+    cfg = Config.fromfile(path)
+    init_default_scope(cfg.default_scope)
+    backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
+    maps = backbone(torch.randn(1, 3, 64, 64))
+    if 'neck' in cfg.model:
+        neck = MODELS.build(cfg.model.neck)
+        maps = neck(maps)
+    sum(m.square().sum() for m in maps).backward()
+    assert not [n for n, p in backbone.named_parameters() if p.grad is None]
+    assert 'neck' not in cfg.model or all(p.grad is not None for p in neck.parameters())
+
+
 @pytest.mark.parametrize(
     ('task', 'classes', 'palette'),
-    [('detection', CLASSES, PALETTE), ('segmentation', SEG_CLASSES, SEG_PALETTE)],
+    [
+        ('detection', CLASSES, PALETTE),
+        ('segmentation', FOREGROUND_CLASSES, FOREGROUND_PALETTE),
+    ],
 )
 def test_demo_configs_name_the_digits(task, classes, palette):
     cfg = Config.fromfile(ROOT / f'configs/{task}/_base_/digits_{task}.py')

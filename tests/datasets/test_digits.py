@@ -80,7 +80,8 @@ def test_layout_and_counts(data):
     for split in SPLITS:
         expected.add(f'annotations/instances_{split}.json')
         for i in range(SMALL[split]):
-            expected |= {f'{split}/{i:06d}.jpg', f'semantic/{split}/{i:06d}.png'}
+            expected |= {f'{split}/{i:06d}.jpg'}
+            expected |= {f'{maps}/{split}/{i:06d}.png' for maps in ('semantic', 'foreground')}
         assert data.images[split] == SMALL[split]
         assert data.instances[split] == len(load(data.root, split)['annotations'])
     assert names == expected
@@ -132,6 +133,8 @@ def test_label_maps_are_the_instance_masks(data, split):
             expected[mask] = annotation['category_id']
         assert labels.dtype == np.uint8
         assert np.array_equal(labels, expected)
+        foreground = str(path).replace('semantic', 'foreground')
+        assert np.array_equal(cv2.imread(foreground, cv2.IMREAD_UNCHANGED), expected > 0)
 
 
 @pytest.mark.parametrize('split', SPLITS)
@@ -256,7 +259,13 @@ def test_up_to_date_folder_is_left_alone(copy, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'lost', ['train/000003.jpg', 'semantic/val/000001.png', 'annotations/instances_val.json']
+    'lost',
+    [
+        'train/000003.jpg',
+        'semantic/val/000001.png',
+        'foreground/val/000001.png',
+        'annotations/instances_val.json',
+    ],
 )
 def test_incomplete_folder_is_made_again(copy, data, lost):
     (copy / lost).unlink()

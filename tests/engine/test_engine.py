@@ -1,11 +1,16 @@
 """Hooks and checkpoint schemes."""
 
+import pickle
+
+import numpy as np
 import pytest
 import timm
 import torch
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS, MODELS
 
 import mmdense  # noqa: F401
+from mmdense.engine import allow_training_state
 
 INIT = dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')
 
@@ -55,3 +60,26 @@ def test_without_network_training_stops(monkeypatch, tmp_path):
         RuntimeError, match='rdnet_tiny.nv_in1k: cannot reach the hub. .*init_cfg=None'
     ):
         net.init_weights()
+
+
+def test_training_state_loads_safely(tmp_path):
+    buffer = HistoryBuffer([1.0, 3.0], [1, 1])
+    file = tmp_path / 'x.pth'
+    torch.save(dict(message_hub=dict(loss=buffer), lr=np.float64(0.5)), file)
+    allow_training_state()
+    state = torch.load(file, weights_only=True)
+    assert state['message_hub']['loss'].statistics('max') == 3
+    assert state['lr'] == 0.5
+
+
+class Attack:
+    def __reduce__(self):
+        return getattr, (int, 'from_bytes')
+
+
+def test_getattr_stays_forbidden(tmp_path):
+    allow_training_state()
+    file = tmp_path / 'x.pth'
+    torch.save(Attack(), file)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(file, weights_only=True)

@@ -6,7 +6,7 @@ _base_ = [
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0))
+    paramwise_cfg=dict(flat_decay_mult=0.0))
 
 # Flips merged by NMS, for tools/test.py --tta.
 tta_model = dict(

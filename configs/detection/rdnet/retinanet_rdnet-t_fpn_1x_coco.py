@@ -1,11 +1,13 @@
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_1x.py']
 
+# The pyramid begins at stride 8: map 0 would be normed for nobody, which DDP refuses.
 model = dict(
     backbone=dict(
         _delete_=True,
         type='mmdense.RDNet',
         arch='tiny',
+        out_indices=(1, 2, 3),
         output_norm=True,
         drop_path_rate=0.1,
         init_cfg=dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')),
-    neck=dict(in_channels=[256, 440, 744, 1040]))
+    neck=dict(in_channels=[440, 744, 1040], start_level=0))

@@ -1,10 +1,8 @@
-# Label maps of the digits that tools/make_demo_dataset.py makes, at their own size of 192 x 192.
+# Digits against background, from the images of tools/make_demo_dataset.py at their own size of
+# 192 x 192. The folder semantic/ beside foreground/ tells all ten digits apart.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digits/'
-metainfo = dict(
-    classes=('background', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'),
-    palette=[(0, 0, 0), (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
-             (240, 50, 230), (70, 240, 240), (145, 30, 180), (210, 245, 60), (250, 190, 212)])
+metainfo = dict(classes=('background', 'digit'), palette=[(0, 0, 0), (255, 225, 25)])
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -42,7 +40,7 @@ train_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
-        data_prefix=dict(img_path='train', seg_map_path='semantic/train'),
+        data_prefix=dict(img_path='train', seg_map_path='foreground/train'),
         pipeline=train_pipeline))
 val_dataloader = dict(
     batch_size=1,
@@ -53,7 +51,7 @@ val_dataloader = dict(
         type=dataset_type,
         data_root=data_root,
         metainfo=metainfo,
-        data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
+        data_prefix=dict(img_path='val', seg_map_path='foreground/val'),
         pipeline=test_pipeline))
 test_dataloader = val_dataloader
 

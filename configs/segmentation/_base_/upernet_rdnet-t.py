@@ -9,7 +9,11 @@ model = dict(
         bgr_to_rgb=True,
         pad_val=0,
         seg_pad_val=255),
-    backbone=dict(type='mmdense.RDNet', arch='tiny', drop_path_rate=0.1),
+    backbone=dict(
+        type='mmdense.RDNet',
+        arch='tiny',
+        drop_path_rate=0.1,
+        init_cfg=dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')),
     decode_head=dict(
         type='UPerHead',
         in_channels=[256, 440, 744, 1040],

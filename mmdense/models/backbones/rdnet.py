@@ -26,6 +26,10 @@ from mmdense.registry import MODELS
 __all__ = ['RDNet']
 
 
+def _eighths(channels: float) -> int:
+    return int(channels / 8) * 8
+
+
 @dataclass(frozen=True)
 class Arch:
     """Shape of an RDNet.
@@ -52,6 +56,16 @@ class Arch:
             raise ValueError(f'stem, blocks and each growth must be positive: {self}')
         if list(self.down) != sorted(set(self.down)) or any(not 1 <= i <= last for i in self.down):
             raise ValueError(f'down must increase within 1 to {last}: {self.down}')
+        if any(channels < 8 for channels in self.channels()[0][1:]):
+            raise ValueError(f'fewer than 16 channels at the end of a dense stage: {self}')
+
+    def channels(self) -> tuple[list[int], list[int]]:
+        """Return the channels at the beginning and at the end of each dense stage."""
+        inputs, outputs = [], []
+        for growth in self.growth:
+            inputs.append(_eighths(outputs[-1] * 0.5) if outputs else self.stem)
+            outputs.append(inputs[-1] + self.blocks * growth)
+        return inputs, outputs
 
 
 ARCHS = dict(
@@ -60,10 +74,6 @@ ARCHS = dict(
     base=Arch(stem=120, growth=(96, 128, *[168] * 7, 336, 336), down=(1, 2, 9)),
     large=Arch(stem=144, growth=(128, 192, *[256] * 8, 360, 360), down=(1, 2, 10)),
 )
-
-
-def _eighths(channels: float) -> int:
-    return int(channels / 8) * 8
 
 
 class MixBlock(nn.Module):
@@ -90,7 +100,10 @@ class MixBlock(nn.Module):
 
     def forward(self, features: list[Tensor]) -> Tensor:
         x = self.layers(torch.cat(features, 1))
-        return self.drop_path(x * self.gamma.view(1, -1, 1, 1))
+        # Autocast multiplies in float32; the features, which all later blocks read, go on as narrow
+        # as they came.
+        x = (x * self.gamma.view(1, -1, 1, 1)).to(x.dtype)
+        return self.drop_path(x)
 
 
 class DenseStage(nn.Sequential):
@@ -150,10 +163,7 @@ class RDNet(Backbone):
     ) -> None:
         arch = resolve_arch(arch, ARCHS)
         num_stages = len(arch.growth)
-        inputs, outputs = [], []  # channels of each dense stage
-        for i, growth in enumerate(arch.growth):
-            inputs.append(_eighths(outputs[-1] * 0.5) if i else arch.stem)
-            outputs.append(inputs[-1] + arch.blocks * growth)
+        inputs, outputs = arch.channels()
         taps = [i - 1 for i in arch.down] + [num_stages - 1]
         super().__init__(
             map_channels=[outputs[i] for i in taps],

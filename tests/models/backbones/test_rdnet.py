@@ -127,11 +127,21 @@ def test_arch_fields_show():
     assert scaled.dense_stages[0][0].dense_block0.gamma.tolist() == [0.5] * 8
 
 
+def test_features_stay_narrow_under_autocast():
+    net = RDNet(arch=TINY, out_indices=(0, 1, 2))
+    with torch.autocast('cpu', torch.bfloat16):
+        maps = net(torch.randn(1, 3, 32, 32))
+    assert [m.dtype for m in maps] == [torch.bfloat16] * 3
+    sum(m.sum() for m in maps).backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
         (dict(growth=()), 'positive'),
         (dict(stem=0), 'positive'),
+        (dict(stem=4, growth=(4, 8, 8)), 'fewer than 16 channels'),
         (dict(down=(2, 1)), 'down must increase'),
         (dict(down=(0, 1)), 'down must increase'),
         (dict(down=(1, 3)), 'down must increase'),

@@ -1,0 +1,53 @@
+"""The package as it is installed and imported, and the documents beside it."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT
+
+
+def python(code):
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_import_is_cheap():
+    status, out, err = python(
+        'import sys, mmdense; from mmengine.registry import MODELS; '
+        "print([m for m in ('torch', 'mmcv', 'mmdet', 'mmseg') if m in sys.modules]); "
+        "print(MODELS.get('mmdense.RDNet').__name__)"
+    )
+    assert status == 0, err
+    assert out == '[]\nRDNet'
+
+
+@pytest.mark.parametrize('module', ['mmdense.models', 'mmdense.engine', 'mmdense.apis'])
+def test_without_mm_packages_one_line_says_what_helps(module):
+    hide = "import sys; sys.modules['mmengine'] = None; "
+    status, out, err = python(hide + 'import mmdense; print(mmdense.__version__)')
+    assert status == 0, err
+    assert re.fullmatch(r'\d+\.\d+\.\d+', out)
+    status, _, err = python(f'{hide}import {module}')
+    assert status == 1
+    assert err.splitlines()[-1] == (
+        'ModuleNotFoundError: mmdense needs the MM packages, in one of two distributions that must '
+        "not be mixed; in its folder: pip install -e '.[mm]' (maintained) or "
+        "pip install -e '.[openmmlab]' (original)"
+    )
+
+
+def test_tested_versions_are_exact_and_without_addresses():
+    lines = (ROOT / 'requirements/tested.txt').read_text().splitlines()
+    pins = [line for line in lines if not line.startswith('#')]
+    assert len(pins) > 50
+    assert not [pin for pin in pins if not re.fullmatch(r'[\w.-]+==[\w.+!-]+', pin)]
+
+
+def test_readme_table_is_fresh():
+    done = subprocess.run([sys.executable, ROOT / 'tools/update_readme.py', '--check'])
+    assert done.returncode == 0
