@@ -183,5 +183,6 @@ def use_show_dir(cfg: Config, folder: str) -> None:
     cfg.default_hooks.visualization.draw = True
     if cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = folder
+        cfg.default_hooks.visualization.interval = 1  # the original mmseg would draw each 50th
     else:
         cfg.default_hooks.visualization.test_out_dir = folder

@@ -27,6 +27,8 @@ METRICS = {
     'mIoU': 'mIoU (%)',
 }
 
+LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look
+
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """Read what a training logged, over all its resumptions.
@@ -167,7 +169,7 @@ def _draw_boxes(
             box[1] - 2,
             f'{classes[label]} {score:.2f}',
             fontsize=8,
-            color='black',
+            color='black' if colours[label] @ LUMA > 0.4 else 'white',
             va='bottom',
             bbox=dict(fc=colours[label], ec='none', pad=1),
         )
