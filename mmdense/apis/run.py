@@ -94,7 +94,7 @@ def _check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
 def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
     """Compare what the backbone announces with what the config says of those that read it."""
     announced = getattr(getattr(model, 'backbone', None), 'out_channels', None)
-    if announced is None:
+    if not isinstance(announced, tuple):  # not a backbone of ours
         return
     names = ['neck'] if cfg.get('neck') else ['decode_head', 'auxiliary_head']
     for name in names:
@@ -108,6 +108,11 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
             else:
                 index = reader.get('in_index', -1)
                 many = isinstance(index, list | tuple)
+                if max(index if many else [index]) >= len(announced):
+                    raise UserError(
+                        f'{name}.in_index is {index}, but the backbone returns {len(announced)} '
+                        'maps, counted from 0'
+                    )
                 given = [announced[i] for i in index] if many else announced[index]
                 fits = said is None or (list(said) if many else said) == given
             if not fits:

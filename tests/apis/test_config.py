@@ -185,6 +185,12 @@ def test_concatenating_head_names_each_channel(project, tmp_path):
         run.build_runner(demo('segmentation', project, tmp_path, **options), loaders=())
 
 
+def test_head_that_reads_a_map_too_many(project, tmp_path):
+    cfg = demo('segmentation', project, tmp_path, **{'model.decode_head.in_index': [0, 1, 3]})
+    with pytest.raises(UserError, match=r'in_index is .0, 1, 3., but the backbone returns 3 maps'):
+        run.build_runner(cfg, loaders=())
+
+
 @pytest.mark.parametrize(
     'neck',
     [
