@@ -1,16 +1,11 @@
 """Train a detector or a segmentor."""
 
-import argparse
-
-from mmengine.config import DictAction
-
-from mmdense.apis import config, report_errors, run
+from mmdense.apis import config, options, report_errors, run
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='where logs and checkpoints go (work_dirs/<config>)')
+@report_errors
+def main() -> None:
+    parser = options.config_parser(__doc__)
     parser.add_argument(
         '--resume',
         nargs='?',
@@ -24,23 +19,7 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help="scale the learning rate by the real over the config's base batch size",
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config; data_root=FOLDER moves all data sets',
-    )
-    parser.add_argument('--launcher', choices=('none', 'pytorch', 'slurm', 'mpi'), default='none')
-    return parser.parse_args()
-
-
-@report_errors
-def main() -> None:
-    args = parse_args()
-    cfg = config.load_config(
-        args.config, options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher
-    )
+    args, cfg = options.parse_config(parser)
     if args.amp:
         config.use_amp(cfg)
     if args.auto_scale_lr:

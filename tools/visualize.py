@@ -1,33 +1,23 @@
 """Draw a trained model's predictions and its training curves."""
 
-import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
 from rich.console import Console
 from rich.table import Table
 
-from mmdense.apis import config, pictures, report_errors, run
+from mmdense.apis import options, pictures, report_errors, run
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('config', help='config file')
+@report_errors
+def main() -> None:
+    parser = options.config_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('--work-dir', help='of the training (work_dirs/<config>)')
     parser.add_argument('--out', metavar='DIR', help='where pictures go (the work dir)')
     parser.add_argument('--num', type=int, default=12, help='number of images (%(default)s)')
     parser.add_argument(
         '--score-thr', type=float, default=0.5, help='lowest score of a drawn box (%(default)s)'
     )
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE')
-    return parser.parse_args()
-
-
-@report_errors
-def main() -> None:
-    args = parse_args()
-    cfg = config.load_config(args.config, options=args.cfg_options, work_dir=args.work_dir)
+    args, cfg = options.parse_config(parser)
     losses, metrics = pictures.read_scalars(cfg.work_dir)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)
