@@ -20,8 +20,8 @@ else
 $(info $(MM) on Python $(PY_VERSION) (tested: mm on $(TESTED)): pip chooses the versions)
 endif
 
-# Threads that wait for one another must sleep, not spin: with a busy neighbour on a small machine
-# spinning has been seen to make a training step ten times as long.
+# Threads that wait for one another sleep rather than spin: kinder to a small, shared machine
+# (docs/decisions.md, 10).
 export OMP_WAIT_POLICY ?= passive
 
 .PHONY: help setup demo demo-segmentation test test-fast test-openmmlab lint format check tested

@@ -26,13 +26,12 @@ OPENMMLAB = [
     'setuptools<82',
 ]
 DEMO = ['scikit-learn>=1.3', 'pillow>=9.1', 'rich', 'matplotlib']
-TEST = [*DEMO, 'pytest>=8', 'pytest-xdist']
+TEST = [*DEMO, 'pytest>=8']
 
 setup(
     name='mmdense',
     version=re.search(r"__version__ = '(.+)'", (ROOT / 'mmdense/__init__.py').read_text())[1],
-    description='RDNet, DenseNet, CondenseNetV2 and ReXNet backbones for MMDetection and '
-    'MMSegmentation, without a compiler.',
+    description='RDNet backbones for MMDetection 3.x and MMSegmentation 1.x, without a compiler.',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

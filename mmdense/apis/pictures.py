@@ -19,7 +19,7 @@ from mmdense.apis.errors import UserError
 
 __all__ = ['draw_predictions', 'plot_curves', 'read_scalars']
 
-# The first of these that a log holds is its main metric, with the name that people know it by.
+# The metrics that are drawn and printed, with the names that people know them by.
 METRICS = {
     'coco/segm_mAP': 'mask AP',
     'coco/bbox_mAP': 'box AP',

@@ -14,9 +14,9 @@ class ChannelsLastHook(Hook):
     """Run the model in channels-last memory format, in training, validation and test.
 
     Convolutions answer in the format of their weights, so putting the weights into it is enough:
-    images need no conversion, results stay the same. On a CPU it is the faster format; on a GPU
-    measure it. Under DDP the gradients' buckets exist before the hook runs, so torch warns that
-    their strides differ.
+    images need no conversion, results stay the same. Which format is the faster depends on the
+    machine: measure it. Under DDP the gradients' buckets exist before the hook runs, so torch warns
+    that their strides differ.
     """
 
     def before_run(self, runner: Runner) -> None:
