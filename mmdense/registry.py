@@ -9,6 +9,7 @@ from importlib.util import find_spec
 try:
     from mmengine.registry import HOOKS as _HOOKS
     from mmengine.registry import MODELS as _MODELS
+    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
     from mmengine.registry import Registry
 except ModuleNotFoundError:
     if find_spec('mmengine'):
@@ -19,10 +20,16 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-__all__ = ['HOOKS', 'MODELS']
+__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
 # Building a model may load weights, whose schemes are in the engine.
 MODELS = Registry(
     'model', parent=_MODELS, scope='mmdense', locations=['mmdense.models', 'mmdense.engine']
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])
+OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+    'optimizer wrapper constructor',
+    parent=_OPTIM_WRAPPER_CONSTRUCTORS,
+    scope='mmdense',
+    locations=['mmdense.engine'],
+)

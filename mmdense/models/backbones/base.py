@@ -4,6 +4,7 @@
     net.out_channels              # (256, 440, 744, 1040), one per returned map
     net.out_strides               # (4, 8, 16, 32), input pixels per map pixel
     net.layer_depth('stem.0.weight')   # (0, 9): depth of a parameter, number of depths
+    net.layer_depth('stem.0.weight', 'layer')   # (0, 23): the same, counted block by block
     net(x)                        # x [N, C, H, W] -> tuple of [N, out_channels[i], H_i, W_i]
     net.train() is net            # frozen stages stay frozen
 
@@ -22,9 +23,10 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['Backbone', 'resolve_arch']
+__all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch', 'suggest']
 
 ArchT = TypeVar('ArchT')
+GRANULARITIES = ('stage', 'layer')
 
 
 def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> ArchT:
@@ -39,7 +41,7 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
     """
     if isinstance(arch, str):
         if arch not in known:
-            raise ValueError(f'unknown arch {arch!r}{_suggest(arch, known)}')
+            raise ValueError(f'unknown arch {arch!r}{suggest(arch, known)}')
         return known[arch]
     arch_type = type(next(iter(known.values())))
     fields = {field.name: field for field in dataclasses.fields(arch_type)}
@@ -47,7 +49,7 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
         raise ValueError(f'arch must be one of {list(known)} or a dict of {list(fields)}')
     for key in arch:
         if key not in fields:
-            raise ValueError(f'unknown field {key!r} of arch{_suggest(key, fields)}')
+            raise ValueError(f'unknown field {key!r} of arch{suggest(key, fields)}')
     missing = [
         name
         for name, field in fields.items()
@@ -58,7 +60,8 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
     return arch_type(**arch)
 
 
-def _suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known name closest to a wrong one, and all."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f'; did you mean {close[0]!r}?' if close else ''
@@ -120,11 +123,11 @@ class Backbone(BaseModule):
         """Return the modules of one stage; stage 0 is the stem."""
         raise NotImplementedError
 
-    def _layer_depths(self) -> tuple[Mapping[str, int], int]:
-        """Return the depth of each module-name prefix, and the number of depths."""
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        """Return the depth of each module-name prefix, finer prefixes first, and their number."""
         raise NotImplementedError
 
-    def layer_depth(self, name: str) -> tuple[int, int]:
+    def layer_depth(self, name: str, granularity: str = 'stage') -> tuple[int, int]:
         """Return ``(depth, number of depths)`` of a parameter, for layer-wise learning rates.
 
         The stem has depth 0. The last depth is that of what was not pretrained with the network
@@ -133,11 +136,15 @@ class Backbone(BaseModule):
 
         Args:
             name: As in ``named_parameters()`` of the backbone.
+            granularity: What adds one to the depth: 'stage', which the family says what it is
+                (RDNet: a dense stage), or 'layer', a block of such a stage.
 
         Raises:
-            ValueError: The backbone has no such parameter.
+            ValueError: The backbone has no such parameter, or there is no such granularity.
         """
-        prefixes, num_depths = self._layer_depths()
+        if granularity not in GRANULARITIES:
+            raise ValueError(f'granularity is {granularity!r}, must be one of {GRANULARITIES}')
+        prefixes, num_depths = self._layer_depths(granularity)
         for prefix, depth in prefixes.items():
             if name.startswith(f'{prefix}.'):
                 return depth, num_depths

@@ -175,6 +175,7 @@ class RDNet(Backbone):
             init_cfg=init_cfg,
         )
         self._taps = taps
+        self._blocks = arch.blocks
         self._min_size = 4 * 2 ** len(arch.down)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, arch.stem, 4, stride=4), LayerNorm2d(arch.stem, eps=1e-6)
@@ -218,10 +219,18 @@ class RDNet(Backbone):
         first = self._taps[stage - 2] + 1 if stage > 1 else 0
         return list(self.dense_stages[first : self._taps[stage - 1] + 1])
 
-    def _layer_depths(self) -> tuple[Mapping[str, int], int]:
-        num_depths = self._taps[-1] + 3
-        depths = {f'dense_stages.{i}': i + 1 for i in range(len(self.dense_stages))}
-        return {'stem': 0, **depths, 'output_norms': num_depths - 1}, num_depths
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        # Of the whole network: the maps that a detector reads don't change its rates.
+        per_stage = self._blocks if granularity == 'layer' else 1
+        depths = {'stem': 0}
+        for i, stage in enumerate(self.dense_stages):
+            first = 1 + i * per_stage
+            if granularity == 'layer':
+                dense = f'dense_stages.{i}.{len(stage) - 1}'
+                depths |= {f'{dense}.dense_block{b}': first + b for b in range(per_stage)}
+            depths[f'dense_stages.{i}'] = first  # the norm and the convolution that halve
+        last = 1 + (self._taps[-1] + 1) * per_stage
+        return {**depths, 'output_norms': last}, last + 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return maps [N, C_i, H // s_i, W // s_i] for images [N, in_channels, H, W].

@@ -107,18 +107,40 @@ def test_norm_eval_keeps_statistics(family, norm_eval):
             assert module.training is not norm_eval
 
 
-def test_layer_depth_knows_every_parameter(family):
+@pytest.mark.parametrize('granularity', ['stage', 'layer'])
+def test_layer_depth_knows_every_parameter(family, granularity):
     net = build(family)
     depths = {}
     for name, _ in net.named_parameters():
-        depth, number = net.layer_depth(name)
+        depth, number = net.layer_depth(name, granularity)
         depths.setdefault(depth, name)
         assert 0 <= depth < number
     # Depths follow the data, from 0, without a gap; the last one is for heads.
-    assert list(depths) == sorted(depths) == list(range(number - 1))
-    assert all(net.layer_depth(n)[0] == 0 for s in [0] for n in _names(net, net._stage_modules(s)))
+    assert sorted(depths) == list(range(number - 1))
+    stem = _names(net, net._stage_modules(0))
+    assert [n for n, _ in net.named_parameters() if not net.layer_depth(n, granularity)[0]] == stem
+    # A network that is cut short keeps its depths.
+    part = build(family, out_indices=(0,))
+    for name, _ in part.named_parameters():
+        assert part.layer_depth(name, granularity) == net.layer_depth(name, granularity)
     with pytest.raises(ValueError, match="no parameter 'nonsense.weight'"):
-        net.layer_depth('nonsense.weight')
+        net.layer_depth('nonsense.weight', granularity)
+
+
+def test_layer_depth_by_layers_refines_stages(family):
+    net = build(family)
+    stages, layers = [], []
+    for name, _ in net.named_parameters():
+        stages.append(net.layer_depth(name))
+        layers.append(net.layer_depth(name, 'layer'))
+    assert layers[0][1] > stages[0][1]
+    stage_of = {}
+    for (stage, _), (layer, _) in zip(stages, layers, strict=True):
+        assert stage_of.setdefault(layer, stage) == stage
+    by_layer = [stage for _, stage in sorted(stage_of.items())]
+    assert by_layer == sorted(by_layer)
+    with pytest.raises(ValueError, match="granularity is 'nonsense'"):
+        net.layer_depth('stem.0.weight', 'nonsense')
 
 
 def _names(net, modules):

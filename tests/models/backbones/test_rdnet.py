@@ -114,6 +114,9 @@ def test_layer_depth_counts_dense_stages():
     assert net.layer_depth('stem.0.weight') == (0, 9)
     assert net.layer_depth('dense_stages.0.0.dense_block1.gamma') == (1, 9)
     assert net.layer_depth('dense_stages.6.0.weight') == (7, 9)
+    assert net.layer_depth('dense_stages.0.0.dense_block1.gamma', 'layer') == (2, 23)
+    assert net.layer_depth('dense_stages.6.0.weight', 'layer') == (19, 23)
+    assert net.layer_depth('dense_stages.6.2.dense_block2.gamma', 'layer') == (21, 23)
 
 
 def test_arch_fields_show():

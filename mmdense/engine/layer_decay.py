@@ -1,0 +1,158 @@
+"""Learning rates that fall from the heads down to the backbone's stem."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from numbers import Real
+from typing import Any
+
+from mmengine.logging import print_log
+from mmengine.optim import DefaultOptimWrapperConstructor
+from torch import nn
+
+from mmdense.models.backbones.base import GRANULARITIES, suggest
+from mmdense.models.backbones.rdnet import RDNet
+from mmdense.registry import OPTIM_WRAPPER_CONSTRUCTORS
+
+__all__ = ['LayerDecayOptimWrapperConstructor']
+
+MODES = ('exact', 'published')
+# RDNet's release counts 7 stages in every size, and the heads one beyond the last depth.
+PUBLISHED_DEPTHS = 7 + 2
+PUBLISHED_HEADS = PUBLISHED_DEPTHS + 1
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
+    """Scale learning rates by ``decay_rate ** (number of depths - 1 - depth)``.
+
+    Depths come from ``backbone.layer_depth(name, granularity)``: 0 for the stem, the last for what
+    was not pretrained, so necks and heads keep the optimizer's ``lr``. Parameters of one dimension
+    and biases get no weight decay, frozen ones no place in the optimizer, shared ones one place.
+    A table of the scales goes to the log.
+
+    ``paramwise_cfg`` has these settings:
+
+    - ``decay_rate`` (float): Above 0, at most 1.
+    - ``granularity`` ('stage' or 'layer'): What counts as one step of depth. 'stage' by default.
+    - ``mode`` ('exact' or 'published'): 'published' gives the scales that RDNet was released with.
+      They count 7 stages in every size, and the heads beyond the last depth: heads get
+      ``decay_rate ** -2``, stage i (from 0) gets ``decay_rate ** (7 - i)``, above 1 for stages that
+      only larger sizes have. 'exact' by default.
+    - ``custom_keys`` (dict): As in mmengine, settings for parameters by a part of their names, the
+      longest that fits: ``lr_mult`` and ``decay_mult`` multiply what is said above.
+
+    Args:
+        optim_wrapper_cfg: As in mmengine; its optimizer needs ``lr`` and ``weight_decay``.
+        paramwise_cfg: The settings above.
+
+    Raises:
+        ValueError: A setting that is unknown, missing or impossible, a custom key that fits no
+            parameter, or a backbone that can't tell depths.
+    """
+
+    def _validate_cfg(self) -> None:
+        cfg = self.paramwise_cfg
+        _check_keys('paramwise_cfg', cfg, ('decay_rate', 'granularity', 'mode', 'custom_keys'))
+        rate = cfg.get('decay_rate')
+        if not _is_number(rate) or not 0 < rate <= 1:
+            raise ValueError(f'paramwise_cfg.decay_rate is {rate!r}, must be above 0, at most 1')
+        for key, known in (('granularity', GRANULARITIES), ('mode', MODES)):
+            if cfg.get(key, known[0]) not in known:
+                raise ValueError(f'paramwise_cfg.{key} is {cfg[key]!r}, must be one of {known}')
+        self.granularity = cfg.get('granularity', GRANULARITIES[0])
+        self.published = cfg.get('mode') == 'published'
+        if self.published and self.granularity != 'stage':
+            raise ValueError("paramwise_cfg.granularity must be 'stage' in mode 'published'")
+        for name, settings in _mapping('paramwise_cfg.custom_keys', cfg.get('custom_keys', {})):
+            where = f'paramwise_cfg.custom_keys[{name!r}]'
+            _check_keys(where, settings, ('lr_mult', 'decay_mult'))
+            for key, value in settings.items():
+                if not _is_number(value) or value < 0:
+                    raise ValueError(f'{where}.{key} is {value!r}, must be a number from 0 up')
+        for key in ('lr', 'weight_decay'):
+            if not _is_number(self.optimizer_cfg.get(key)):
+                raise ValueError(f'optimizer.{key} must be a number for layer decay to scale')
+
+    def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
+        """Append one group per depth and setting to ``params``, each with its ``depth``.
+
+        Args:
+            params: The list of groups, changed in place.
+            module: A model with a ``backbone``.
+            **kwargs: Ignored; mmengine's own constructor recurses with them.
+        """
+        last = self._last_depth(module)
+        keys = self._custom_keys(module)
+        groups, scales = {}, {}
+        for name, parameter in module.named_parameters():  # a shared one comes once
+            if not parameter.requires_grad:
+                continue
+            depth = last
+            if name.startswith('backbone.'):
+                name_inside = name.removeprefix('backbone.')
+                depth, _ = module.backbone.layer_depth(name_inside, self.granularity)
+            custom = next((settings for key, settings in keys.items() if key in name), {})
+            scale = self._scale(depth, last) * custom.get('lr_mult', 1)
+            decays = parameter.ndim != 1 and not name.endswith('.bias')
+            weight_decay = self.base_wd * decays * custom.get('decay_mult', 1)
+            scales.setdefault((depth, scale), []).append(parameter.numel())
+            group = dict(params=[], lr=self.base_lr * scale, weight_decay=weight_decay, depth=depth)
+            group = groups.setdefault((depth, scale, weight_decay), group)
+            group['params'].append(parameter)
+        params.extend(group for _, group in sorted(groups.items()))
+        self._log(scales)
+
+    def _last_depth(self, module: nn.Module) -> int:
+        """Return the depth of necks and heads."""
+        backbone = getattr(module, 'backbone', None)
+        if backbone is None:
+            raise ValueError(f'{type(module).__name__} has no backbone for layer decay to ask')
+        if not hasattr(backbone, 'layer_depth'):
+            raise ValueError(
+                f'{type(backbone).__name__} cannot tell depths for layer decay: add a method '
+                'layer_depth(name, granularity) that returns (depth, number of depths), from 0 '
+                'for the stem to number - 1 for what was not pretrained'
+            )
+        if self.published and not isinstance(backbone, RDNet):
+            raise ValueError("paramwise_cfg.mode 'published' is RDNet's: use 'exact'")
+        name, _ = next(backbone.named_parameters())
+        return backbone.layer_depth(name, self.granularity)[1] - 1
+
+    def _scale(self, depth: int, last: int) -> float:
+        if self.published:
+            depth = PUBLISHED_HEADS if depth == last else depth
+            last = PUBLISHED_DEPTHS - 1
+        return self.paramwise_cfg['decay_rate'] ** (last - depth)
+
+    def _custom_keys(self, module: nn.Module) -> dict[str, Mapping[str, float]]:
+        """Return the custom keys in mmengine's order: longest first, then by the alphabet."""
+        custom = self.paramwise_cfg.get('custom_keys', {})
+        names = [name for name, _ in module.named_parameters()]
+        for key in custom:
+            if not any(key in name for name in names):
+                raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] fits no parameter')
+        return {key: custom[key] for key in sorted(custom, key=lambda key: (-len(key), key))}
+
+    def _log(self, scales: Mapping[tuple[int, float], list[int]]) -> None:
+        lines = [f'layer decay {self.paramwise_cfg}, learning rate {self.base_lr:g}']
+        lines.append(f'{"depth":>5} {"scale":>9} {"lr":>9} {"parameters":>11}')
+        for (depth, scale), sizes in sorted(scales.items()):
+            lines.append(f'{depth:5} {scale:9.4g} {self.base_lr * scale:9.3g} {sum(sizes):11,}')
+        print_log('\n'.join(lines), logger='current')
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _mapping(where: str, value: Any) -> Collection[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{where} is {value!r}, must be a dict')
+    return value.items()
+
+
+def _check_keys(where: str, settings: Any, known: tuple[str, ...]) -> None:
+    for key, _ in _mapping(where, settings):
+        if key not in known:
+            raise ValueError(f'unknown {where}.{key}{suggest(str(key), known)}')

@@ -1,0 +1,226 @@
+"""Layer decay: scales against the formulas, what it refuses, what it leaves out."""
+
+import pytest
+import torch
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from torch import nn
+
+import mmdense  # noqa: F401
+from mmdense.models import RDNet
+
+TINY = dict(stem=8, growth=(8, 8, 8), down=(1, 2), blocks=2, gate_from=1)
+BASE_LR, WEIGHT_DECAY = 8e-5, 0.05
+
+
+def tiny(**options):
+    return RDNet(arch=TINY, out_indices=(0, 1, 2), **options)
+
+
+class Model(nn.Module):
+    """As much of a detector as the constructor looks at."""
+
+    def __init__(self, backbone=None):
+        super().__init__()
+        if backbone is not None:
+            self.backbone = backbone
+        self.head = nn.Conv2d(4, 4, 1)
+
+
+def wrapper_cfg(optimizer=None, **paramwise_cfg):
+    return dict(
+        constructor='mmdense.LayerDecayOptimWrapperConstructor',
+        optimizer=optimizer or dict(type='AdamW', lr=BASE_LR, weight_decay=WEIGHT_DECAY),
+        paramwise_cfg=paramwise_cfg,
+    )
+
+
+def groups(model, **settings):
+    wrapper = build_optim_wrapper(model, wrapper_cfg(**settings))
+    group_of = {id(p): g for g in wrapper.optimizer.param_groups for p in g['params']}
+    return {name: group_of.get(id(p)) for name, p in model.named_parameters()}
+
+
+def scales(model, **paramwise_cfg):
+    return {n: g['lr'] / BASE_LR for n, g in groups(model, **paramwise_cfg).items()}
+
+
+# Stem, dense stages from the first to the last, then what was not pretrained.
+EXPECTED = {
+    ('tiny', 0.8, 'exact'): [0.8**n for n in (8, 7, 6, 5, 4, 3, 2, 1)] + [1],
+    ('small', 0.7, 'exact'): [0.7**n for n in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
+    ('base', 0.7, 'exact'): [0.7**n for n in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
+    ('tiny', 0.8, 'published'): [0.8**n for n in (8, 7, 6, 5, 4, 3, 2, 1, -2)],
+    ('small', 0.7, 'published'): [0.7**n for n in (8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -2)],
+    ('base', 0.7, 'published'): [0.7**n for n in (8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -2)],
+}
+
+
+@pytest.mark.parametrize(('arch', 'rate', 'mode'), EXPECTED)
+def test_scales_follow_the_formula(arch, rate, mode):
+    with torch.device('meta'):
+        model = Model(RDNet(arch=arch, output_norm=True))
+    expected = EXPECTED[arch, rate, mode]
+    assert len(expected) == len(model.backbone.dense_stages) + 2
+    for name, scale in scales(model, decay_rate=rate, mode=mode).items():
+        part = name.split('.')
+        if part[1] == 'dense_stages':
+            wanted = expected[1 + int(part[2])]
+        else:
+            wanted = expected[0 if part[1] == 'stem' else -1]
+        assert scale == pytest.approx(wanted), name
+
+
+def test_known_published_figures():
+    """Written down beside the release: the last stage of B, and its heads."""
+    with torch.device('meta'):
+        model = Model(RDNet(arch='base'))
+    found = scales(model, decay_rate=0.7, mode='published')
+    assert found['backbone.dense_stages.10.0.weight'] == pytest.approx(2.92, abs=5e-3)
+    assert found['head.weight'] == pytest.approx(2.04, abs=5e-3)
+
+
+def test_layers_decay_block_by_block():
+    model = Model(tiny())
+    found = scales(model, decay_rate=0.5, granularity='layer')
+    assert found['head.weight'] == 1
+    assert found['backbone.dense_stages.2.2.dense_block1.gamma'] == pytest.approx(0.5)
+    assert found['backbone.dense_stages.2.2.dense_block0.gamma'] == pytest.approx(0.25)
+    assert found['backbone.dense_stages.2.1.weight'] == pytest.approx(0.25)
+    assert found['backbone.stem.0.weight'] == pytest.approx(0.5**7)
+    by_stage = scales(model, decay_rate=0.5)
+    assert by_stage['backbone.dense_stages.2.2.dense_block0.gamma'] == pytest.approx(0.5)
+
+
+def test_biases_and_one_dimension_are_not_decayed():
+    model = Model(tiny(output_norm=True))
+    model.table = nn.ParameterDict(dict(bias=torch.zeros(2, 4)))
+    found = {name: group['weight_decay'] for name, group in groups(model, decay_rate=0.8).items()}
+    assert found['table.bias'] == 0
+    assert found['head.bias'] == 0
+    assert found['head.weight'] == WEIGHT_DECAY
+    assert found['backbone.output_norms.0.weight'] == 0
+    assert found['backbone.dense_stages.1.1.weight'] == WEIGHT_DECAY
+    assert found['backbone.dense_stages.1.2.dense_block0.gamma'] == 0
+
+
+def test_frozen_parameters_are_left_out():
+    model = Model(tiny(frozen_stages=1))
+    found = groups(model, decay_rate=0.8)
+    for name, group in found.items():
+        frozen = name.startswith(('backbone.stem.', 'backbone.dense_stages.0.'))
+        assert (group is None) == frozen, name
+
+
+def test_shared_parameters_count_once():
+    model = Model(tiny())
+    model.other_head = nn.Conv2d(4, 4, 1)
+    model.other_head.weight = model.head.weight
+    wrapper = build_optim_wrapper(model, wrapper_cfg(decay_rate=0.8))
+    ids = [id(p) for g in wrapper.optimizer.param_groups for p in g['params']]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+
+
+def test_custom_keys_multiply():
+    model = Model(tiny())
+    plain = groups(model, decay_rate=0.8)
+    custom = {
+        'backbone': dict(lr_mult=0.1),
+        'backbone.stem.0': dict(lr_mult=3, decay_mult=0.5),
+        'head': dict(decay_mult=0.0),
+    }
+    found = groups(model, decay_rate=0.8, custom_keys=custom)
+    for name, group in found.items():
+        lr_mult = decay_mult = 1
+        if name.startswith('backbone.stem.0'):  # the longest key alone
+            lr_mult, decay_mult = 3, 0.5
+        elif name.startswith('backbone'):
+            lr_mult = 0.1
+        else:
+            decay_mult = 0
+        assert group['lr'] == pytest.approx(plain[name]['lr'] * lr_mult), name
+        assert group['weight_decay'] == pytest.approx(plain[name]['weight_decay'] * decay_mult)
+
+
+def test_a_short_table_goes_to_the_log(caplog):
+    model = Model(tiny())
+    MMLogger.get_instance('test_layer_decay').addHandler(caplog.handler)
+    groups(model, decay_rate=0.5, mode='published')
+    rows = [line.split() for line in caplog.text.splitlines()]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert [row[0] for row in rows] == ['0', '1', '2', '3', '4']
+    assert [float(row[1]) for row in rows] == pytest.approx(
+        [0.5**n for n in (8, 7, 6, 5, -2)], rel=1e-3
+    )
+    assert float(rows[-1][2]) == pytest.approx(4 * BASE_LR, rel=1e-2)
+    total = sum(int(row[3].replace(',', '')) for row in rows)
+    assert total == sum(p.numel() for p in model.parameters())
+    assert 'dense_block' not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({}, r'paramwise_cfg.decay_rate is None, must be above 0, at most 1'),
+        (dict(decay_rate=0), r'paramwise_cfg.decay_rate is 0'),
+        (dict(decay_rate=1.1), r'paramwise_cfg.decay_rate is 1.1'),
+        (dict(decay_rate=True), r'paramwise_cfg.decay_rate is True'),
+        (dict(decay_rate='0.8'), r"paramwise_cfg.decay_rate is '0.8'"),
+        (dict(decay_rate=0.8, granularity='block'), r"paramwise_cfg.granularity is 'block'"),
+        (dict(decay_rate=0.8, mode='paper'), r"paramwise_cfg.mode is 'paper'"),
+        (
+            dict(decay_rate=0.8, mode='published', granularity='layer'),
+            r"paramwise_cfg.granularity must be 'stage'",
+        ),
+        (
+            dict(decay_rat=0.8),
+            r"unknown paramwise_cfg.decay_rat; did you mean 'decay_rate'\?",
+        ),
+        (dict(decay_rate=0.8, num_layers=7), r'unknown paramwise_cfg.num_layers'),
+        (dict(decay_rate=0.8, custom_keys=['head']), r'paramwise_cfg.custom_keys is'),
+        (dict(decay_rate=0.8, custom_keys=dict(head=2)), r"custom_keys\['head'\] is 2"),
+        (
+            dict(decay_rate=0.8, custom_keys=dict(head=dict(lr_mul=2))),
+            r"unknown paramwise_cfg.custom_keys\['head'\].lr_mul; did you mean 'lr_mult'",
+        ),
+        (
+            dict(decay_rate=0.8, custom_keys=dict(head=dict(lr_mult=-1))),
+            r"paramwise_cfg.custom_keys\['head'\].lr_mult is -1",
+        ),
+        (
+            dict(decay_rate=0.8, custom_keys=dict(haed=dict(lr_mult=2))),
+            r"paramwise_cfg.custom_keys\['haed'\] fits no parameter",
+        ),
+        (
+            dict(decay_rate=0.8, optimizer=dict(type='AdamW', weight_decay=0.1)),
+            r'optimizer.lr must be a number',
+        ),
+        (
+            dict(decay_rate=0.8, optimizer=dict(type='AdamW', lr=1e-4)),
+            r'optimizer.weight_decay must be a number',
+        ),
+    ],
+)
+def test_bad_settings_name_the_key(settings, message):
+    with pytest.raises(ValueError, match=message):
+        groups(Model(tiny()), **settings)
+
+
+class Foreign(nn.Conv2d):
+    def layer_depth(self, name, granularity):
+        return 0, 2
+
+
+def test_what_cannot_tell_depths_is_refused():
+    with pytest.raises(ValueError, match=r'Conv2d cannot tell depths .* layer_depth\(name, gran'):
+        groups(Model(nn.Conv2d(3, 4, 1)), decay_rate=0.8)
+    with pytest.raises(ValueError, match='Model has no backbone'):
+        groups(Model(), decay_rate=0.8)
+    with pytest.raises(ValueError, match=r"paramwise_cfg.mode 'published' is RDNet's"):
+        groups(Model(Foreign(3, 4, 1)), decay_rate=0.8, mode='published')
+
+
+def test_any_backbone_that_can_tell_depths_will_do():
+    found = scales(Model(Foreign(3, 4, 1)), decay_rate=0.5)
+    assert found['backbone.weight'] == 0.5
+    assert found['head.weight'] == 1
