@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
+from mmdense.benchmark import backbone_macs, count_parameters
 from mmdense.models import RDNet
 from mmdense.models.backbones import rdnet
 
@@ -14,12 +14,6 @@ README = Path(__file__).parents[1] / 'README.md'
 BEGIN, END = '<!-- backbones: written by tools/update_readme.py -->', '<!-- /backbones -->'
 FAMILIES = {RDNet: rdnet.ARCHS}
 SIZES = ((224, 224), (800, 1344))
-
-
-def giga_macs(net: torch.nn.Module, size: tuple[int, int]) -> float:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.empty(1, 3, *size, device='meta'))
-    return counter.get_total_flops() / 2e9  # it counts a multiply-add as two
 
 
 def table() -> str:
@@ -36,8 +30,8 @@ def table() -> str:
                     f'`{arch}`',
                     ', '.join(map(str, net.out_channels)),
                     ', '.join(map(str, net.out_strides)),
-                    f'{sum(p.numel() for p in net.parameters()) / 1e6:.2f}',
-                    *(f'{giga_macs(net, size):.1f}' for size in SIZES),
+                    f'{count_parameters(net) / 1e6:.2f}',
+                    *(f'{backbone_macs(net, size) / 1e9:.1f}' for size in SIZES),
                 ]
             )
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)

@@ -1,0 +1,5 @@
+"""Measuring what networks cost."""
+
+from mmdense.benchmark.cost import backbone_macs, count_parameters, model_macs
+
+__all__ = ['backbone_macs', 'count_parameters', 'model_macs']

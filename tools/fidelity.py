@@ -1,0 +1,386 @@
+"""Measure every recipe against docs/published.yml, on the meta device: no weights, data or GPU.
+
+Writes docs/fidelity.md, each family's metafile.yml and model-index.yml, or checks that they are
+fresh.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmdense import models
+from mmdense.benchmark import backbone_macs, count_parameters, model_macs
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = 'docs/fidelity.md'
+INDEX = 'model-index.yml'
+GENERATED = '# Written by tools/fidelity.py.'
+LIMIT = 0.01  # a larger difference needs a reason
+SIZES = dict(detection=[(800, 1280)], segmentation=[(512, 2048), (512, 512)])  # height, width
+DATA = dict(detection='COCO', segmentation='ADE20K')
+ALGORITHMS = {
+    'mask-rcnn': 'Mask R-CNN',
+    'cascade-mask-rcnn': 'Cascade Mask R-CNN',
+    'faster-rcnn': 'Faster R-CNN',
+    'retinanet': 'RetinaNet',
+    'upernet': 'UperNet',
+}
+TEXT_COLUMNS = ('network', 'recipe', 'figure', 'why', 'part')
+METRICS = {  # name in docs/published.yml -> task and metrics of a metafile
+    'box AP': ('Object Detection', ['box AP', 'box AP50', 'box AP75']),
+    'mask AP': ('Instance Segmentation', ['mask AP', 'mask AP50', 'mask AP75']),
+    'mIoU': ('Semantic Segmentation', ['mIoU']),
+    'mIoU, multi-scale': ('Semantic Segmentation', ['mIoU(ms+flip)']),
+}
+
+INTRODUCTION = """\
+# Fidelity
+
+Written by `tools/fidelity.py` from [published.yml](published.yml) and the configs; a test runs its
+`--check`. Parameters and multiply-adds (of convolutions and matrix products) are counted on the
+networks that the configs build. None of the recipes has been run on COCO or ADE20K here: accuracies
+are the authors', of their code and weights.
+"""
+CLASSIFIERS = """\
+Measured: the backbone, and beside it the norm and the linear layer of the classifier, which mmdense
+does not build, by formula.
+"""
+PROTOCOL = dict(
+    detection="""\
+Multiply-adds of an image of 1280 x 800 pixels, with 1000 RoIs in each stage of the box heads and
+100 in each of the mask heads, as mmdet 2.x counted.
+""",
+    segmentation="""\
+Multiply-adds of an image of 2048 x 512 pixels, as in the tables of Swin and ConvNeXt, whose recipe
+this is. The published cells are those of other tables and fit no size, so 512 x 512, what training
+and the sliding window see, is given beside it. Parameters include the auxiliary head.
+""",
+)
+DECAY = """\
+The optimizer's groups, as built: the rate of each depth over `lr`. Mode 'published' is the released
+formula: `decay ** (8 - depth)` for the stem, which has depth 0, and for the stages, and
+`decay ** -2` for norms, necks and heads, in every size.
+"""
+DEVIATIONS = """\
+- mmengine counts a warm-up's first iteration as a step, so it ends one iteration earlier.
+- Mixed precision is autocast of the whole forward pass; mmdet 2.x and mmseg 0.x chose modules.
+- NMS and RoIAlign are torchvision's, unless mmcv's compiled extension is installed.
+- No detector or segmentor with RDNet-L was published: B's recipe, with exact layer decay.
+"""
+
+
+@dataclass
+class Recipe:
+    """One config, as built."""
+
+    path: Path
+    cfg: Config
+    params: int
+    macs: list[int]  # at the sizes of its task
+    scales: dict[int, float]  # rate over the optimizer's by depth, the last one the heads'; or none
+
+    @property
+    def title(self) -> str:
+        algorithm, backbone = self.path.stem.split('_')[:2]
+        family, size = backbone.split('-')
+        name = self.cfg.model.backbone.type.removeprefix('mmdense.')
+        assert name.lower() == family
+        return f'{ALGORITHMS[algorithm]}, {name}-{size.upper()}'
+
+    @property
+    def link(self) -> str:
+        return f'[{self.title}](../{self.path.relative_to(ROOT)})'
+
+    def settings(self) -> dict[str, object]:
+        """Return what docs/published.yml says of a recipe."""
+        cfg = self.cfg
+        wrapper, warm_up = cfg.optim_wrapper, cfg.param_scheduler[0]
+        loss_scale = wrapper.loss_scale
+        decay = wrapper.paramwise_cfg
+        return {
+            'lr': wrapper.optimizer.lr,
+            'weight decay': wrapper.optimizer.weight_decay,
+            'layer decay': decay.decay_rate,
+            'stages counted': 7 if decay.get('mode') == 'published' else 'all',
+            'drop path': cfg.model.backbone.drop_path_rate,
+            'warm-up': warm_up.end,
+            'warm-up from': warm_up.start_factor,
+            'length': cfg.train_cfg.get('max_epochs') or cfg.train_cfg.max_iters,
+            'batch': cfg.auto_scale_lr.base_batch_size,
+            'loss scale': loss_scale if isinstance(loss_scale, str) else loss_scale.init_scale,
+        }
+
+
+def measure(path: Path) -> Recipe:
+    cfg = Config.fromfile(path)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        with torch.device('meta'):
+            model = MODELS.build(cfg.model).eval()
+        sizes = SIZES[path.parts[-3]]
+        return Recipe(
+            path=path,
+            cfg=cfg,
+            params=count_parameters(model),
+            macs=[sum(model_macs(model, size).values()) for size in sizes],
+            scales=layer_scales(model, cfg),
+        )
+
+
+def layer_scales(model: nn.Module, cfg: Config) -> dict[int, float]:
+    if 'constructor' not in cfg.optim_wrapper:
+        return {}
+    # Mixed precision wants a GPU, and has no say in the groups.
+    settings = {**cfg.optim_wrapper, 'type': 'OptimWrapper'}
+    settings.pop('loss_scale', None)
+    optimizer = build_optim_wrapper(model, settings).optimizer
+    rates = {id(p): group['lr'] for group in optimizer.param_groups for p in group['params']}
+    scales: dict[int, float] = {}
+    for name, parameter in model.named_parameters():
+        depth = -1
+        if name.startswith('backbone.'):
+            depth, number = model.backbone.layer_depth(name.removeprefix('backbone.'))
+            depth = -1 if depth == number - 1 else depth
+        scale = rates[id(parameter)] / cfg.optim_wrapper.optimizer.lr
+        assert scales.setdefault(depth, scale) == scale, name
+    return scales
+
+
+# ---------------------------------------------------------------------------- docs/fidelity.md
+
+
+def table(titles: list[str], rows: Iterable[list[str]]) -> str:
+    rule = ['---' if title in TEXT_COLUMNS else '--:' for title in titles]
+    lines = [titles, rule, *rows]
+    return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+def compare(what: list[str], published: float, measured: float, why: str | None) -> list[str]:
+    difference = measured / published - 1
+    if abs(difference) > LIMIT and not why:
+        sys.exit(f'{": ".join(what)}: {published} was published, {measured:.2f} measured: say why')
+    return [*what, f'{published}', f'{measured:.4g}', f'{difference:+.1%}', why or '']
+
+
+def classifiers(family: str, part: dict) -> Iterator[str]:
+    yield f'### Classifiers, ImageNet-1K ([source]({part["source"]}))\n'
+    yield CLASSIFIERS
+    rows = []
+    for row in part['rows']:
+        with torch.device('meta'):
+            net = getattr(models, family)(arch=row['arch']).eval()
+        size, channels, why = row['size'], net.out_channels[-1], row.get('why', {})
+        params = count_parameters(net) + 2 * channels + 1000 * (channels + 1)
+        macs = backbone_macs(net, (size, size)) + 1000 * channels
+        title = f'{family}-{row["arch"][0].upper()}, {size} x {size}'
+        rows += [
+            compare([title, 'parameters (M)'], row['params'], params / 1e6, why.get('params')),
+            compare(['', 'multiply-adds (G)'], row['macs'], macs / 1e9, why.get('macs')),
+            ['', 'top-1', f'{row["top-1"]}', 'not run', '', ''],
+        ]
+    yield table(['network', 'figure', 'published', 'measured', 'difference', 'why'], rows)
+
+
+def costs(task: str, part: dict, recipes: dict[str, Recipe]) -> Iterator[str]:
+    yield f'### {task.capitalize()}, {DATA[task]} ([source]({part["source"]}))\n'
+    yield PROTOCOL[task]
+    sizes = [f' at {width} x {height}' for height, width in SIZES[task]]
+    rows = []
+    for row in part['rows']:
+        recipe, why = recipes[row['config']], row.get('why', {})
+        giga = [macs / 1e9 for macs in recipe.macs]
+        what = f'multiply-adds{sizes[0]} (G)'
+        rows += [
+            compare(
+                [recipe.link, 'parameters (M)'],
+                row['params'],
+                recipe.params / 1e6,
+                why.get('params'),
+            ),
+            compare(['', what], row['macs'], giga[0], why.get('macs')),
+            *(
+                ['', f'multiply-adds{size} (G)', '', f'{macs:.4g}', '', '']
+                for size, macs in zip(sizes[1:], giga[1:], strict=True)
+            ),
+        ]
+        for name, values in row['results'].items():
+            name += ', at IoU 0.5, at 0.75' if len(values) == 3 else ''
+            rows.append(['', name, ', '.join(map(str, values)), 'not run', '', ''])
+    yield table(['recipe', 'figure', 'published', 'measured', 'difference', 'why'], rows)
+
+
+def unpublished(recipes: Iterable[Recipe]) -> Iterator[str]:
+    yield '### Recipes of our own\n'
+    yield 'Nothing was published to compare them with; multiply-adds as above.\n'
+    rows = [
+        [r.link, f'{r.params / 1e6:.2f}', ', '.join(f'{macs / 1e9:.4g}' for macs in r.macs)]
+        for r in recipes
+    ]
+    yield table(['recipe', 'parameters (M)', 'multiply-adds (G)'], rows)
+
+
+def settings(parts: list[dict], recipes: dict[str, Recipe]) -> Iterator[str]:
+    yield '### Settings\n'
+    yield 'Of the configs; where the released ones differ, theirs are given in brackets.\n'
+    rows = []
+    for part in parts:
+        for row in part['rows']:
+            recipe = recipes[row['config']]
+            ours, theirs = recipe.settings(), {**part['recipe'], **row['recipe']}
+            assert set(ours) == set(theirs), set(ours) ^ set(theirs)
+            cells = [
+                f'{value}' + ('' if value == theirs[name] else f' [{theirs[name]}]')
+                for name, value in ours.items()
+            ]
+            rows.append([recipe.link, *cells])
+    yield table(['recipe', *ours], rows)
+
+
+def decay(recipes: Iterable[Recipe]) -> Iterator[str]:
+    yield '### Layer decay\n'
+    yield DECAY
+    decayed = [r for r in recipes if r.scales]
+    for recipe in decayed:
+        check_scales(recipe)
+    last = max(depth for r in decayed for depth in r.scales)
+    names = ['stem', *(f'stage {i}' for i in range(last)), 'norms, necks, heads']
+    rows = [
+        [name, *(f'{r.scales[depth]:.4f}' if depth in r.scales else '' for r in decayed)]
+        for name, depth in zip(names, [*range(last + 1), -1], strict=True)
+    ]
+    titles = [f'{r.title} ({r.cfg.optim_wrapper.paramwise_cfg.get("mode")})' for r in decayed]
+    yield table(['part', *titles], rows)
+
+
+def check_scales(recipe: Recipe) -> None:
+    """Compare the optimizer's groups with the formulas, written out here once more."""
+    decay = recipe.cfg.optim_wrapper.paramwise_cfg
+    depths = len(recipe.scales)
+    for depth, scale in recipe.scales.items():
+        if decay.get('mode') == 'published':
+            expected = decay.decay_rate ** (9 - (10 if depth == -1 else depth) - 1)
+        else:
+            expected = decay.decay_rate ** (0 if depth == -1 else depths - 1 - depth)
+        if abs(scale / expected - 1) > 1e-9:
+            sys.exit(f'{recipe.title}, depth {depth}: scale {scale}, expected {expected}')
+
+
+def document(published: dict, recipes: dict[str, Recipe]) -> str:
+    parts = [INTRODUCTION]
+    for family, figures in published.items():
+        own = {k: r for k, r in recipes.items() if r.cfg.model.backbone.type == f'mmdense.{family}'}
+        tasks = [figures[task] for task in SIZES]
+        known = {row['config'] for part in tasks for row in part['rows']}
+        parts.append(f'## {family}\n')
+        parts.append(f'[{figures["title"]}]({figures["paper"]}), [code]({figures["code"]}).\n')
+        parts += classifiers(family, figures['classifiers'])
+        for task in SIZES:
+            parts += costs(task, figures[task], own)
+        parts += unpublished(r for name, r in own.items() if name not in known)
+        parts += settings(tasks, own)
+        parts += decay(own.values())
+        parts += ['### Where recipes differ from the released code\n', DEVIATIONS]
+    return '\n'.join(parts)
+
+
+# ---------------------------------------------------------------------------- metafiles
+
+
+def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> str:
+    collection = f'{family} {task}'
+    rows = {row['config']: row for row in figures[task]['rows']}
+    entries = []
+    for recipe in recipes:
+        length = recipe.cfg.train_cfg
+        entry = {
+            'Name': recipe.path.stem,
+            'In Collection': collection,
+            'Config': str(recipe.path.relative_to(ROOT)),
+            'Metadata': {
+                'Training Data': DATA[task],
+                **(
+                    {'Iterations': length.max_iters}
+                    if 'max_iters' in length
+                    else {'Epochs': length.max_epochs}
+                ),
+                'Batch Size': recipe.cfg.auto_scale_lr.base_batch_size,
+                'Parameters': recipe.params,
+                'FLOPs': recipe.macs[0],
+            },
+        }
+        if recipe.path.stem in rows:
+            entry['Results'] = results(rows[recipe.path.stem], DATA[task])
+            entry['Results Source'] = figures[task]['source']
+        entries.append(entry)
+    head = (
+        f'{GENERATED} Parameters and FLOPs (multiply-adds of an image of {SIZES[task][0][1]} x\n'
+        f'# {SIZES[task][0][0]} pixels) are measured on the configs. Results are those that the '
+        'authors published, of\n# their code and weights: the configs have not been run.\n'
+    )
+    content = {
+        'Collections': [
+            {
+                'Name': collection,
+                'Metadata': {'Training Data': DATA[task], 'Architecture': [family]},
+                'Paper': {'Title': figures['title'], 'URL': figures['paper']},
+                'Code': {'URL': figures['code']},
+                'README': DOCUMENT,
+            }
+        ],
+        'Models': entries,
+    }
+    return head + yaml.safe_dump(content, sort_keys=False, width=100)
+
+
+def results(row: dict, data: str) -> list[dict]:
+    metrics: dict[str, dict[str, float]] = {}
+    for name, values in row['results'].items():
+        task, names = METRICS[name]
+        metrics.setdefault(task, {}).update(zip(names, values, strict=True))
+    return [{'Task': task, 'Dataset': data, 'Metrics': found} for task, found in metrics.items()]
+
+
+def files() -> Iterator[tuple[str, str]]:
+    """Yield the path and the text of every generated file."""
+    published = yaml.safe_load((ROOT / 'docs/published.yml').read_text(encoding='utf-8'))
+    recipes, index = {}, []
+    for family, figures in published.items():
+        for task in SIZES:
+            folder = ROOT / 'configs' / task / family.lower()
+            found = [measure(path) for path in folder.glob('*.py')]
+            found.sort(key=lambda recipe: (recipe.title.split(',')[0], recipe.params))
+            recipes |= {recipe.path.stem: recipe for recipe in found}
+            path = str(folder.relative_to(ROOT) / 'metafile.yml')
+            index.append(path)
+            yield path, metafile(family, figures, task, found)
+    yield INDEX, f'{GENERATED}\n' + yaml.safe_dump({'Import': index})
+    yield DOCUMENT, document(published, recipes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--check', action='store_true', help='write nothing; 1 if one is stale')
+    args = parser.parse_args()
+    MMLogger.get_instance('fidelity', log_level='ERROR')
+    stale = []
+    for name, text in files():
+        path = ROOT / name
+        if not path.exists() or path.read_text(encoding='utf-8') != text:
+            stale.append(name)
+            if not args.check:
+                path.write_text(text, encoding='utf-8')
+    if stale and args.check:
+        sys.exit(f'stale: {", ".join(stale)}; run python tools/fidelity.py')
+
+
+if __name__ == '__main__':
+    main()
