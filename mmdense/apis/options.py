@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import ast
+from typing import Any
 
 from mmengine.config import Config, DictAction
 
 from mmdense.apis.config import load_config
 
 __all__ = ['config_parser', 'parse_config']
+
+
+class _Settings(DictAction):
+    """mmengine's KEY=VALUE, where a quoted word stays text: classes="('0','1')" names digits."""
+
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        if val.startswith(('(', '[', '{', '"', "'")):
+            try:
+                return ast.literal_eval(val)
+            except (SyntaxError, ValueError):  # words without quotes, which mmengine takes
+                pass
+        return DictAction._parse_iterable(val)
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:
@@ -19,7 +34,7 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=_Settings,
         metavar='KEY=VALUE',
         help='override settings of the config; data_root=FOLDER moves all data sets',
     )

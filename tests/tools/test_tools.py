@@ -165,6 +165,94 @@ def test_slurm_script_hands_everything_on(run_tool, tmp_path):
     assert words[-7:-1] == ['[c.py]', '[--work-dir]', '[w]', '[--launcher]', '[slurm]', '[--amp]']
 
 
+# A recipe on other data, in small: nothing but options on the command line.
+DIGITS = "('0','1','2','3','4','5','6','7','8','9')"
+CASCADE = [
+    'data_root=data/digits',
+    'train_dataloader.dataset.ann_file=annotations/instances_train.json',
+    'train_dataloader.dataset.data_prefix.img=train/',
+    f'train_dataloader.dataset.metainfo.classes={DIGITS}',
+    'val_dataloader.dataset.ann_file=annotations/instances_val.json',
+    'val_dataloader.dataset.data_prefix.img=val/',
+    f'val_dataloader.dataset.metainfo.classes={DIGITS}',
+    'val_evaluator.ann_file=data/digits/annotations/instances_val.json',
+    *(f'model.roi_head.bbox_head.{i}.num_classes=10' for i in range(3)),
+    'model.roi_head.mask_head.num_classes=10',
+    'train_dataloader.dataset.pipeline.3.transforms.0.0.scales=[(96,96)]',
+    'train_dataloader.dataset.pipeline.3.prob=(1.0,0.0)',
+    'val_dataloader.dataset.pipeline.1.scale=(96,96)',
+    *(f'model.train_cfg.rcnn.{i}.sampler.num=32' for i in range(3)),
+    'model.test_cfg.rpn.max_per_img=20',
+    'model.test_cfg.rcnn.score_thr=0.0',
+    'train_cfg.max_epochs=8',
+]
+CLASSES = DIGITS.replace('(', "('background',")
+UPERNET = [
+    'data_root=data/digits',
+    *(
+        f'{loader}_dataloader.dataset.{option}'
+        for loader, split in (('train', 'train'), ('val', 'val'), ('test', 'val'))
+        for option in (
+            'type=BaseSegDataset',
+            f'data_prefix.img_path={split}',
+            f'data_prefix.seg_map_path=semantic/{split}',
+            f'metainfo.classes={CLASSES}',
+            f'metainfo.palette={[(i, i, i) for i in range(11)]}',
+        )
+    ),
+    'model.decode_head.num_classes=11',
+    'model.auxiliary_head.num_classes=11',
+    'model.data_preprocessor.size=(96,96)',
+    'train_dataloader.dataset.pipeline.2.scale=(384,96)',
+    'train_dataloader.dataset.pipeline.3.crop_size=(96,96)',
+    *(f'{loader}_dataloader.dataset.pipeline.1.scale=(96,96)' for loader in ('val', 'test')),
+    *(f'tta_pipeline.1.transforms.0.{i}.scale=({32 + 16 * i},{32 + 16 * i})' for i in range(6)),
+    'optim_wrapper.optimizer.lr=5e-4',
+    'train_dataloader.dataset.pipeline.2.ratio_range=(1,1)',
+    'train_cfg.max_iters=8',
+]
+RECIPES = dict(
+    detection=('cascade-mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco', CASCADE, 'coco/segm_mAP'),
+    segmentation=('upernet_rdnet-t_amp-160k_ade20k-512x512', UPERNET, 'mIoU'),
+)
+
+
+@pytest.mark.parametrize('task', RECIPES)
+def test_recipe_trains_on_other_data(task, run_tool, tmp_path):
+    name, options, metric = RECIPES[task]
+    config = ROOT / f'configs/{task}/rdnet/{name}.py'
+    options = [
+        *options,
+        'model.backbone.init_cfg=None',
+        'param_scheduler.0.end=2',
+        'train_cfg.val_interval=8',
+        'default_hooks.checkpoint.interval=8',
+        'default_hooks.checkpoint.save_optimizer=False',
+        'train_dataloader.dataset.indices=2',  # each step on the same two images
+        'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=1',
+        'val_dataloader.num_workers=1',
+        'default_hooks.logger.interval=1',
+        'log_processor.window_size=1',
+        'randomness.seed=0',
+    ]
+    status, said = run_tool(PY, TRAIN, config, '--work-dir', tmp_path, '--cfg-options', *options)
+    assert status == 0, said
+    assert metric in said
+    assert 'layer decay' in said
+    records = next(tmp_path.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    losses = [json.loads(r)['loss'] for r in records if 'loss' in json.loads(r)]
+    assert len(losses) == 8
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2]), losses
+    if task == 'segmentation':
+        checkpoint = (tmp_path / 'last_checkpoint').read_text()
+        status, said = run_tool(
+            PY, TEST, config, checkpoint, '--tta', '--work-dir', tmp_path, '--cfg-options', *options
+        )
+        assert status == 0, said
+        assert 'mIoU' in said[said.index('metric') :]
+
+
 def test_a_mistake_is_one_line(run_tool, tmp_path):
     status, said = run_tool(
         PY,
