@@ -3,8 +3,10 @@
 import re
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
+import yaml
 
 from support import ROOT
 
@@ -51,3 +53,28 @@ def test_tested_versions_are_exact_and_without_addresses():
 def test_readme_table_is_fresh():
     done = subprocess.run([sys.executable, ROOT / 'tools/update_readme.py', '--check'])
     assert done.returncode == 0
+
+
+def fidelity():
+    spec = spec_from_file_location('fidelity', ROOT / 'tools/fidelity.py')
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_fidelity_table_and_metafiles_are_fresh():
+    generated = dict(fidelity().files())
+    assert len(generated) == 4
+    for name, text in generated.items():
+        assert (ROOT / name).read_text() == text, f'{name} is stale: run python tools/fidelity.py'
+    models = yaml.safe_load(generated['configs/detection/rdnet/metafile.yml'])['Models']
+    assert {ROOT / m['Config'] for m in models} == {*ROOT.glob('configs/detection/rdnet/*.py')}
+
+
+def test_fidelity_wants_a_reason_for_a_difference():
+    compare = fidelity().compare
+    assert compare(['net', 'params'], 100, 100.9, None)[-2:] == ['+0.9%', '']
+    assert compare(['net', 'params'], 100, 102, 'a slip')[-2:] == ['+2.0%', 'a slip']
+    with pytest.raises(SystemExit, match=r'net: params: 100 was published, 98.00 measured'):
+        compare(['net', 'params'], 100, 98, None)

@@ -12,7 +12,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
-from mmdense.apis.errors import UserError
+from mmdense.errors import UserError
 
 __all__ = [
     'drop_amp',

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, told in one line."""
+"""How a command ends on an error that the user can mend: with one line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import functools
 import sys
 from collections.abc import Callable
 
-__all__ = ['UserError', 'report_errors']
+from mmdense.errors import UserError
 
-
-class UserError(Exception):
-    """A mistake that the user can mend: its text is one line that says how."""
+__all__ = ['report_errors']
 
 
 def report_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a command's ``main`` end with one line and status 2 on a :class:`UserError`."""
+    """Make a command's ``main`` end with one line and status 2 on a :class:`.UserError`."""
 
     @functools.wraps(main)
     def wrapped() -> None:

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
-from mmdense.apis.errors import UserError
+from mmdense.errors import UserError
 
 __all__ = ['draw_predictions', 'plot_curves', 'read_scalars']
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdense.apis.config import drop_amp
-from mmdense.apis.errors import UserError
+from mmdense.errors import UserError
 
 __all__ = ['build_runner', 'load_weights']
 
@@ -24,8 +27,8 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
 
     Args:
         cfg: As :func:`.load_config` returns it. Changed where the machine asks for it: without a
-            GPU, mixed precision becomes plain precision, with one warning, and the processes of
-            launcher 'pytorch' talk through gloo.
+            GPU, mixed precision becomes plain precision, with one warning, the processes of
+            launcher 'pytorch' talk through gloo, and batch norm is not synchronised among them.
         loaders: Which loaders will run: of 'train', 'val' and 'test'.
 
     Raises:
@@ -60,6 +63,22 @@ def _distribute_on_cpu(cfg: Config) -> None:
         device_ids=None,
     )
     cfg.setdefault('model_wrapper_cfg', wrapper)
+    if _plain_batch_norm(cfg.model) and is_main_process():
+        print_log(
+            'no GPU: each process has its own batch norm statistics in place of SyncBN',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+
+def _plain_batch_norm(node: Any) -> bool:
+    """Replace SyncBN, which needs a GPU, by BN; return whether there was one."""
+    if isinstance(node, dict):
+        found = node.get('type') == 'SyncBN'
+        if found:
+            node['type'] = 'BN'
+        return any([found, *map(_plain_batch_norm, node.values())])
+    return isinstance(node, list) and any([*map(_plain_batch_norm, node)])
 
 
 def _data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:

@@ -10,6 +10,8 @@ import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
+from mmdense.errors import UserError
+
 __all__ = ['allow_training_state', 'load_from_timm']
 
 
@@ -55,17 +57,19 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict:
         map_location: Device that the tensors go to; the CPU by default.
 
     Raises:
-        RuntimeError: timm has no such weights, or they can be had neither from the cache nor from
+        UserError: timm has no such weights, or they can be had neither from the cache nor from
             the network.
     """
     name = filename.removeprefix('timm://')
     try:
         net = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client, the network and timm each raise their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise RuntimeError(
-            f'no weights from {filename}: {reason}. Put them into the Hugging Face cache on a '
-            'machine with network, or train from scratch with model.backbone.init_cfg=None'
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
+        known = timm.models.get_pretrained_cfg(name)
+        file = f' (model.safetensors of {known.hf_hub_id} on the Hugging Face hub)' if known else ''
+        raise UserError(
+            f'no weights from {filename}{file}: {reason}. Copy the hub cache of a machine with '
+            'network, or train from scratch with model.backbone.init_cfg=None'
         ) from error
     weights = {k: v for k, v in net.state_dict().items() if not k.startswith('head.')}
     return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in weights.items()})

@@ -11,6 +11,7 @@ from mmengine.registry import HOOKS, MODELS
 
 import mmdense  # noqa: F401
 from mmdense.engine import allow_training_state
+from mmdense.errors import UserError
 
 INIT = dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')
 
@@ -56,10 +57,13 @@ def test_without_network_training_stops(monkeypatch, tmp_path):
 
     monkeypatch.setattr(timm, 'create_model', create_model)
     net = MODELS.build(dict(type='mmdense.RDNet', init_cfg=INIT))
-    with pytest.raises(
-        RuntimeError, match='rdnet_tiny.nv_in1k: cannot reach the hub. .*init_cfg=None'
-    ):
+    with pytest.raises(UserError) as error:
         net.init_weights()
+    assert str(error.value) == (
+        'no weights from timm://rdnet_tiny.nv_in1k (model.safetensors of '
+        'naver-ai/rdnet_tiny.nv_in1k on the Hugging Face hub): cannot reach the hub. Copy the hub '
+        'cache of a machine with network, or train from scratch with model.backbone.init_cfg=None'
+    )
 
 
 def test_training_state_loads_safely(tmp_path):

@@ -124,9 +124,11 @@ def test_two_processes(run_tool, project, tmp_path):
         '--cfg-options',
         *TWO_ITERATIONS['detection'],
         'train_dataloader.batch_size=4',
+        'model.neck.norm_cfg.type=SyncBN',
         **env,
     )
     assert status == 0, said
+    assert said.count('in place of SyncBN') == 1
     assert 'Distributed training: True' in said
     checkpoint = (tmp_path / 'last_checkpoint').read_text()
     status, said = run_tool(
@@ -136,6 +138,8 @@ def test_two_processes(run_tool, project, tmp_path):
         2,
         '--work-dir',
         tmp_path,
+        '--cfg-options',
+        'model.neck.norm_cfg.type=SyncBN',
         **env,
     )
     assert status == 0, said
@@ -251,6 +255,25 @@ def test_recipe_trains_on_other_data(task, run_tool, tmp_path):
         )
         assert status == 0, said
         assert 'mIoU' in said[said.index('metric') :]
+
+
+def test_without_weights_training_stops_with_one_line(run_tool, tmp_path):
+    status, said = run_tool(
+        PY,
+        TRAIN,
+        DEMOS['detection'],
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        'model.backbone.init_cfg.type=Pretrained',
+        'model.backbone.init_cfg.checkpoint=timm://rdnet_tiny.nv_in1k',
+        HF_HUB_OFFLINE='1',
+        HF_HOME=tmp_path,
+    )
+    assert status == 2, said
+    assert 'error: no weights from timm://rdnet_tiny.nv_in1k (model.safetensors of' in said
+    assert 'Traceback' not in said
+    assert not list(tmp_path.rglob('*.pth'))
 
 
 def test_a_mistake_is_one_line(run_tool, tmp_path):
