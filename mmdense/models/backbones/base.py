@@ -78,7 +78,8 @@ class Backbone(BaseModule):
     Args:
         map_channels: Channels of every map that can be tapped, fine to coarse.
         map_strides: Strides of the same maps, in input pixels.
-        out_indices: Which maps to return, increasing; negative ones count from the end.
+        out_indices: Which maps to return, increasing; negative ones count from the end; None
+            returns all.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
         norm_eval: Keep batch norms in eval mode while training.
         with_cp: Recompute activations in backward to save memory.
@@ -96,7 +97,7 @@ class Backbone(BaseModule):
         *,
         map_channels: Sequence[int],
         map_strides: Sequence[int],
-        out_indices: Sequence[int],
+        out_indices: Sequence[int] | None,
         frozen_stages: int,
         norm_eval: bool,
         with_cp: bool,
@@ -104,6 +105,8 @@ class Backbone(BaseModule):
     ) -> None:
         super().__init__(init_cfg=init_cfg)
         num_maps = len(map_channels)
+        if out_indices is None:
+            out_indices = range(num_maps)
         if any(not -num_maps <= i < num_maps for i in out_indices):
             raise ValueError(f'out_indices {tuple(out_indices)}: there are {num_maps} maps')
         self.out_indices = tuple(i % num_maps for i in out_indices)
@@ -136,8 +139,8 @@ class Backbone(BaseModule):
 
         Args:
             name: As in ``named_parameters()`` of the backbone.
-            granularity: What adds one to the depth: 'stage', which the family says what it is
-                (RDNet: a dense stage), or 'layer', a block of such a stage.
+            granularity: What adds one to the depth: 'stage' (of RDNet: a dense stage; else
+                everything between two maps) or 'layer' (a block or dense layer of a stage).
 
         Raises:
             ValueError: The backbone has no such parameter, or there is no such granularity.

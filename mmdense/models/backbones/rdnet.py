@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.layers import recompute
 from mmdense.registry import MODELS
 
 __all__ = ['RDNet']
@@ -116,11 +116,8 @@ class DenseStage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for block in self:
-            if self.with_cp and torch.is_grad_enabled():
-                # Keeps the features alone: the block's concatenation is made again in backward.
-                features.append(checkpoint(block, features[:], use_reentrant=False))
-            else:
-                features.append(block(features))
+            # Recomputing keeps the features alone: the concatenation is made again in backward.
+            features.append(recompute(block, features[:]) if self.with_cp else block(features))
         return torch.cat(features, 1)
 
 
@@ -134,7 +131,7 @@ class RDNet(Backbone):
     Args:
         arch: 'tiny', 'small', 'base', 'large', or a dict of :class:`Arch`'s fields; the number of
             maps is one more than the number of entries in ``down``.
-        out_indices: Maps to return, increasing; negative ones count from the end.
+        out_indices: Maps to return, increasing; negative ones count from the end; all by default.
         output_norm: Add one GroupNorm(1) per returned map, as the published detectors do (the
             published segmentors don't).
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
@@ -152,7 +149,7 @@ class RDNet(Backbone):
         self,
         *,
         arch: str | Mapping[str, Any] = 'tiny',
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: Sequence[int] | None = None,
         output_norm: bool = False,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,

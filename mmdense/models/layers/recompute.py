@@ -1,0 +1,52 @@
+"""Recomputation of activations that leaves running statistics alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ['recompute']
+
+
+def recompute(module: nn.Module, *inputs: Any) -> Any:
+    """Return ``module(*inputs)``, keeping the inputs alone and running it again in backward.
+
+    Outputs, gradients, random numbers and batch norms' running statistics are those of the plain
+    call: torch's ``checkpoint`` by itself would count each batch twice.
+
+    Args:
+        module: What to run.
+        *inputs: Tensors, or lists of them.
+    """
+    if not torch.is_grad_enabled():
+        return module(*inputs)
+    if torch.compiler.is_compiling():  # a compiled graph updates its buffers once
+        return checkpoint(module, *inputs, use_reentrant=False)
+    return checkpoint(
+        module,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _statistics_untouched(module)),
+    )
+
+
+@contextmanager
+def _statistics_untouched(module: nn.Module) -> Iterator[None]:
+    """Let batch norms record into copies: the batch was counted in the forward pass."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    records = [dict(norm.named_buffers()) for norm in norms]
+    for norm, record in zip(norms, records, strict=True):
+        for name, buffer in record.items():
+            setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, record in zip(norms, records, strict=True):
+            for name, buffer in record.items():
+                setattr(norm, name, buffer)

@@ -1,0 +1,61 @@
+"""Recomputation equals the plain call, side effects included."""
+
+import pytest
+import torch
+from torch import nn
+
+from mmdense.models.layers import recompute
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.3), nn.BatchNorm2d(8)
+    )
+
+
+def step(net, run, steps=2):
+    torch.manual_seed(1)
+    results = []
+    for i in range(steps):
+        x = (torch.randn(4, 3, 8, 8) + i).requires_grad_()
+        y = run(net, x)
+        (y * torch.randn_like(y)).sum().backward()
+        results += [y.detach(), x.grad]
+    return results + [p.grad for p in net.parameters()] + list(net.buffers())
+
+
+@pytest.mark.parametrize('mode', ['train', 'eval', 'frozen'])
+def test_bit_for_bit(mode):
+    found = []
+    for run in (lambda net, x: net(x), recompute):
+        net = network()
+        if mode == 'eval':
+            net.eval()
+        elif mode == 'frozen':
+            net[1].eval()
+        found.append(step(net, run))
+        assert found[-1][-1] is net[4].num_batches_tracked
+    assert len(found[0]) == 4 + 6 + 6
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_intermediates_are_not_kept():
+    net, x = network(), torch.randn(4, 3, 8, 8, requires_grad=True)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.data_ptr()] = tensor.shape
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        recompute(net, x)
+    assert all(shape == x.shape for shape in kept.values())
+
+
+def test_without_gradients_it_is_the_plain_call():
+    net = network().eval()
+    with torch.no_grad():
+        x = torch.randn(1, 3, 8, 8)
+        assert torch.equal(recompute(net, x), net(x))
