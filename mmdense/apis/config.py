@@ -133,6 +133,9 @@ def use_checkpoint(cfg: Config, resume: str | None) -> None:
     if resume:
         cfg.resume = True
         cfg.load_from = None if resume == 'auto' else resume
+        if resume != 'auto' or Path(cfg.work_dir, 'last_checkpoint').is_file():
+            # The checkpoint holds all weights: those that training began with need not be there.
+            cfg.model.get('backbone', {}).pop('init_cfg', None)
     start = cfg.get('load_from')
     if start and '://' not in start and not Path(start).exists():
         raise UserError(f'no checkpoint {start}')

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import ast
+import re
 from typing import Any
 
 from mmengine.config import Config, DictAction
@@ -13,17 +13,31 @@ from mmdense.apis.config import load_config
 __all__ = ['config_parser', 'parse_config']
 
 
+# A quoted element of a list, and what stands for it while mmengine parses the rest.
+_QUOTED = re.compile(r"""(?<![^\[(,\s])('[^']*'|"[^"]*")(?![^\]),\s])""")
+_HIDDEN = '\0{}\0'
+
+
 class _Settings(DictAction):
-    """mmengine's KEY=VALUE, where a quoted word stays text: classes="('0','1')" names digits."""
+    """mmengine's KEY=VALUE, where a quoted element stays text: classes="('0','1')" names digits."""
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
-        if val.startswith(('(', '[', '{', '"', "'")):
-            try:
-                return ast.literal_eval(val)
-            except (SyntaxError, ValueError):  # words without quotes, which mmengine takes
-                pass
-        return DictAction._parse_iterable(val)
+        if _QUOTED.fullmatch(val):  # quotes around the whole mean nothing, as in mmengine
+            val = val[1:-1]
+        words = {}
+
+        def hide(quoted: re.Match) -> str:
+            key = _HIDDEN.format(len(words))
+            words[key] = quoted[1][1:-1]
+            return key
+
+        def show(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return type(value)(map(show, value))
+            return words.get(value, value) if isinstance(value, str) else value
+
+        return show(DictAction._parse_iterable(_QUOTED.sub(hide, val)))
 
 
 def config_parser(description: str | None) -> argparse.ArgumentParser:

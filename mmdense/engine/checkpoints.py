@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import numpy as np
@@ -62,14 +63,21 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict:
     """
     name = filename.removeprefix('timm://')
     try:
+        published = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # a network that timm knows, with a tag that it doesn't
+        published = None
+    if published is None:
+        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
+        hint = f'; did you mean timm://{close[0]}?' if close else ''
+        raise UserError(f'timm has no weights named {name}{hint}')
+    try:
         net = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # the hub's client, the network and timm each raise their own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip('.')
-        known = timm.models.get_pretrained_cfg(name)
-        file = f' (model.safetensors of {known.hf_hub_id} on the Hugging Face hub)' if known else ''
         raise UserError(
-            f'no weights from {filename}{file}: {reason}. Copy the hub cache of a machine with '
-            'network, or train from scratch with model.backbone.init_cfg=None'
+            f'no weights from {filename} (model.safetensors of {published.hf_hub_id} on the '
+            f'Hugging Face hub): {reason}. Copy the hub cache of a machine with network, or train '
+            'from scratch with model.backbone.init_cfg=None'
         ) from error
     weights = {k: v for k, v in net.state_dict().items() if not k.startswith('head.')}
     return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in weights.items()})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
 from mmdense.models.backbones.base import GRANULARITIES, suggest
@@ -20,6 +21,8 @@ MODES = ('exact', 'published')
 # RDNet's release counts 7 stages in every size, and the heads one beyond the last depth.
 PUBLISHED_DEPTHS = 7 + 2
 PUBLISHED_HEADS = PUBLISHED_DEPTHS + 1
+COMPILED = '_orig_mod.'  # what torch.compile puts into names
+FSDP = 'FullyShardedDataParallel'
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -66,6 +69,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             raise ValueError("paramwise_cfg.granularity must be 'stage' in mode 'published'")
         for name, settings in _mapping('paramwise_cfg.custom_keys', cfg.get('custom_keys', {})):
             where = f'paramwise_cfg.custom_keys[{name!r}]'
+            if not isinstance(name, str):
+                raise ValueError(f'{where}: a key must be part of a name')
             _check_keys(where, settings, ('lr_mult', 'decay_mult'))
             for key, value in settings.items():
                 if not _is_number(value) or value < 0:
@@ -73,6 +78,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for key in ('lr', 'weight_decay'):
             if not _is_number(self.optimizer_cfg.get(key)):
                 raise ValueError(f'optimizer.{key} must be a number for layer decay to scale')
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the optimizer wrapper of a model."""
+        if any(c.__name__ == FSDP for m in model.modules() for c in type(m).__mro__):
+            raise ValueError(f'{FSDP} flattens parameters, so layer decay cannot tell them apart')
+        return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
         """Append one group per depth and setting to ``params``, each with its ``depth``.
@@ -82,32 +93,37 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             module: A model with a ``backbone``.
             **kwargs: Ignored; mmengine's own constructor recurses with them.
         """
-        last = self._last_depth(module)
+        backbone = self._backbone(module)
+        name, _ = next(backbone.named_parameters())
+        last = backbone.layer_depth(name, self.granularity)[1] - 1
         keys = self._custom_keys(module)
         groups, scales = {}, {}
         for name, parameter in module.named_parameters():  # a shared one comes once
             if not parameter.requires_grad:
                 continue
+            name = name.replace(COMPILED, '')
             depth = last
             if name.startswith('backbone.'):
                 name_inside = name.removeprefix('backbone.')
-                depth, _ = module.backbone.layer_depth(name_inside, self.granularity)
+                depth, _ = backbone.layer_depth(name_inside, self.granularity)
             custom = next((settings for key, settings in keys.items() if key in name), {})
             scale = self._scale(depth, last) * custom.get('lr_mult', 1)
-            decays = parameter.ndim != 1 and not name.endswith('.bias')
+            decays = parameter.ndim > 1 and not name.endswith('.bias')
             weight_decay = self.base_wd * decays * custom.get('decay_mult', 1)
             scales.setdefault((depth, scale), []).append(parameter.numel())
             group = dict(params=[], lr=self.base_lr * scale, weight_decay=weight_decay, depth=depth)
             group = groups.setdefault((depth, scale, weight_decay), group)
             group['params'].append(parameter)
-        params.extend(group for _, group in sorted(groups.items()))
+        # In the model's order, whatever the values: a resumed optimizer finds groups by position.
+        params.extend(groups.values())
         self._log(scales)
 
-    def _last_depth(self, module: nn.Module) -> int:
-        """Return the depth of necks and heads."""
+    def _backbone(self, module: nn.Module) -> nn.Module:
+        """Return the backbone, if it can tell depths."""
         backbone = getattr(module, 'backbone', None)
         if backbone is None:
             raise ValueError(f'{type(module).__name__} has no backbone for layer decay to ask')
+        backbone = getattr(backbone, COMPILED.rstrip('.'), backbone)
         if not hasattr(backbone, 'layer_depth'):
             raise ValueError(
                 f'{type(backbone).__name__} cannot tell depths for layer decay: add a method '
@@ -116,8 +132,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             )
         if self.published and not isinstance(backbone, RDNet):
             raise ValueError("paramwise_cfg.mode 'published' is RDNet's: use 'exact'")
-        name, _ = next(backbone.named_parameters())
-        return backbone.layer_depth(name, self.granularity)[1] - 1
+        return backbone
 
     def _scale(self, depth: int, last: int) -> float:
         if self.published:
@@ -128,7 +143,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def _custom_keys(self, module: nn.Module) -> dict[str, Mapping[str, float]]:
         """Return the custom keys in mmengine's order: longest first, then by the alphabet."""
         custom = self.paramwise_cfg.get('custom_keys', {})
-        names = [name for name, _ in module.named_parameters()]
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         for key in custom:
             if not any(key in name for name in names):
                 raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] fits no parameter')
@@ -143,7 +158,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mapping(where: str, value: Any) -> Collection[tuple[str, Any]]:

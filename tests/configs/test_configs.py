@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from support import ROOT
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
 
 import mmdense  # noqa: F401
 from mmdense.apis.run import _check_channels
 from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
+from support import ROOT
 
 LEAVES = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')
 

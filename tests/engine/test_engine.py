@@ -8,6 +8,7 @@ import timm
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import CheckpointLoader
 
 import mmdense  # noqa: F401
 from mmdense.engine import allow_training_state
@@ -64,6 +65,22 @@ def test_without_network_training_stops(monkeypatch, tmp_path):
         'naver-ai/rdnet_tiny.nv_in1k on the Hugging Face hub): cannot reach the hub. Copy the hub '
         'cache of a machine with network, or train from scratch with model.backbone.init_cfg=None'
     )
+
+
+@pytest.mark.parametrize(
+    ('name', 'hint'),
+    [
+        (
+            'rdnet_tiny.nope',
+            'timm has no weights named rdnet_tiny.nope; did you mean timm://rdnet_t',
+        ),
+        ('rdnet_tinny.nv_in1k', 'did you mean timm://rdnet_tiny.nv_in1k?'),
+    ],
+)
+def test_unknown_weights(name, hint):
+    with pytest.raises(UserError) as error:
+        CheckpointLoader.load_checkpoint(f'timm://{name}')
+    assert hint in str(error.value)
 
 
 def test_training_state_loads_safely(tmp_path):

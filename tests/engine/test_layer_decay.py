@@ -50,6 +50,7 @@ EXPECTED = {
     ('tiny', 0.8, 'exact'): [0.8**n for n in (8, 7, 6, 5, 4, 3, 2, 1)] + [1],
     ('small', 0.7, 'exact'): [0.7**n for n in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
     ('base', 0.7, 'exact'): [0.7**n for n in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
+    ('large', 0.7, 'exact'): [0.7**n for n in (13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
     ('tiny', 0.8, 'published'): [0.8**n for n in (8, 7, 6, 5, 4, 3, 2, 1, -2)],
     ('small', 0.7, 'published'): [0.7**n for n in (8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -2)],
     ('base', 0.7, 'published'): [0.7**n for n in (8, 7, 6, 5, 4, 3, 2, 1, 0, -1, -2, -3, -2)],
@@ -144,8 +145,10 @@ def test_custom_keys_multiply():
 
 def test_a_short_table_goes_to_the_log(caplog):
     model = Model(tiny())
-    MMLogger.get_instance('test_layer_decay').addHandler(caplog.handler)
+    logger = MMLogger.get_instance('test_layer_decay')
+    logger.addHandler(caplog.handler)
     groups(model, decay_rate=0.5, mode='published')
+    logger.removeHandler(caplog.handler)
     rows = [line.split() for line in caplog.text.splitlines()]
     rows = [row for row in rows if row[0].isdigit()]
     assert [row[0] for row in rows] == ['0', '1', '2', '3', '4']
@@ -188,6 +191,14 @@ def test_a_short_table_goes_to_the_log(caplog):
             r"paramwise_cfg.custom_keys\['head'\].lr_mult is -1",
         ),
         (
+            dict(decay_rate=0.8, custom_keys=dict(head=dict(lr_mult=float('nan')))),
+            r"paramwise_cfg.custom_keys\['head'\].lr_mult is nan",
+        ),
+        (
+            dict(decay_rate=0.8, custom_keys={3: dict(lr_mult=1)}),
+            r'paramwise_cfg.custom_keys\[3\]: a key must',
+        ),
+        (
             dict(decay_rate=0.8, custom_keys=dict(haed=dict(lr_mult=2))),
             r"paramwise_cfg.custom_keys\['haed'\] fits no parameter",
         ),
@@ -204,6 +215,38 @@ def test_a_short_table_goes_to_the_log(caplog):
 def test_bad_settings_name_the_key(settings, message):
     with pytest.raises(ValueError, match=message):
         groups(Model(tiny()), **settings)
+
+
+def test_groups_keep_their_order_whatever_the_values():
+    """A resumed optimizer finds its groups by position."""
+    orders = []
+    for lr_mult in (0.5, 2.0):
+        custom = {'head.weight': dict(lr_mult=lr_mult, decay_mult=lr_mult)}
+        model = Model(tiny())
+        wrapper = build_optim_wrapper(model, wrapper_cfg(decay_rate=0.8, custom_keys=custom))
+        names = {id(p): name for name, p in model.named_parameters()}
+        orders.append([[names[id(p)] for p in g['params']] for g in wrapper.optimizer.param_groups])
+    assert orders[0] == orders[1]
+
+
+@pytest.mark.parametrize('part', ['model', 'backbone'])
+def test_compiled_models_decay_as_plain_ones(part):
+    model = Model(tiny())
+    plain = scales(model, decay_rate=0.8, mode='published')
+    if part == 'model':
+        found = scales(torch.compile(model), decay_rate=0.8, mode='published')
+    else:
+        model.backbone = torch.compile(model.backbone)
+        found = scales(model, decay_rate=0.8, mode='published')
+    assert {name.replace('_orig_mod.', ''): scale for name, scale in found.items()} == plain
+
+
+def test_flattened_parameters_are_refused():
+    class FullyShardedDataParallel(Model):
+        pass
+
+    with pytest.raises(ValueError, match='FullyShardedDataParallel flattens parameters'):
+        groups(FullyShardedDataParallel(tiny()), decay_rate=0.8)
 
 
 class Foreign(nn.Conv2d):
