@@ -24,7 +24,10 @@ __all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
 # Building a model may load weights, whose schemes are in the engine.
 MODELS = Registry(
-    'model', parent=_MODELS, scope='mmdense', locations=['mmdense.models', 'mmdense.engine']
+    'model',
+    parent=_MODELS,
+    scope='mmdense',
+    locations=['mmdense.models', 'mmdense.models.heads', 'mmdense.engine'],
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -63,7 +63,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
         device_ids=None,
     )
     cfg.setdefault('model_wrapper_cfg', wrapper)
-    if _plain_batch_norm(cfg.model) and is_main_process():
+    if _plain_batch_norm(cfg.model) | bool(cfg.pop('sync_bn', None)) and is_main_process():
         print_log(
             'no GPU: each process has its own batch norm statistics in place of SyncBN',
             logger='current',
@@ -125,7 +125,8 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
                 # A single number, or coarse to fine, is the habit of some necks.
                 fits = not isinstance(said, list | tuple) or list(said) in (given, given[::-1])
             else:
-                index = reader.get('in_index', -1)
+                every = list(range(len(said))) if isinstance(said, list | tuple) else -1
+                index = reader.get('in_index', every)
                 many = isinstance(index, list | tuple)
                 if max(index if many else [index]) >= len(announced):
                     raise UserError(

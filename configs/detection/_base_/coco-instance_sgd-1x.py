@@ -1,0 +1,5 @@
+# The same with masks.
+_base_ = [
+    'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py',
+    './default_runtime.py'
+]

@@ -1,0 +1,314 @@
+"""DenseNet: `Densely Connected Convolutional Networks <https://arxiv.org/abs/1608.06993>`_.
+
+Every layer of a block reads the concatenation of all features made before it in the block, and adds
+``growth`` channels; between blocks a transition compresses the channels and halves the resolution.
+Maps are tapped at the end of each block, before its transition, so that the network gives strides
+4, 8, 16 and 32.
+
+Parameter names are those of timm's and torchvision's ``densenet*``, whose outputs the tests
+reproduce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.layers import recompute
+from mmdense.registry import MODELS
+
+__all__ = ['DenseNet']
+
+STEMS = ('imagenet', 'deep', 'cifar')
+TAPS = ('block', 'activated')
+BN = dict(type='BN')
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Shape of a DenseNet.
+
+    Attributes:
+        growth_rate: Channels that each layer adds (k of the paper).
+        layers: Layers per block.
+        stem: 'imagenet' (7 x 7 convolution of stride 2, then pooling), 'deep' (three 3 x 3
+            convolutions, then pooling) or 'cifar' (one 3 x 3 convolution, no stride).
+        stem_channels: Channels after the stem; twice the growth rate by default.
+        bottleneck: Put a 1 x 1 convolution to 4k channels before each 3 x 3 one (DenseNet-B).
+        reduction: Share of the channels that a transition keeps, above 0, at most 1.
+    """
+
+    growth_rate: int
+    layers: tuple[int, ...]
+    stem: str = 'imagenet'
+    stem_channels: int | None = None
+    bottleneck: bool = True
+    reduction: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.layers or min(self.growth_rate, *self.layers, self.inputs()[0]) < 1:
+            raise ValueError(
+                f'growth_rate, stem_channels and each of layers must be positive: {self}'
+            )
+        if self.stem not in STEMS:
+            raise ValueError(f'stem is {self.stem!r}, must be one of {STEMS}')
+        if not 0 < self.reduction <= 1 or min(self.inputs()) < 1:
+            raise ValueError(f'reduction must leave channels, and be at most 1: {self}')
+
+    def inputs(self) -> list[int]:
+        """Return the channels at the beginning of each block."""
+        inputs = [2 * self.growth_rate if self.stem_channels is None else self.stem_channels]
+        for layers in self.layers[:-1]:
+            inputs.append(int((inputs[-1] + layers * self.growth_rate) * self.reduction))
+        return inputs
+
+    def outputs(self) -> list[int]:
+        """Return the channels at the end of each block."""
+        return [
+            channels + layers * self.growth_rate
+            for channels, layers in zip(self.inputs(), self.layers, strict=True)
+        ]
+
+
+ARCHS = {
+    '121': Arch(growth_rate=32, layers=(6, 12, 24, 16)),
+    '161': Arch(growth_rate=48, layers=(6, 12, 36, 24)),
+    '169': Arch(growth_rate=32, layers=(6, 12, 32, 32)),
+    '201': Arch(growth_rate=32, layers=(6, 12, 48, 32)),
+    '264': Arch(growth_rate=32, layers=(6, 12, 64, 48)),
+    '232-k48': Arch(growth_rate=48, layers=(6, 12, 48, 48)),
+    '264-k48': Arch(growth_rate=48, layers=(6, 12, 64, 48)),
+}
+
+
+def _norm(norm_cfg: Mapping[str, Any], channels: int) -> nn.Module:
+    return build_norm_layer(dict(norm_cfg), channels)[1]
+
+
+class DenseLayer(nn.Module):
+    """Map all features of the block, [N, C, H, W] together, to ``growth_rate`` new channels."""
+
+    def __init__(
+        self, channels: int, arch: Arch, norm_cfg: Mapping[str, Any], drop_rate: float
+    ) -> None:
+        super().__init__()
+        growth = arch.growth_rate
+        self.norm1 = _norm(norm_cfg, channels)
+        if arch.bottleneck:
+            self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
+            self.norm2 = _norm(norm_cfg, 4 * growth)
+            self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(channels, growth, 3, padding=1, bias=False)
+        self.bottleneck = arch.bottleneck
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.drop(self.conv1(F.relu(self.norm1(torch.cat(features, 1)))))
+        if self.bottleneck:
+            x = self.drop(self.conv2(F.relu(self.norm2(x))))
+        return x
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers, each reading the block's input and what all earlier layers made."""
+
+    def __init__(self, layers: Sequence[DenseLayer], *, with_cp: bool) -> None:
+        super().__init__(OrderedDict((f'denselayer{i}', m) for i, m in enumerate(layers, 1)))
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [x]
+        for layer in self:
+            # Recomputing keeps the features alone: the concatenation is made again in backward.
+            features.append(recompute(layer, features[:]) if self.with_cp else layer(features))
+        return torch.cat(features, 1)
+
+
+@MODELS.register_module()
+class DenseNet(Backbone):
+    """DenseNet with maps at strides 4, 8, 16 and 32 (1, 2 and 4 with three blocks and no stride).
+
+    Heights and widths are rounded up by the stem and down by each transition, as in timm; an image
+    smaller than the coarsest stride in either direction raises ValueError.
+
+    Args:
+        arch: '121', '161', '169', '201', '264', '232-k48', '264-k48', or a dict of :class:`Arch`'s
+            fields; there is one map per block.
+        growth_rate: In place of the architecture's; so are the next three.
+        bottleneck: False for a plain DenseNet, of 3 x 3 convolutions alone.
+        reduction: Share of the channels that a transition keeps.
+        stem: 'imagenet', 'deep' or 'cifar'.
+        tap: 'block' returns the blocks' concatenations, the last one after the network's last norm
+            and ReLU, as timm does; 'activated' returns all maps after the norm and the ReLU that
+            follow them.
+        out_indices: Maps to return, increasing; negative ones count from the end; all by default.
+        drop_rate: Dropout after each convolution but the first, as in the paper (torchvision: after
+            3 x 3 convolutions alone).
+        frozen_stages: -1 freezes nothing, 0 the stem, i what map i - 1 is made of.
+        norm_cfg: mmcv's config of the norms: BN, or SyncBN.
+        norm_eval: Keep batch norms in eval mode while training.
+        in_channels: Channels of the image.
+        with_cp: Recompute each layer in backward: less memory, same results and running statistics,
+            more time.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: Unknown arch, field, stem or tap, impossible number, index or stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | Mapping[str, Any] = '121',
+        growth_rate: int | None = None,
+        bottleneck: bool | None = None,
+        reduction: float | None = None,
+        stem: str | None = None,
+        tap: str = 'block',
+        out_indices: Sequence[int] | None = None,
+        drop_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_cfg: Mapping[str, Any] = BN,
+        norm_eval: bool = False,
+        in_channels: int = 3,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        own = dict(growth_rate=growth_rate, bottleneck=bottleneck, reduction=reduction, stem=stem)
+        arch = dataclasses.replace(
+            resolve_arch(arch, ARCHS), **{k: v for k, v in own.items() if v is not None}
+        )
+        if tap not in TAPS:
+            raise ValueError(f'tap is {tap!r}, must be one of {TAPS}')
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f'drop_rate is {drop_rate}, must be from 0 to below 1')
+        inputs, outputs = arch.inputs(), arch.outputs()
+        first_stride = 1 if arch.stem == 'cifar' else 4
+        super().__init__(
+            map_channels=outputs,
+            map_strides=[first_stride * 2**i for i in range(len(outputs))],
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self.tap = tap
+        self.drop = nn.Dropout(drop_rate)
+        self._layers = arch.layers
+        self._min_size = first_stride * 2 ** (len(outputs) - 1)
+        self.features = nn.ModuleDict(_stem(arch, in_channels, norm_cfg))
+        self._stem = list(self.features)
+        # What lies behind the last returned map is neither built nor run.
+        self._built = self.out_indices[-1] + 1
+        for i in range(self._built):
+            layers = [
+                DenseLayer(inputs[i] + j * arch.growth_rate, arch, norm_cfg, drop_rate)
+                for j in range(arch.layers[i])
+            ]
+            self.features[f'denseblock{i + 1}'] = DenseBlock(layers, with_cp=with_cp)
+            if i == len(outputs) - 1:
+                self.features['norm5'] = _norm(norm_cfg, outputs[i])
+            elif i + 1 < self._built or tap == 'activated':
+                transition = dict(norm=_norm(norm_cfg, outputs[i]))
+                if i + 1 < self._built:
+                    transition['conv'] = nn.Conv2d(outputs[i], inputs[i + 1], 1, bias=False)
+                self.features[f'transition{i + 1}'] = nn.ModuleDict(transition)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight)
+        self._freeze()
+
+    def _norm_behind(self, block: int) -> nn.Module | None:
+        """Return the norm that reads a block's output, counted from 1, if it is built."""
+        if f'transition{block}' in self.features:
+            return self.features[f'transition{block}']['norm']
+        return self.features['norm5'] if block == len(self._layers) else None
+
+    def _norm_belongs_to_map(self, block: int) -> bool:
+        return self.tap == 'activated' or block == len(self._layers)
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        if stage == 0:
+            return [self.features[name] for name in self._stem]
+        modules = []
+        if 1 < stage <= self._built:
+            modules.append(self.features[f'transition{stage - 1}']['conv'])
+            if not self._norm_belongs_to_map(stage - 1):
+                modules.append(self._norm_behind(stage - 1))
+        if stage <= self._built:
+            modules.append(self.features[f'denseblock{stage}'])
+            if self._norm_belongs_to_map(stage):
+                modules.append(self._norm_behind(stage))
+        return modules
+
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        # Of the whole network: the maps that a detector reads don't change its rates.
+        depths = {f'features.{name}': 0 for name in self._stem}
+        last = 0
+        for block, layers in enumerate(self._layers, 1):
+            steps = layers if granularity == 'layer' else 1
+            first, last = last + 1, last + steps
+            if granularity == 'layer':
+                dense = f'features.denseblock{block}.denselayer'
+                depths |= {f'{dense}{j}': first + j - 1 for j in range(1, layers + 1)}
+            depths[f'features.denseblock{block}'] = first
+            depths[f'features.transition{block - 1}'] = first
+            if self._norm_belongs_to_map(block):
+                depths[f'features.transition{block}.norm'] = last
+        return {**depths, 'features.norm5': last}, last + 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride.
+        """
+        if min(x.shape[-2:]) < self._min_size:
+            raise ValueError(
+                f'image of {tuple(x.shape[-2:])} pixels: DenseNet needs at least {self._min_size} '
+                'in both directions'
+            )
+        for name in self._stem:
+            x = self.features[name](x)
+        maps = []
+        for block in range(1, self._built + 1):
+            x = self.features[f'denseblock{block}'](x)
+            norm = self._norm_behind(block)
+            normed = x if norm is None else F.relu(norm(x))
+            if block - 1 in self.out_indices:
+                maps.append(normed if self._norm_belongs_to_map(block) else x)
+            if block < self._built:
+                x = self.drop(self.features[f'transition{block}']['conv'](normed))
+                x = F.avg_pool2d(x, 2)
+        return tuple(maps)
+
+
+def _stem(arch: Arch, in_channels: int, norm_cfg: Mapping[str, Any]) -> dict[str, nn.Module]:
+    channels = arch.inputs()[0]
+    if arch.stem == 'cifar':
+        return dict(conv0=nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
+    if arch.stem == 'imagenet':
+        convs = [nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)]
+    else:
+        sizes = [in_channels, arch.growth_rate, arch.growth_rate, channels]
+        convs = [
+            nn.Conv2d(sizes[i], sizes[i + 1], 3, stride=1 if i else 2, padding=1, bias=False)
+            for i in range(3)
+        ]
+    modules = {}
+    for i, conv in enumerate(convs):
+        modules[f'conv{i}'] = conv
+        modules[f'norm{i}'] = _norm(norm_cfg, conv.out_channels)
+        modules[f'relu{i}'] = nn.ReLU(inplace=True)
+    return {**modules, 'pool0': nn.MaxPool2d(3, stride=2, padding=1)}

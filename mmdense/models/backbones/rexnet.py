@@ -1,0 +1,288 @@
+"""ReXNet: `Rethinking Channel Dimensions for Efficient Model Design
+<https://arxiv.org/abs/2007.00992>`_ (CVPR 2021).
+
+A stem and 16 inverted bottlenecks whose channels grow linearly from one block to the next, then a
+1x1 convolution to many channels, which a classifier reads. Maps are tapped at the end of each
+resolution, or where the ReXNet U-Net taps them: after the first block of each resolution, and
+after the 1x1 convolution.
+
+Parameter names are those of timm's ``rexnet_*``, whose outputs the tests reproduce.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, sqrt
+from typing import Any
+
+import torch
+from timm.layers import DropPath, SEModule
+from torch import Tensor, nn
+
+from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.layers import recompute
+from mmdense.registry import MODELS
+
+__all__ = ['LinearBottleneck', 'ReXNet', 'init_convs']
+
+# Per group: blocks (at depth 1), stride of the first block.
+GROUPS = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (5, 2))
+EXPANDED_FROM, GATED_FROM = 1, 2
+TAPS = ('stages', 'unet')
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Shape of a ReXNet.
+
+    Attributes:
+        width: Multiplier of the channels; the stem and the first block don't fall below those of
+            width 1.
+        depth: Multiplier of the blocks per group, which are rounded up.
+        first: Channels of the first block at width 1.
+        growth: How many channels the blocks add to those, all together, at width 1.
+    """
+
+    width: float
+    depth: float = 1.0
+    first: int = 16
+    growth: int = 180
+
+    def __post_init__(self) -> None:
+        if min(self.width, self.depth) <= 0 or self.first < 1 or self.growth < 0:
+            raise ValueError(
+                f'width, depth and first must be positive, growth not negative: {self}'
+            )
+
+    def groups(self) -> list[int]:
+        """Return the number of blocks in each group."""
+        return [ceil(blocks * self.depth) for blocks, _ in GROUPS]
+
+    def channels(self) -> tuple[int, list[int], int]:
+        """Return the channels of the stem, of each block, and of the last convolution."""
+        number = sum(self.groups())
+        full = 1 / min(self.width, 1)  # takes the width off again where it would thin
+        blocks = [
+            round((self.first * full + self.growth * i / number) * self.width)
+            for i in range(number)
+        ]
+        return round(32 * full * self.width), blocks, round(1280 * self.width)
+
+
+ARCHS = {width: Arch(width=float(width)) for width in ('1.0', '1.3', '1.5', '2.0', '3.0')}
+
+
+def _conv_norm(
+    in_channels: int,
+    channels: int,
+    kernel: int = 1,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    act: bool = False,
+) -> nn.Sequential:
+    # timm's ConvNormAct has the same parameter names, but its norm contains the activation: turning
+    # norms into SyncBatchNorm, or folding them into convolutions, would silently drop it.
+    layers = OrderedDict(
+        conv=nn.Conv2d(
+            in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False
+        ),
+        bn=nn.BatchNorm2d(channels),
+    )
+    if act:
+        layers['act'] = nn.SiLU(inplace=True)
+    return nn.Sequential(layers)
+
+
+def init_convs(module: nn.Module) -> None:
+    """Initialise convolutions as timm's ReXNet: normal by the fan-out, biases zero."""
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            # Per group: torch's kaiming_normal_ would count a depthwise fan-out over all channels.
+            fan_out = conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels // conv.groups
+            nn.init.normal_(conv.weight, std=sqrt(2 / fan_out))
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
+
+
+class LinearBottleneck(nn.Module):
+    """Map [N, C_in, H, W] to [N, C_out, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        stride: Of the depthwise convolution.
+        expansion: Its channels, as a multiple of C_in.
+        gated: Squeeze-excite to a twelfth of its channels.
+        shortcut: Add the input to the first C_in channels, where stride and channels allow it.
+        drop_path: Chance that a sample's block is left out; of no effect without a shortcut.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        stride: int = 1,
+        expansion: int = 1,
+        gated: bool = False,
+        shortcut: bool = True,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.conv_exp = _conv_norm(in_channels, hidden, act=True) if expansion > 1 else None
+        self.conv_dw = _conv_norm(hidden, hidden, 3, stride=stride, groups=hidden)
+        self.se = None
+        if gated:
+            reduced = max(hidden // 12, 1)
+            self.se = SEModule(hidden, rd_channels=reduced, norm_layer=nn.BatchNorm2d)
+        self.act_dw = nn.ReLU6(inplace=True)
+        self.conv_pwl = _conv_norm(hidden, out_channels)
+        self.drop_path = None
+        if shortcut and stride == 1 and in_channels <= out_channels:
+            self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x
+        if self.conv_exp is not None:
+            x = self.conv_exp(x)
+        x = self.conv_dw(x)
+        if self.se is not None:
+            x = self.se(x)
+        x = self.conv_pwl(self.act_dw(x))
+        if self.drop_path is None:
+            return x
+        x = self.drop_path(x)
+        channels = shortcut.shape[1]
+        return torch.cat([x[:, :channels] + shortcut, x[:, channels:]], 1)
+
+
+@MODELS.register_module()
+class ReXNet(Backbone):
+    """ReXNet with maps at strides 2 to 32.
+
+    Heights and widths are rounded up at each halving, as in timm; an image smaller than the
+    coarsest stride in either direction raises ValueError.
+
+    The squeeze-excite gates normalise one value per image and channel: train with at least two
+    images per process (or in all, with SyncBatchNorm), or with ``norm_eval=True``. One image alone
+    ends in torch's 'Expected more than 1 value per channel when training'.
+
+    Args:
+        arch: '1.0', '1.3', '1.5', '2.0', '3.0', or a dict of :class:`Arch`'s fields.
+        taps: 'stages': five maps, at the end of strides 2, 4, 8, 16 and 32 (16, 38, 61, 128 and
+            185 channels at width 1). 'unet': six maps, after the first block of each stride (16,
+            27, 50, 72 and 140 channels) and after the last convolution (1280, at stride 32).
+        out_indices: Maps to return, increasing; negative ones count from the end. None returns
+            strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'.
+        drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
+        frozen_stages: -1 freezes nothing, 0 the stem, i also the blocks up to map i - 1.
+        norm_eval: Keep batch norms in eval mode while training.
+        in_channels: Channels of the image.
+        with_cp: Recompute each block in backward: less memory, same results, more time.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: Unknown arch, field or taps, impossible index or stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | Mapping[str, Any] = '1.0',
+        taps: str = 'stages',
+        out_indices: Sequence[int] | None = None,
+        drop_path_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        in_channels: int = 3,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        if taps not in TAPS:
+            raise ValueError(f'taps is {taps!r}, must be one of {TAPS}')
+        arch = resolve_arch(arch, ARCHS)
+        stem, channels, last = arch.channels()
+        groups = [
+            (group, stride if first else 1)
+            for group, ((_, stride), blocks) in enumerate(zip(GROUPS, arch.groups(), strict=True))
+            for first in (True, *[False] * (blocks - 1))
+        ]
+        num_blocks = len(groups)
+        # Blocks that begin a resolution.
+        begins = [0] + [i for i, (_, stride) in enumerate(groups) if stride > 1]
+        if taps == 'unet':
+            ends = [*begins, num_blocks]
+        else:
+            ends = [i - 1 for i in begins[1:]] + [num_blocks - 1]
+            if out_indices is None:
+                out_indices = range(1, len(ends))
+        super().__init__(
+            map_channels=[[*channels, last][i] for i in ends],
+            map_strides=(2, 4, 8, 16, 32, 32)[: len(ends)],
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self._ends = ends
+        self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=True)
+        # What lies behind the last returned map is neither built nor run.
+        built = ends[self.out_indices[-1]] + 1
+        inputs = [stem, *channels]
+        self.features = nn.ModuleList(
+            LinearBottleneck(
+                inputs[i],
+                channels[i],
+                stride=stride,
+                expansion=6 if group >= EXPANDED_FROM else 1,
+                gated=group >= GATED_FROM,
+                drop_path=drop_path_rate * i / (num_blocks - 1),
+            )
+            for i, (group, stride) in enumerate(groups[:built])
+        )
+        if built > num_blocks:
+            self.features.append(_conv_norm(channels[-1], last, act=True))
+        init_convs(self)
+        self._freeze()
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        if stage == 0:
+            return [self.stem]
+        first = self._ends[stage - 2] + 1 if stage > 1 else 0
+        return list(self.features[first : self._ends[stage - 1] + 1])
+
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        # Of the whole network: the maps that a detector reads don't change its rates.
+        depths, last = {'stem': 0}, self._ends[-1]
+        if granularity == 'layer':
+            depths |= {f'features.{i}': 1 + i for i in range(len(self.features))}
+            return depths, last + 3
+        for i in range(len(self.features)):
+            depths[f'features.{i}'] = 1 + bisect_left(self._ends, i)
+        return depths, len(self._ends) + 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for images [N, in_channels, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride.
+        """
+        if min(x.shape[-2:]) < 32:
+            raise ValueError(
+                f'image of {tuple(x.shape[-2:])} pixels: ReXNet needs at least 32 in both '
+                'directions'
+            )
+        x = self.stem(x)
+        returned = [self._ends[i] for i in self.out_indices]
+        maps = []
+        for i, block in enumerate(self.features):
+            x = recompute(block, x) if self.with_cp else block(x)
+            if i in returned:
+                maps.append(x)
+        return tuple(maps)

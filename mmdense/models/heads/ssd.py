@@ -1,0 +1,18 @@
+"""mmdet's SSD head, able to predict."""
+
+from mmdet.models.dense_heads import SSDHead as _SSDHead
+
+from mmdense.registry import MODELS
+
+__all__ = ['SSDHead']
+
+
+@MODELS.register_module()
+class SSDHead(_SSDHead):
+    """mmdet's ``SSDHead`` with its options.
+
+    mmdet's dense heads ask ``loss_cls`` for its activation when they predict (since 3.3); SSD
+    computes its loss by itself and has none.
+    """
+
+    loss_cls = None

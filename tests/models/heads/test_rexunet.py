@@ -1,0 +1,278 @@
+"""The ReXNet U-Net's decoder, alone and in mmseg's segmentors."""
+
+import pytest
+import torch
+
+pytest.importorskip('mmseg')
+
+from mmengine.config import ConfigDict  # noqa: E402
+from mmengine.optim import OptimWrapper  # noqa: E402
+from mmengine.registry import DefaultScope  # noqa: E402
+from mmengine.structures import PixelData  # noqa: E402
+from mmseg.registry import MODELS  # noqa: E402
+from mmseg.structures import SegDataSample  # noqa: E402
+
+from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
+from mmdense.models.heads import ReXUNetDepthHead, ReXUNetHead  # noqa: E402
+
+TINY = dict(width=0.25, depth=0.2)
+CHANNELS = ReXNet(arch=TINY, taps='unet').out_channels
+NAMES = [f's{2**k}' for k in range(6)]
+pytestmark = [
+    pytest.mark.filterwarnings('ignore:.*avg_non_ignore:UserWarning'),
+    pytest.mark.filterwarnings('ignore:threshold is not defined:UserWarning'),
+]
+
+
+@pytest.fixture(autouse=True)
+def scope():
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        yield
+
+
+def maps(height=64, width=96, channels=CHANNELS, batch=2):
+    """Return the encoder's maps for an image of that size."""
+    generator = torch.Generator().manual_seed(0)
+    strides = (2, 4, 8, 16, 32, 32)
+    return tuple(
+        torch.randn(batch, c, -(-height // s), -(-width // s), generator=generator)
+        for c, s in zip(channels, strides, strict=True)
+    )
+
+
+def segmentor(kind='EncoderDecoder', test_cfg=None, **head):
+    torch.manual_seed(0)
+    depth = kind == 'DepthEstimator'
+    name = 'ReXUNetDepthHead' if depth else 'ReXUNetHead'
+    return MODELS.build(
+        dict(
+            type=kind,
+            data_preprocessor=dict(type='SegDataPreProcessor', size=(64, 64)),
+            backbone=dict(type='mmdense.ReXNet', arch=TINY, taps='unet'),
+            decode_head=dict(type=f'mmdense.{name}', in_channels=CHANNELS, **head),
+            test_cfg=ConfigDict(test_cfg or dict(mode='whole')),
+        )
+    )
+
+
+def samples(height=64, width=64, batch=2):
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(batch):
+        shape = dict(ori_shape=(height, width), img_shape=(height, width))
+        sample = SegDataSample(metainfo=dict(shape, pad_shape=(height, width)))
+        label = torch.randint(3, (1, height, width), generator=generator)
+        depth = torch.rand(1, height, width, generator=generator) * 9 + 0.1
+        sample.gt_sem_seg = PixelData(data=label)
+        sample.set_data(dict(gt_depth_map=PixelData(data=depth)))
+        made.append(sample)
+    return made
+
+
+def batch(height=64, width=64, number=2):
+    images = torch.randint(0, 255, (number, 3, height, width), dtype=torch.uint8)
+    return dict(inputs=list(images), data_samples=samples(height, width, number))
+
+
+def test_published_size():
+    encoder = ReXNet(taps='unet')
+    head = ReXUNetHead(in_channels=encoder.out_channels, num_classes=1)
+    parameters = [p for m in (encoder, head) for p in m.parameters()]
+    assert sum(p.numel() for p in parameters) == 4_009_167
+    assert len(encoder.state_dict()) + len(head.state_dict()) == 547
+    gates = [head.get_submodule(f'decode_conv{k}').se.fc1.out_channels for k in range(1, 7)]
+    assert gates == [106, 11, 6, 4, 2, 1]
+    outputs = [head.get_submodule(f'output_conv{k}').weight.shape for k in range(1, 6)]
+    assert outputs == [(1, c, 3, 3) for c in (16, 27, 50, 72, 140)]
+
+
+@pytest.mark.parametrize('size', [(64, 96), (33, 47), (65, 50)])
+def test_six_outputs(size):
+    outputs = ReXUNetHead(in_channels=CHANNELS, num_classes=20)(maps(*size))
+    assert isinstance(outputs, tuple)
+    assert all(x.shape[:2] == (2, 20) for x in outputs)
+    halves = [tuple(-(-side // 2**k) for side in size) for k in range(1, 6)]
+    assert [tuple(x.shape[2:]) for x in outputs[1:]] == halves
+    assert tuple(outputs[0].shape[2:]) == tuple(2 * side for side in halves[0])
+
+
+def test_steps_of_the_decoder():
+    head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
+    taps = maps()
+    up = torch.nn.Upsample(scale_factor=2, mode='bilinear')
+    with torch.no_grad():
+        found = head(taps)
+        x = head.decode_conv1(taps[5]) + taps[4]
+        expected = [head.output_conv5(x)]
+        for k, index in ((2, 3), (3, 2), (4, 1), (5, 0)):
+            x = up(head.get_submodule(f'decode_conv{k}')(x)) + taps[index]
+            expected.append(head.get_submodule(f'output_conv{index + 1}')(x))
+        expected.append(up(head.decode_conv6(x)))
+        for a, b in zip(found, reversed(expected), strict=True):
+            torch.testing.assert_close(a, b)
+        # The last block has no shortcut, though its channels rise.
+        assert head.decode_conv6.drop_path is None
+        head.align_corners = True
+        assert not torch.allclose(head(taps)[0], found[0])
+
+
+def test_in_index_chooses_the_maps():
+    head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
+    turned = ReXUNetHead(in_channels=CHANNELS, in_index=(5, 4, 3, 2, 1, 0), num_classes=20).eval()
+    turned.load_state_dict(head.state_dict())
+    for a, b in zip(turned(maps()[::-1]), head(maps()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize('weights', [(1, 0.5, 0.5, 0.5, 0.5, 0.5), (2, 0, 0, 1, 0, 0)])
+def test_loss_weights(weights):
+    plain = segmentor(num_classes=3, loss_weights=[1] * 6)
+    weighted = segmentor(num_classes=3, loss_weights=weights)
+    data = plain.data_preprocessor(batch(), True)
+    expected = plain.loss(**data)
+    found = weighted.loss(**data)
+    assert list(found) == [*(f'decode.loss_ce_{name}' for name in NAMES), 'decode.acc_seg']
+    for name, weight in zip(NAMES, weights, strict=True):
+        key = f'decode.loss_ce_{name}'
+        torch.testing.assert_close(found[key], weight * expected[key])
+    torch.testing.assert_close(found['decode.acc_seg'], expected['decode.acc_seg'])
+    # DDP asks a gradient of every parameter, also where a scale weighs nothing.
+    weighted.parse_losses(found)[0].backward()
+    assert all(p.grad is not None for p in weighted.parameters())
+
+
+def test_each_scale_is_compared_at_full_size():
+    net = segmentor(num_classes=3, loss_weights=[1] * 6)
+    data = net.data_preprocessor(batch(), True)
+    losses = net.decode_head.loss_by_feat(logits := net(data['inputs']), data['data_samples'])
+    label = torch.cat([s.gt_sem_seg.data for s in data['data_samples']])
+    for name, x in zip(NAMES, logits, strict=True):
+        x = torch.nn.functional.interpolate(x, (64, 64), mode='bilinear')
+        expected = torch.nn.functional.cross_entropy(x, label)
+        torch.testing.assert_close(losses[f'loss_ce_{name}'], expected)
+
+
+def test_gradients_reach_every_parameter():
+    net = segmentor(num_classes=3).eval()  # a norm by the batch hides the bias before it
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.rand_like(parameter) + 0.2)
+    data = net.data_preprocessor(batch(), True)
+    net.parse_losses(net.loss(**data))[0].backward()
+    assert not [n for n, p in net.named_parameters() if not p.grad.abs().sum() > 0]
+
+
+def test_several_losses_and_an_ignored_label():
+    losses = [dict(type='CrossEntropyLoss', loss_weight=w) for w in (1.0, 2.0)]
+    losses.append(dict(type='DiceLoss'))
+    net = segmentor(num_classes=3, loss_decode=losses, ignore_index=2)
+    single = segmentor(num_classes=3, ignore_index=2)
+    other = segmentor(num_classes=3)
+    data = net.data_preprocessor(batch(), True)
+    found, alone, counted = (n.loss(**data) for n in (net, single, other))
+    assert [k for k in found if 'dice' in k] == [f'decode.loss_dice_{name}' for name in NAMES]
+    key = 'decode.loss_ce_s32'
+    torch.testing.assert_close(found[key], 3 * alone[key])
+    assert alone[key] < counted[key]
+
+
+def test_binary():
+    net = segmentor(num_classes=2, out_channels=1, threshold=0.6)
+    data = batch()
+    for sample in data['data_samples']:
+        sample.gt_sem_seg.data.clamp_(max=1)
+    optim = OptimWrapper(torch.optim.SGD(net.parameters(), lr=0.01))
+    before = net.train_step(data, optim)['loss']
+    assert 0.1 < before < 10
+    for head in (dict(num_classes=1), dict(num_classes=2, out_channels=1)):
+        assert ReXUNetHead(in_channels=CHANNELS, **head).loss_decode.use_sigmoid
+    (result, _) = net.eval().test_step(data)
+    assert torch.equal(result.pred_sem_seg.data, (result.seg_logits.data > 0.6).float())
+
+
+@pytest.mark.parametrize(
+    ('test_cfg', 'size'),
+    [
+        (dict(mode='whole'), (64, 64)),
+        (dict(mode='whole'), (47, 65)),
+        (dict(mode='slide', crop_size=(32, 48), stride=(20, 32)), (64, 75)),
+    ],
+)
+def test_predict(test_cfg, size):
+    net = segmentor(num_classes=3, test_cfg=test_cfg).eval()
+    image = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        (result,) = net.predict(image, samples(*size, batch=1))
+    assert result.seg_logits.data.shape == (3, *size)
+    assert result.pred_sem_seg.data.shape == (1, *size)
+    if size == (64, 64):
+        with torch.no_grad():
+            finest = net(image, mode='tensor')[0]
+        torch.testing.assert_close(result.seg_logits.data, finest[0])
+
+
+def test_depth_training_and_prediction():
+    net = segmentor('DepthEstimator', max_depth=20)
+    optim = OptimWrapper(torch.optim.AdamW(net.parameters(), lr=3e-3))
+    data = batch()
+    log = [net.train_step(data, optim) for _ in range(4)]
+    assert set(log[0]) == {'loss', *(f'decode.loss_silog_{name}' for name in NAMES)}
+    assert log[-1]['loss'] < log[0]['loss']
+    net.parse_losses(net.loss(**net.data_preprocessor(data, True)))[0].backward()
+    assert all(p.grad is not None for p in net.parameters())
+    for result in net.eval().test_step(data):
+        depth = result.pred_depth_map.data
+        assert depth.shape == (1, 64, 64)
+        assert depth.min() > 0
+        assert depth.max() < 20
+
+
+def test_depth_weights_and_range():
+    net = segmentor('DepthEstimator', loss_weights=[1] * 6).eval()
+    far = segmentor('DepthEstimator', loss_weights=(0, 0, 1, 0, 0, 3), max_depth=40).eval()
+    data = net.data_preprocessor(batch(), True)
+    depths, farther = net(data['inputs']), far(data['inputs'])
+    assert len(depths) == 6
+    for a, b in zip(depths, farther, strict=True):
+        torch.testing.assert_close(4 * a, b)
+    far.decode_head.max_depth = 10.0
+    expected, found = net.loss(**data), far.loss(**data)
+    for name, weight in zip(NAMES, (0, 0, 1, 0, 0, 3), strict=True):
+        key = f'decode.loss_silog_{name}'
+        torch.testing.assert_close(found[key], weight * expected[key])
+
+
+def test_disparities():
+    head = ReXUNetDepthHead(in_channels=CHANNELS, max_depth=5.0).eval()
+    found = head.disparities(maps())
+    assert list(found) == [('disp', k) for k in range(6)]
+    for disparity, depth in zip(found.values(), head(maps()), strict=True):
+        assert disparity.min() >= 0
+        assert disparity.max() <= 1
+        torch.testing.assert_close(5 * disparity, depth)
+    part = ReXUNetDepthHead(in_channels=CHANNELS, scales=(0, 3)).eval()
+    part.load_state_dict(head.state_dict())
+    some = part.disparities(maps())
+    assert list(some) == [('disp', 0), ('disp', 3)]
+    assert all(torch.equal(x, found[key]) for key, x in some.items())
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(in_channels=CHANNELS[:5]), 'reads six maps'),
+        (dict(in_index=(0, 1, 2)), 'reads six maps'),
+        (dict(loss_weights=(1, 1)), 'must be six'),
+        (dict(loss_weights=(1, 1, 1, 1, 1, -1)), 'none negative'),
+        (dict(max_depth=0), 'must be positive'),
+        (dict(scales=()), 'some of 0 to 5'),
+        (dict(scales=(0, 6)), 'some of 0 to 5'),
+        (dict(scales=(1, 0)), 'some of 0 to 5'),
+        (dict(scales=(1, 1)), 'some of 0 to 5'),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        ReXUNetDepthHead(**{'in_channels': CHANNELS, **options})
