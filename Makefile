@@ -5,11 +5,8 @@ MM ?= mm
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-TASK ?= detection
-DEMO_detection := faster-rcnn_rdnet-nano_fpn_8e_digits
-DEMO_segmentation := upernet_rdnet-nano_400i_digits-192x192
-DEMO := configs/$(TASK)/demo/$(DEMO_$(TASK)).py
-WORK := work_dirs/$(DEMO_$(TASK))
+DEMO ?= configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py
+WORK = work_dirs/$(basename $(notdir $(DEMO)))
 
 # The tested versions hold for the distribution and the Python that they were tested with.
 PY_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -36,14 +33,14 @@ $(VENV)/.ready: setup.py pyproject.toml requirements/tested.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(MM),dev]' $(CONSTRAINTS)
 	touch $@
 
-demo: setup  ## make data, train a detector, evaluate it, draw what it sees
+demo: setup  ## make data, train DEMO (a config), evaluate it, draw what it sees
 	$(BIN)/python tools/make_demo_dataset.py --out data/digits
 	$(BIN)/python tools/train.py $(DEMO)
 	$(BIN)/python tools/test.py $(DEMO) $$(cat $(WORK)/last_checkpoint)
 	$(BIN)/python tools/visualize.py $(DEMO) $$(cat $(WORK)/last_checkpoint)
 
 demo-segmentation:  ## the same with a segmentor
-	$(MAKE) demo TASK=segmentation
+	$(MAKE) demo DEMO=configs/segmentation/demo/upernet_rdnet-nano_400i_digits-192x192.py
 
 test: setup  ## run all tests, as CI does
 	$(PYTEST)

@@ -31,7 +31,7 @@ TEST = [*DEMO, 'pytest>=8']
 setup(
     name='mmdense',
     version=re.search(r"__version__ = '(.+)'", (ROOT / 'mmdense/__init__.py').read_text())[1],
-    description='RDNet backbones for MMDetection 3.x and MMSegmentation 1.x, without a compiler.',
+    description='RDNet, DenseNet, ReXNet for MMDetection and MMSegmentation, without a compiler',
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',

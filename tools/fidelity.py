@@ -27,15 +27,26 @@ INDEX = 'model-index.yml'
 GENERATED = '# Written by tools/fidelity.py.'
 LIMIT = 0.01  # a larger difference needs a reason
 SIZES = dict(detection=[(800, 1280)], segmentation=[(512, 2048), (512, 512)])  # height, width
-DATA = dict(detection='COCO', segmentation='ADE20K')
+OWN_SIZES = {'coco-320x320': [(320, 320)], 'nyu-480x480': [(480, 640)]}  # by the end of the name
+DATA = dict(CocoDataset='COCO', ADE20KDataset='ADE20K', NYUDataset='NYU Depth V2')
 ALGORITHMS = {
     'mask-rcnn': 'Mask R-CNN',
     'cascade-mask-rcnn': 'Cascade Mask R-CNN',
     'faster-rcnn': 'Faster R-CNN',
     'retinanet': 'RetinaNet',
+    'ssdlite': 'SSDLite',
     'upernet': 'UperNet',
+    'deeplabv3plus': 'DeepLabV3+',
+    'unet': 'U-Net',
 }
-TEXT_COLUMNS = ('network', 'recipe', 'figure', 'why', 'part')
+# What mmdense does not build of a classifier that reads C channels: its norm and linear layer.
+CLASSIFIERS = {
+    'RDNet': lambda channels, classes: 2 * channels + classes * (channels + 1),
+    'DenseNet': lambda channels, classes: classes * (channels + 1),
+    'ReXNet': lambda channels, classes: classes * (channels + 1),
+}
+OPTIONS = dict(ReXNet=dict(taps='unet'))  # with the last 1x1 convolution
+TEXT_COLUMNS = ('network', 'recipe', 'figure', 'why', 'part', 'data', 'at')
 METRICS = {  # name in docs/published.yml -> task and metrics of a metafile
     'box AP': ('Object Detection', ['box AP', 'box AP50', 'box AP75']),
     'mask AP': ('Instance Segmentation', ['mask AP', 'mask AP50', 'mask AP75']),
@@ -51,9 +62,8 @@ Written by `tools/fidelity.py` from [published.yml](published.yml) and the confi
 networks that the configs build. None of the recipes has been run on COCO or ADE20K here: accuracies
 are the authors', of their code and weights.
 """
-CLASSIFIERS = """\
-Measured: the backbone, and beside it the norm and the linear layer of the classifier, which mmdense
-does not build, by formula.
+MEASURED = """\
+Measured: the backbone, and by formula the classifier, which mmdense does not build.
 """
 PROTOCOL = dict(
     detection="""\
@@ -70,12 +80,6 @@ DECAY = """\
 The optimizer's groups, as built: the rate of each depth over `lr`. Mode 'published' is the released
 formula: `decay ** (8 - depth)` for the stem, which has depth 0, and for the stages, and
 `decay ** -2` for norms, necks and heads, in every size.
-"""
-DEVIATIONS = """\
-- mmengine counts a warm-up's first iteration as a step, so it ends one iteration earlier.
-- Mixed precision is autocast of the whole forward pass; mmdet 2.x and mmseg 0.x chose modules.
-- NMS and RoIAlign are torchvision's, unless mmcv's compiled extension is installed.
-- No detector or segmentor with RDNet-L was published: B's recipe, with exact layer decay.
 """
 
 
@@ -96,6 +100,11 @@ class Recipe:
         name = self.cfg.model.backbone.type.removeprefix('mmdense.')
         assert name.lower() == family
         return f'{ALGORITHMS[algorithm]}, {name}-{size.upper()}'
+
+    @property
+    def data(self) -> str:
+        dataset = self.cfg.train_dataloader.dataset
+        return DATA[dataset.get('dataset', dataset).type]
 
     @property
     def link(self) -> str:
@@ -126,7 +135,7 @@ def measure(path: Path) -> Recipe:
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         with torch.device('meta'):
             model = MODELS.build(cfg.model).eval()
-        sizes = SIZES[path.parts[-3]]
+        sizes = sizes_of(path)
         return Recipe(
             path=path,
             cfg=cfg,
@@ -134,6 +143,10 @@ def measure(path: Path) -> Recipe:
             macs=[sum(model_macs(model, size).values()) for size in sizes],
             scales=layer_scales(model, cfg),
         )
+
+
+def sizes_of(path: Path) -> list[tuple[int, int]]:
+    return OWN_SIZES.get(path.stem.rsplit('_', 1)[1], SIZES[path.parts[-3]])
 
 
 def layer_scales(model: nn.Module, cfg: Config) -> dict[int, float]:
@@ -164,7 +177,11 @@ def table(titles: list[str], rows: Iterable[list[str]]) -> str:
     return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
-def compare(what: list[str], published: float, measured: float, why: str | None) -> list[str]:
+def compare(
+    what: list[str], published: float | None, measured: float, why: str | None
+) -> list[str]:
+    if published is None:
+        return [*what, '', f'{measured:.4g}', '', '']
     difference = measured / published - 1
     if abs(difference) > LIMIT and not why:
         sys.exit(f'{": ".join(what)}: {published} was published, {measured:.2f} measured: say why')
@@ -172,26 +189,35 @@ def compare(what: list[str], published: float, measured: float, why: str | None)
 
 
 def classifiers(family: str, part: dict) -> Iterator[str]:
-    yield f'### Classifiers, ImageNet-1K ([source]({part["source"]}))\n'
-    yield CLASSIFIERS
+    yield f'### Classifiers, {part["title"]} ([source]({part["source"]}))\n'
+    yield MEASURED
     rows = []
     for row in part['rows']:
         with torch.device('meta'):
-            net = getattr(models, family)(arch=row['arch']).eval()
-        size, channels, why = row['size'], net.out_channels[-1], row.get('why', {})
-        params = count_parameters(net) + 2 * channels + 1000 * (channels + 1)
-        macs = backbone_macs(net, (size, size)) + 1000 * channels
-        title = f'{family}-{row["arch"][0].upper()}, {size} x {size}'
-        rows += [
-            compare([title, 'parameters (M)'], row['params'], params / 1e6, why.get('params')),
-            compare(['', 'multiply-adds (G)'], row['macs'], macs / 1e9, why.get('macs')),
-            ['', 'top-1', f'{row["top-1"]}', 'not run', '', ''],
-        ]
+            net = getattr(models, family)(arch=row['arch'], **OPTIONS.get(family, {})).eval()
+        channels, classes = net.out_channels[-1], part.get('classes', 1000)
+        measured = {
+            'params': (count_parameters(net) + CLASSIFIERS[family](channels, classes)) / 1e6
+        }
+        title = f'{family}, {row.get("name", row["arch"])}'
+        if 'size' in row:
+            size = (row['size'],) * 2
+            measured['macs'] = (backbone_macs(net, size) + classes * channels) / 1e9
+            title += f', {size[0]} x {size[1]}'
+        for key, figure in measured.items():
+            name = dict(params='parameters (M)', macs='multiply-adds (G)')[key]
+            why = row.get('why', {}).get(key)
+            rows.append(compare([title, name], row.get(key), figure, why))
+            title = ''
+        for name, figure in row.items():
+            if name not in ('arch', 'name', 'weights', 'size', 'why', *measured):
+                rows.append(['', name, f'{figure}', 'not run', '', ''])
     yield table(['network', 'figure', 'published', 'measured', 'difference', 'why'], rows)
 
 
 def costs(task: str, part: dict, recipes: dict[str, Recipe]) -> Iterator[str]:
-    yield f'### {task.capitalize()}, {DATA[task]} ([source]({part["source"]}))\n'
+    data = recipes[part['rows'][0]['config']].data
+    yield f'### {task.capitalize()}, {data} ([source]({part["source"]}))\n'
     yield PROTOCOL[task]
     sizes = [f' at {width} x {height}' for height, width in SIZES[task]]
     rows = []
@@ -220,12 +246,13 @@ def costs(task: str, part: dict, recipes: dict[str, Recipe]) -> Iterator[str]:
 
 def unpublished(recipes: Iterable[Recipe]) -> Iterator[str]:
     yield '### Recipes of our own\n'
-    yield 'Nothing was published to compare them with; multiply-adds as above.\n'
-    rows = [
-        [r.link, f'{r.params / 1e6:.2f}', ', '.join(f'{macs / 1e9:.4g}' for macs in r.macs)]
-        for r in recipes
-    ]
-    yield table(['recipe', 'parameters (M)', 'multiply-adds (G)'], rows)
+    yield 'Nothing was published to compare them with; RoIs as in the published tables.\n'
+    rows = []
+    for recipe in recipes:
+        sizes = ', '.join(f'{width} x {height}' for height, width in sizes_of(recipe.path))
+        macs = ', '.join(f'{macs / 1e9:.4g}' for macs in recipe.macs)
+        rows.append([recipe.link, recipe.data, f'{recipe.params / 1e6:.2f}', macs, sizes])
+    yield table(['recipe', 'data', 'parameters (M)', 'multiply-adds (G)', 'at'], rows)
 
 
 def settings(parts: list[dict], recipes: dict[str, Recipe]) -> Iterator[str]:
@@ -278,17 +305,20 @@ def document(published: dict, recipes: dict[str, Recipe]) -> str:
     parts = [INTRODUCTION]
     for family, figures in published.items():
         own = {k: r for k, r in recipes.items() if r.cfg.model.backbone.type == f'mmdense.{family}'}
-        tasks = [figures[task] for task in SIZES]
-        known = {row['config'] for part in tasks for row in part['rows']}
+        tasks = {task: figures[task] for task in SIZES if task in figures}
+        known = {row['config'] for part in tasks.values() for row in part['rows']}
         parts.append(f'## {family}\n')
         parts.append(f'[{figures["title"]}]({figures["paper"]}), [code]({figures["code"]}).\n')
-        parts += classifiers(family, figures['classifiers'])
-        for task in SIZES:
-            parts += costs(task, figures[task], own)
+        for part in figures['classifiers']:
+            parts += classifiers(family, part)
+        for task, part in tasks.items():
+            parts += costs(task, part, own)
         parts += unpublished(r for name, r in own.items() if name not in known)
-        parts += settings(tasks, own)
-        parts += decay(own.values())
-        parts += ['### Where recipes differ from the released code\n', DEVIATIONS]
+        if tasks:
+            parts += settings(list(tasks.values()), own)
+            parts += decay(own.values())
+            parts.append('### Where recipes differ from the released code\n')
+            parts.append(''.join(f'- {line}\n' for line in figures['deviations']))
     return '\n'.join(parts)
 
 
@@ -297,7 +327,13 @@ def document(published: dict, recipes: dict[str, Recipe]) -> str:
 
 def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> str:
     collection = f'{family} {task}'
-    rows = {row['config']: row for row in figures[task]['rows']}
+    rows = {row['config']: row for row in figures.get(task, {}).get('rows', [])}
+    top1 = {
+        f'timm://{row["weights"]}': row['top-1']
+        for part in figures['classifiers']
+        for row in part['rows']
+        if 'weights' in row
+    }
     entries = []
     for recipe in recipes:
         length = recipe.cfg.train_cfg
@@ -306,7 +342,7 @@ def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> st
             'In Collection': collection,
             'Config': str(recipe.path.relative_to(ROOT)),
             'Metadata': {
-                'Training Data': DATA[task],
+                'Training Data': recipe.data,
                 **(
                     {'Iterations': length.max_iters}
                     if 'max_iters' in length
@@ -315,22 +351,26 @@ def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> st
                 'Batch Size': recipe.cfg.auto_scale_lr.base_batch_size,
                 'Parameters': recipe.params,
                 'FLOPs': recipe.macs[0],
+                'Image Size': list(sizes_of(recipe.path)[0]),
             },
         }
+        weights = recipe.cfg.model.backbone.init_cfg.checkpoint
+        if weights in top1:
+            entry['Metadata']['Top-1 of the ImageNet weights'] = top1[weights]
         if recipe.path.stem in rows:
-            entry['Results'] = results(rows[recipe.path.stem], DATA[task])
+            entry['Results'] = results(rows[recipe.path.stem], recipe.data)
             entry['Results Source'] = figures[task]['source']
         entries.append(entry)
     head = (
-        f'{GENERATED} Parameters and FLOPs (multiply-adds of an image of {SIZES[task][0][1]} x\n'
-        f'# {SIZES[task][0][0]} pixels) are measured on the configs. Results are those that the '
-        'authors published, of\n# their code and weights: the configs have not been run.\n'
+        f'{GENERATED} Parameters and FLOPs (multiply-adds of an image of that height and\n'
+        '# width) are measured on the configs. Accuracies are published ones (docs/published.yml) '
+        'of other\n# code: the configs have not been run.\n'
     )
     content = {
         'Collections': [
             {
                 'Name': collection,
-                'Metadata': {'Training Data': DATA[task], 'Architecture': [family]},
+                'Metadata': {'Architecture': [family]},
                 'Paper': {'Title': figures['title'], 'URL': figures['paper']},
                 'Code': {'URL': figures['code']},
                 'README': DOCUMENT,
@@ -357,7 +397,7 @@ def files() -> Iterator[tuple[str, str]]:
         for task in SIZES:
             folder = ROOT / 'configs' / task / family.lower()
             found = [measure(path) for path in folder.glob('*.py')]
-            found.sort(key=lambda recipe: (recipe.title.split(',')[0], recipe.params))
+            found.sort(key=lambda r: (r.title.split(',')[0], r.params, r.path.stem))
             recipes |= {recipe.path.stem: recipe for recipe in found}
             path = str(folder.relative_to(ROOT) / 'metafile.yml')
             index.append(path)

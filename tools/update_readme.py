@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 
 from mmdense.benchmark import backbone_macs, count_parameters
-from mmdense.models import RDNet
-from mmdense.models.backbones import rdnet
+from mmdense.models import DenseNet, RDNet, ReXNet
+from mmdense.models.backbones import densenet, rdnet, rexnet
 
 README = Path(__file__).parents[1] / 'README.md'
 BEGIN, END = '<!-- backbones: written by tools/update_readme.py -->', '<!-- /backbones -->'
-FAMILIES = {RDNet: rdnet.ARCHS}
+FAMILIES = {RDNet: rdnet.ARCHS, DenseNet: densenet.ARCHS, ReXNet: rexnet.ARCHS}
 SIZES = ((224, 224), (800, 1344))
 
 

@@ -56,7 +56,11 @@ def model_macs(
     macs['backbone'], maps = _count(model.backbone, torch.empty(1, 3, *size, device='meta'))
     if getattr(model, 'with_neck', False):
         macs['neck'], maps = _count(model.neck, maps)
-    dense = [name for name in ('rpn_head', 'bbox_head', 'decode_head') if hasattr(model, name)]
+    if hasattr(model, 'decode_head'):
+        head, metas = model.decode_head, [dict(img_shape=size)]
+        macs['decode_head'], _ = _count(lambda x: head.predict(x, metas, {}), maps)
+        return macs
+    dense = [name for name in ('rpn_head', 'bbox_head') if hasattr(model, name)]
     if not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:

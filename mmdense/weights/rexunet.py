@@ -90,7 +90,8 @@ def from_rexunet_fork(state_dict: Mapping[str, ValueT]) -> dict[str, ValueT]:
     """Return the published U-Net's weights with the keys of an mmseg segmentor.
 
     That is an ``EncoderDecoder`` or ``DepthEstimator`` of ``ReXNet(taps='unet')`` and
-    ``ReXUNetHead`` or ``ReXUNetDepthHead``.
+    ``ReXUNetHead`` or ``ReXUNetDepthHead``. The published sigmoids are disparities: depths by
+    ``ReXUNetDepthHead`` take fine-tuning, its ``disparities`` don't.
 
     Raises:
         ValueError: Keys that the published network doesn't have.

@@ -42,7 +42,7 @@ def test_missing_base(tmp_path):
 
 def test_config_without_model():
     with pytest.raises(UserError, match='names no model'):
-        config.load_config(str(ROOT / 'configs/detection/_base_/coco_1x.py'))
+        config.load_config(str(ROOT / 'configs/detection/_base_/coco_adamw-1x.py'))
 
 
 def test_data_root_needs_one_to_replace(tmp_path):

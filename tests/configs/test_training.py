@@ -1,7 +1,5 @@
 """Every recipe trains two iterations on demo data, and predicts."""
 
-import shutil
-
 import pytest
 import torch
 from mmengine.config import Config
@@ -30,13 +28,15 @@ def depth_data(project):
     import cv2
 
     root = project / 'data/nyu'
-    for folder in ('images/train', 'annotations/train'):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for i, image in enumerate(sorted((project / 'data/digits/train').glob('*.jpg'))[:4]):
-        shutil.copy(image, root / f'images/train/kitchen_{i:04}.jpg')
-        labels = cv2.imread(str(project / f'data/digits/semantic/train/{image.stem}.png'), -1)
-        depths = labels.astype('uint16') * 500 + 1000
-        cv2.imwrite(str(root / f'annotations/train/kitchen_{i:04}.png'), depths)
+    for split, size in (('train', (192, 192)), ('test', (640, 480))):
+        for folder in ('images', 'annotations'):
+            (root / folder / split).mkdir(parents=True, exist_ok=True)
+        for i, file in enumerate(sorted((project / 'data/digits/train').glob('*.jpg'))[:2]):
+            labels = cv2.imread(str(project / f'data/digits/semantic/train/{file.stem}.png'), -1)
+            image = cv2.resize(cv2.imread(str(file)), size)
+            depths = cv2.resize(labels.astype('uint16') * 500 + 1000, size)
+            cv2.imwrite(str(root / f'images/{split}/kitchen_{i:04}.jpg'), image)
+            cv2.imwrite(str(root / f'annotations/{split}/kitchen_{i:04}.png'), depths)
     return root
 
 
@@ -56,7 +56,7 @@ def shrink(cfg, project, depth_data):
     if cfg.model.type == 'DepthEstimator':
         dataset = cfg.train_dataloader.dataset
         dataset.data_root = str(depth_data)
-        dataset.pipeline[4].crop_size = (SIDE, SIDE)
+        dataset.pipeline[3].crop_size = (SIDE, SIDE)
         cfg.model.data_preprocessor.size = (SIDE, SIDE)
     else:
         task = dict(mmdet='detection', mmseg='segmentation')[cfg.default_scope]
@@ -104,3 +104,12 @@ def test_two_iterations_and_a_prediction(path, project, depth_data, tmp_path):
         assert results[0].pred_sem_seg.data.shape[-2:] == results[0].ori_shape
     else:
         assert (results[0].pred_instances.labels < 10).all()
+
+
+def test_depth_is_validated(project, depth_data, tmp_path):
+    path = ROOT / 'configs/segmentation/rexnet/unet_rexnet-1.0_25k_nyu-480x480.py'
+    cfg = load_config(str(path), work_dir=str(tmp_path), options=dict(data_root=str(depth_data)))
+    cfg.model.backbone.init_cfg = None
+    metrics = build_runner(cfg, loaders=('val',)).val()
+    assert 0 < metrics['rmse'] < 10
+    assert cfg.default_hooks.checkpoint.save_best == 'rmse'

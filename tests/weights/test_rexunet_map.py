@@ -8,7 +8,7 @@ from torch import nn
 pytest.importorskip('mmseg')
 
 from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
-from mmdense.models.heads import ReXUNetHead  # noqa: E402
+from mmdense.models.heads.rexunet import ReXUNetHead  # noqa: E402
 from mmdense.weights import from_rexunet_fork  # noqa: E402
 
 # clovaai's ReXNet 1.0: channels of the 16 blocks; those that halve the resolution.

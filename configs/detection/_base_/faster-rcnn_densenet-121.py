@@ -5,6 +5,7 @@ model = dict(
         _delete_=True,
         type='mmdense.DenseNet',
         arch='121',
+        tap='activated',
         frozen_stages=1,
         norm_eval=True,
         init_cfg=dict(type='Pretrained', checkpoint='timm://densenet121.ra_in1k')),

@@ -6,6 +6,7 @@ model = dict(
         _delete_=True,
         type='mmdense.DenseNet',
         arch='121',
+        tap='activated',
         out_indices=(1, 2, 3),
         frozen_stages=1,
         norm_eval=True,

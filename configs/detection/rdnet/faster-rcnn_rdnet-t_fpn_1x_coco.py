@@ -1,4 +1,4 @@
-_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_1x.py']
+_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_adamw-1x.py']
 
 model = dict(
     backbone=dict(

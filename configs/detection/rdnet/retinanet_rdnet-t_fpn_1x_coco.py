@@ -1,4 +1,4 @@
-_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_1x.py']
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_adamw-1x.py']
 
 # The pyramid begins at stride 8: map 0 would be normed for nobody, which DDP refuses.
 model = dict(

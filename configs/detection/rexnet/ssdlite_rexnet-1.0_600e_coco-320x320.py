@@ -1,5 +1,5 @@
 # mmdet's six levels for MobileNetV2 and its schedule (120 epochs of the data set five times over); the
-# first two levels are ReXNet's strides 16 and 32.
+# first two levels are ReXNet's stride 16 and its last convolution.
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 
 custom_imports = dict(imports=['mmdense'])
@@ -8,8 +8,8 @@ model = dict(
         _delete_=True,
         type='mmdense.ReXNet',
         arch='1.0',
-        out_indices=(3, 4),
+        out_indices=(3, 5),
         init_cfg=dict(type='Pretrained', checkpoint='timm://rexnet_100.nav_in1k')),
-    neck=dict(in_channels=(128, 185), out_channels=(128, 185, 512, 256, 256, 128)),
+    neck=dict(in_channels=(128, 1280), out_channels=(128, 1280, 512, 256, 256, 128)),
     bbox_head=dict(
-        type='mmdense.SSDHead', in_channels=(128, 185, 512, 256, 256, 128)))
+        type='mmdense.SSDHead', in_channels=(128, 1280, 512, 256, 256, 128)))

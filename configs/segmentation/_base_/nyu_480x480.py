@@ -7,7 +7,6 @@ meta_keys = ('img_path', 'depth_map_path', 'ori_shape', 'img_shape', 'pad_shape'
 train_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='LoadDepthAnnotation', depth_rescale_factor=1e-3),
-    dict(type='RandomDepthMix', prob=0.25),
     dict(type='RandomFlip', prob=0.5),
     dict(type='RandomCrop', crop_size=(480, 480)),
     dict(type='PhotoMetricDistortion'),

@@ -9,6 +9,7 @@ model = dict(
         _delete_=True,
         type='mmdense.DenseNet',
         arch='121',
+        tap='activated',
         norm_cfg=dict(type='SyncBN'),
         init_cfg=dict(type='Pretrained', checkpoint='timm://densenet121.ra_in1k')),
     decode_head=dict(in_channels=[256, 512, 1024, 1024]),

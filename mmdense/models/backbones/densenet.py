@@ -204,7 +204,6 @@ class DenseNet(Backbone):
             init_cfg=init_cfg,
         )
         self.tap = tap
-        self.drop = nn.Dropout(drop_rate)
         self._layers = arch.layers
         self._min_size = first_stride * 2 ** (len(outputs) - 1)
         self.features = nn.ModuleDict(_stem(arch, in_channels, norm_cfg))
@@ -223,6 +222,7 @@ class DenseNet(Backbone):
                 transition = dict(norm=_norm(norm_cfg, outputs[i]))
                 if i + 1 < self._built:
                     transition['conv'] = nn.Conv2d(outputs[i], inputs[i + 1], 1, bias=False)
+                    transition['drop'] = nn.Dropout(drop_rate)
                 self.features[f'transition{i + 1}'] = nn.ModuleDict(transition)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -243,7 +243,8 @@ class DenseNet(Backbone):
             return [self.features[name] for name in self._stem]
         modules = []
         if 1 < stage <= self._built:
-            modules.append(self.features[f'transition{stage - 1}']['conv'])
+            transition = self.features[f'transition{stage - 1}']
+            modules += [transition['conv'], transition['drop']]
             if not self._norm_belongs_to_map(stage - 1):
                 modules.append(self._norm_behind(stage - 1))
         if stage <= self._built:
@@ -289,8 +290,8 @@ class DenseNet(Backbone):
             if block - 1 in self.out_indices:
                 maps.append(normed if self._norm_belongs_to_map(block) else x)
             if block < self._built:
-                x = self.drop(self.features[f'transition{block}']['conv'](normed))
-                x = F.avg_pool2d(x, 2)
+                transition = self.features[f'transition{block}']
+                x = F.avg_pool2d(transition['drop'](transition['conv'](normed)), 2)
         return tuple(maps)
 
 

@@ -64,12 +64,12 @@ class Arch:
     def channels(self) -> tuple[int, list[int], int]:
         """Return the channels of the stem, of each block, and of the last convolution."""
         number = sum(self.groups())
-        full = 1 / min(self.width, 1)  # takes the width off again where it would thin
-        blocks = [
-            round((self.first * full + self.growth * i / number) * self.width)
-            for i in range(number)
-        ]
-        return round(32 * full * self.width), blocks, round(1280 * self.width)
+        thin = min(self.width, 1)  # taken off again where it would thin
+        blocks, base = [], self.first / thin
+        for _ in range(number):
+            blocks.append(round(base * self.width))
+            base += self.growth / number  # added up, as published: a product rounds otherwise
+        return round(32 / thin * self.width), blocks, round(1280 * self.width)
 
 
 ARCHS = {width: Arch(width=float(width)) for width in ('1.0', '1.3', '1.5', '2.0', '3.0')}
@@ -174,11 +174,13 @@ class ReXNet(Backbone):
 
     Args:
         arch: '1.0', '1.3', '1.5', '2.0', '3.0', or a dict of :class:`Arch`'s fields.
-        taps: 'stages': five maps, at the end of strides 2, 4, 8, 16 and 32 (16, 38, 61, 128 and
-            185 channels at width 1). 'unet': six maps, after the first block of each stride (16,
-            27, 50, 72 and 140 channels) and after the last convolution (1280, at stride 32).
+        taps: Where five of six maps are taken: 'stages' at the end of strides 2, 4, 8, 16 and 32
+            (16, 38, 61, 128 and 185 channels at width 1), 'unet' after the first block of each
+            stride (16, 27, 50, 72 and 140). The sixth is the last convolution's, at stride 32
+            (1280 channels).
         out_indices: Maps to return, increasing; negative ones count from the end. None returns
-            strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'.
+            strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'. What lies behind the
+            last one is neither built nor run.
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
         frozen_stages: -1 freezes nothing, 0 the stem, i also the blocks up to map i - 1.
         norm_eval: Keep batch norms in eval mode while training.
@@ -218,12 +220,12 @@ class ReXNet(Backbone):
         if taps == 'unet':
             ends = [*begins, num_blocks]
         else:
-            ends = [i - 1 for i in begins[1:]] + [num_blocks - 1]
+            ends = [i - 1 for i in begins[1:]] + [num_blocks - 1, num_blocks]
             if out_indices is None:
-                out_indices = range(1, len(ends))
+                out_indices = range(1, 5)
         super().__init__(
             map_channels=[[*channels, last][i] for i in ends],
-            map_strides=(2, 4, 8, 16, 32, 32)[: len(ends)],
+            map_strides=(2, 4, 8, 16, 32, 32),
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
@@ -232,7 +234,6 @@ class ReXNet(Backbone):
         )
         self._ends = ends
         self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=True)
-        # What lies behind the last returned map is neither built nor run.
         built = ends[self.out_indices[-1]] + 1
         inputs = [stem, *channels]
         self.features = nn.ModuleList(
@@ -259,13 +260,15 @@ class ReXNet(Backbone):
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
         # Of the whole network: the maps that a detector reads don't change its rates.
-        depths, last = {'stem': 0}, self._ends[-1]
-        if granularity == 'layer':
-            depths |= {f'features.{i}': 1 + i for i in range(len(self.features))}
-            return depths, last + 3
-        for i in range(len(self.features)):
-            depths[f'features.{i}'] = 1 + bisect_left(self._ends, i)
-        return depths, len(self._ends) + 2
+        # The last convolution is of the last block's depth.
+        last_block = self._ends[-1] - 1
+        depth_of = {
+            i: 1 + (i if granularity == 'layer' else bisect_left(self._ends, i))
+            for i in range(last_block + 1)
+        }
+        last = depth_of[last_block]
+        depths = {f'features.{i}': depth_of.get(i, last) for i in range(len(self.features))}
+        return {'stem': 0, **depths}, last + 2
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for images [N, in_channels, H, W].

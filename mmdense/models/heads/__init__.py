@@ -1,14 +1,27 @@
-"""Heads for the packages that are installed: importing this package registers them."""
+"""Heads for mmdet and mmseg: importing this package registers them, building one imports it.
 
-from importlib.util import find_spec
+So a detector does without mmseg, and a segmentor without mmdet.
+"""
 
-__all__ = []
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
 
-if find_spec('mmdet'):
-    from mmdense.models.heads.ssd import SSDHead  # noqa: F401
+from mmdense.registry import MODELS
 
-    __all__ += ['SSDHead']
-if find_spec('mmseg'):
-    from mmdense.models.heads.rexunet import ReXUNetDepthHead, ReXUNetHead  # noqa: F401
+HEADS = dict(
+    SSDHead='mmdense.models.heads.ssd',
+    ReXUNetHead='mmdense.models.heads.rexunet',
+    ReXUNetDepthHead='mmdense.models.heads.rexunet',
+)
 
-    __all__ += ['ReXUNetDepthHead', 'ReXUNetHead']
+
+def _builder(name: str, module: str) -> Callable[..., Any]:
+    def build(**options: Any) -> Any:
+        return getattr(import_module(module), name)(**options)
+
+    return build
+
+
+for _name, _module in HEADS.items():
+    MODELS.register_module(name=_name, module=_builder(_name, _module))

@@ -15,14 +15,12 @@ from mmseg.models.losses import accuracy
 from torch import Tensor, nn
 
 from mmdense.models.backbones.rexnet import LinearBottleneck, init_convs
-from mmdense.registry import MODELS
 
 __all__ = ['ReXUNetDepthHead', 'ReXUNetHead']
 
 STRIDES = (1, 2, 4, 8, 16, 32)
 
 
-@MODELS.register_module()
 class ReXUNetHead(BaseDecodeHead):
     """Decode the six maps of ``ReXNet(taps='unet')``; every scale is an output and is supervised.
 
@@ -63,7 +61,7 @@ class ReXUNetHead(BaseDecodeHead):
         threshold: float | None = None,
         loss_weights: Sequence[float] = (1.0, 0.5, 0.5, 0.5, 0.5, 0.5),
         loss_decode: dict | Sequence[dict] | None = None,
-        ignore_index: int | None = 255,
+        ignore_index: int = 255,
         align_corners: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -162,7 +160,6 @@ class ReXUNetHead(BaseDecodeHead):
         return losses
 
 
-@MODELS.register_module()
 class ReXUNetDepthHead(ReXUNetHead):
     """The same decoder with one channel and a sigmoid: depth, for mmseg's ``DepthEstimator``.
 

@@ -2,12 +2,9 @@
 
 from mmdet.models.dense_heads import SSDHead as _SSDHead
 
-from mmdense.registry import MODELS
-
 __all__ = ['SSDHead']
 
 
-@MODELS.register_module()
 class SSDHead(_SSDHead):
     """mmdet's ``SSDHead`` with its options.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -32,21 +31,27 @@ def recompute(module: nn.Module, *inputs: Any) -> Any:
         module,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _statistics_untouched(module)),
+        context_fn=lambda: (nullcontext(), _StatisticsUntouched(module)),
     )
 
 
-@contextmanager
-def _statistics_untouched(module: nn.Module) -> Iterator[None]:
-    """Let batch norms record into copies: the batch was counted in the forward pass."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    records = [dict(norm.named_buffers()) for norm in norms]
-    for norm, record in zip(norms, records, strict=True):
-        for name, buffer in record.items():
-            setattr(norm, name, buffer.clone())
-    try:
-        yield
-    finally:
-        for norm, record in zip(norms, records, strict=True):
+class _StatisticsUntouched:
+    """Let batch norms record into copies: the batch was counted in the forward pass.
+
+    torch enters it once for each backward pass through the same graph.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+        self.records: list[dict[str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        self.records = [dict(norm.named_buffers()) for norm in self.norms]
+        for norm, record in zip(self.norms, self.records, strict=True):
+            for name, buffer in record.items():
+                setattr(norm, name, buffer.clone())
+
+    def __exit__(self, *error: object) -> None:
+        for norm, record in zip(self.norms, self.records, strict=True):
             for name, buffer in record.items():
                 setattr(norm, name, buffer)

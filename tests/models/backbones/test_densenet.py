@@ -212,7 +212,7 @@ def test_dropout_follows_every_convolution_but_the_first():
         layer = net.features[block][0]
         layer.drop.register_forward_hook(record(f'{block} 1x1'))
         layer.register_forward_hook(record(f'{block} 3x3'))
-    net.drop.register_forward_hook(record('transition'))
+    net.features['transition1']['drop'].register_forward_hook(record('transition'))
     net.features['conv0'].register_forward_hook(record('stem'))
     net(torch.randn(2, 3, 64, 64))
     assert zeros.pop('stem') == 0

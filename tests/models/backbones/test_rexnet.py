@@ -104,8 +104,8 @@ def test_sizes_equal_timm(width, channels, millions):
     assert round(sum(p.numel() for p in theirs.parameters()) / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize('width', [0.3, 0.9, 1.0, 2.2])
-@pytest.mark.parametrize('depth', [0.2, 0.5, 1.3, 2.0])
+@pytest.mark.parametrize('width', [0.3, 0.6, 0.9, 1.0, 1.75, 2.2])
+@pytest.mark.parametrize('depth', [0.2, 0.5, 1.0, 1.3, 1.5, 2.0])
 def test_other_sizes_equal_timm(width, depth):
     with torch.device('meta'):
         ours = ReXNet(arch=dict(width=width, depth=depth), taps='unet')
@@ -115,7 +115,7 @@ def test_other_sizes_equal_timm(width, depth):
 
 
 def test_arch_fields_show():
-    first = ReXNet(arch=dict(TINY, first=8, growth=24), out_indices=(0, -1))
+    first = ReXNet(arch=dict(TINY, first=8, growth=24), out_indices=(0, 4))
     assert first.out_channels == (8, 13)
     assert len(ReXNet(arch=TINY).features) == 6
     assert len(ReXNet(arch=dict(TINY, depth=0.4)).features) == 9
@@ -125,6 +125,9 @@ def test_taps():
     stages = ReXNet()  # what detectors read
     assert stages.out_channels == (38, 61, 128, 185)
     assert stages.out_strides == (4, 8, 16, 32)
+    last = ReXNet(out_indices=(3, 5))  # what SSDLite reads
+    assert last.out_channels == (128, 1280)
+    assert last.out_strides == (16, 32)
     unet = ReXNet(taps='unet')
     assert unet.out_channels == (16, 27, 50, 72, 140, 1280)
     assert unet.out_strides == (2, 4, 8, 16, 32, 32)
@@ -159,12 +162,12 @@ def test_layer_depth():
     unet = ReXNet(taps='unet')
     assert unet.layer_depth('features.2.conv_pwl.bn.bias') == (3, 8)
     assert unet.layer_depth('features.16.bn.bias') == (6, 8)
-    assert unet.layer_depth('features.16.bn.bias', 'layer') == (17, 19)
+    assert unet.layer_depth('features.16.bn.bias', 'layer') == (16, 18)
 
 
 @pytest.mark.parametrize('taps', ['stages', 'unet'])
 def test_every_parameter_has_one_stage(taps):
-    maps = 5 + (taps == 'unet')
+    maps = 6
     for stages in range(-1, maps + 1):
         net = ReXNet(arch=TINY, taps=taps, frozen_stages=stages).train()
         owned = []
@@ -247,9 +250,9 @@ def test_activations_survive_synchronised_norms():
         (dict(arch=dict(width=1, first=0)), 'must be positive'),
         (dict(arch=dict(width=1, growth=-1)), 'not negative'),
         (dict(arch=dict(TINY, nonsense=1)), "unknown field 'nonsense'"),
-        (dict(out_indices=(5,)), 'there are 5 maps'),
+        (dict(out_indices=(6,)), 'there are 6 maps'),
         (dict(taps='unet', out_indices=(6,)), 'there are 6 maps'),
-        (dict(frozen_stages=6), 'from -1 to 5'),
+        (dict(frozen_stages=7), 'from -1 to 6'),
     ],
 )
 def test_wrong_arguments(options, message):

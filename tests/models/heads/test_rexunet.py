@@ -13,7 +13,7 @@ from mmseg.registry import MODELS  # noqa: E402
 from mmseg.structures import SegDataSample  # noqa: E402
 
 from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
-from mmdense.models.heads import ReXUNetDepthHead, ReXUNetHead  # noqa: E402
+from mmdense.models.heads.rexunet import ReXUNetDepthHead, ReXUNetHead  # noqa: E402
 
 TINY = dict(width=0.25, depth=0.2)
 CHANNELS = ReXNet(arch=TINY, taps='unet').out_channels

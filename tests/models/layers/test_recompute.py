@@ -59,3 +59,12 @@ def test_without_gradients_it_is_the_plain_call():
     with torch.no_grad():
         x = torch.randn(1, 3, 8, 8)
         assert torch.equal(recompute(net, x), net(x))
+
+
+def test_second_backward():
+    net = network()
+    y = recompute(net, torch.randn(4, 3, 8, 8, requires_grad=True)).sum()
+    first = torch.autograd.grad(y, net[0].weight, retain_graph=True)[0]
+    second = torch.autograd.grad(y, net[0].weight)[0]
+    assert torch.equal(first, second)
+    assert net[1].num_batches_tracked == 1
