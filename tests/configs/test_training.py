@@ -106,10 +106,10 @@ def test_two_iterations_and_a_prediction(path, project, depth_data, tmp_path):
         assert (results[0].pred_instances.labels < 10).all()
 
 
-def test_depth_is_validated(project, depth_data, tmp_path):
+def test_depth_is_measured(project, depth_data, tmp_path):
     path = ROOT / 'configs/segmentation/rexnet/unet_rexnet-1.0_25k_nyu-480x480.py'
     cfg = load_config(str(path), work_dir=str(tmp_path), options=dict(data_root=str(depth_data)))
     cfg.model.backbone.init_cfg = None
-    metrics = build_runner(cfg, loaders=('val',)).val()
+    metrics = build_runner(cfg, loaders=('test',)).test()
     assert 0 < metrics['rmse'] < 10
     assert cfg.default_hooks.checkpoint.save_best == 'rmse'

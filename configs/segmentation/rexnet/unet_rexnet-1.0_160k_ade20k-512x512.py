@@ -1,29 +1,8 @@
 # The ReXNet U-Net with classes in place of its one channel. Every scale is supervised at the label's
 # size: six maps of 150 classes take memory.
 _base_ = [
-    '../_base_/ade20k_512x512.py', '../_base_/sgd_160k.py', '../_base_/default_runtime.py'
+    '../_base_/unet_rexnet-1.0.py', '../_base_/ade20k_512x512.py', '../_base_/sgd_160k.py',
+    '../_base_/default_runtime.py'
 ]
 
-model = dict(
-    type='EncoderDecoder',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=255,
-        size=(512, 512)),
-    backbone=dict(
-        type='mmdense.ReXNet',
-        arch='1.0',
-        taps='unet',
-        init_cfg=dict(type='Pretrained', checkpoint='timm://rexnet_100.nav_in1k')),
-    decode_head=dict(
-        type='mmdense.ReXUNetHead',
-        in_channels=[16, 27, 50, 72, 140, 1280],
-        num_classes=150),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
-# Gates normalise one value per image: statistics come from the images of all GPUs.
-sync_bn = 'torch'
+model = dict(data_preprocessor=dict(size=(512, 512)))

@@ -1,27 +1,16 @@
 # Depth: one channel, metres up to ten. Ours: the published network came without a recipe.
-_base_ = ['../_base_/nyu_480x480.py', '../_base_/default_runtime.py']
+_base_ = [
+    '../_base_/unet_rexnet-1.0.py', '../_base_/nyu_480x480.py', '../_base_/default_runtime.py'
+]
 
 model = dict(
     type='DepthEstimator',
-    data_preprocessor=dict(
-        type='SegDataPreProcessor',
-        mean=[123.675, 116.28, 103.53],
-        std=[58.395, 57.12, 57.375],
-        bgr_to_rgb=True,
-        pad_val=0,
-        seg_pad_val=0,
-        size=(480, 480)),
-    backbone=dict(
-        type='mmdense.ReXNet',
-        arch='1.0',
-        taps='unet',
-        init_cfg=dict(type='Pretrained', checkpoint='timm://rexnet_100.nav_in1k')),
+    data_preprocessor=dict(size=(480, 480), seg_pad_val=0),
     decode_head=dict(
+        _delete_=True,
         type='mmdense.ReXUNetDepthHead',
         in_channels=[16, 27, 50, 72, 140, 1280],
-        max_depth=10.0),
-    train_cfg=dict(),
-    test_cfg=dict(mode='whole'))
+        max_depth=10.0))
 
 optim_wrapper = dict(
     type='OptimWrapper',
