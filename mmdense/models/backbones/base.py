@@ -118,6 +118,7 @@ class Backbone(BaseModule):
             raise ValueError(f'frozen_stages is {frozen_stages}, must be from -1 to {num_maps}')
         self.out_channels = tuple(map_channels[i] for i in self.out_indices)
         self.out_strides = tuple(map_strides[i] for i in self.out_indices)
+        self._coarsest = max(map_strides)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self.with_cp = with_cp
@@ -152,6 +153,14 @@ class Backbone(BaseModule):
             if name.startswith(f'{prefix}.'):
                 return depth, num_depths
         raise ValueError(f'{type(self).__name__} has no parameter {name!r}')
+
+    def _check_size(self, x: Tensor) -> None:
+        """Raise ValueError for images [N, C, H, W] smaller than the coarsest stride."""
+        if min(x.shape[-2:]) < self._coarsest:
+            raise ValueError(
+                f'image of {tuple(x.shape[-2:])} pixels: {type(self).__name__} needs at least '
+                f'{self._coarsest} in both directions'
+            )
 
     def _freeze(self) -> None:
         for stage in range(self.frozen_stages + 1):

@@ -205,7 +205,6 @@ class DenseNet(Backbone):
         )
         self.tap = tap
         self._layers = arch.layers
-        self._min_size = first_stride * 2 ** (len(outputs) - 1)
         self.features = nn.ModuleDict(_stem(arch, in_channels, norm_cfg))
         self._stem = list(self.features)
         # What lies behind the last returned map is neither built nor run.
@@ -275,11 +274,7 @@ class DenseNet(Backbone):
         Raises:
             ValueError: An image smaller than the coarsest stride.
         """
-        if min(x.shape[-2:]) < self._min_size:
-            raise ValueError(
-                f'image of {tuple(x.shape[-2:])} pixels: DenseNet needs at least {self._min_size} '
-                'in both directions'
-            )
+        self._check_size(x)
         for name in self._stem:
             x = self.features[name](x)
         maps = []

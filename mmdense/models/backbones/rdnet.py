@@ -173,7 +173,6 @@ class RDNet(Backbone):
         )
         self._taps = taps
         self._blocks = arch.blocks
-        self._min_size = 4 * 2 ** len(arch.down)
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, arch.stem, 4, stride=4), LayerNorm2d(arch.stem, eps=1e-6)
         )
@@ -235,11 +234,7 @@ class RDNet(Backbone):
         Raises:
             ValueError: An image smaller than the coarsest stride.
         """
-        if min(x.shape[-2:]) < self._min_size:
-            raise ValueError(
-                f'image of {tuple(x.shape[-2:])} pixels: RDNet needs at least {self._min_size} in '
-                'both directions'
-            )
+        self._check_size(x)
         x = self.stem(x)
         maps = []
         for i, stage in enumerate(self.dense_stages):

@@ -276,11 +276,7 @@ class ReXNet(Backbone):
         Raises:
             ValueError: An image smaller than the coarsest stride.
         """
-        if min(x.shape[-2:]) < 32:
-            raise ValueError(
-                f'image of {tuple(x.shape[-2:])} pixels: ReXNet needs at least 32 in both '
-                'directions'
-            )
+        self._check_size(x)
         x = self.stem(x)
         returned = [self._ends[i] for i in self.out_indices]
         maps = []
