@@ -59,8 +59,8 @@ INTRODUCTION = """\
 
 Written by `tools/fidelity.py` from [published.yml](published.yml) and the configs; a test runs its
 `--check`. Parameters and multiply-adds (of convolutions and matrix products) are counted on the
-networks that the configs build. None of the recipes has been run on COCO or ADE20K here: accuracies
-are the authors', of their code and weights.
+networks that the configs build. None of the recipes has been run on COCO, ADE20K or NYU here:
+accuracies are the published ones, of other code and weights.
 """
 MEASURED = """\
 Measured: the backbone, and by formula the classifier, which mmdense does not build.

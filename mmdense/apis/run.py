@@ -63,7 +63,9 @@ def _distribute_on_cpu(cfg: Config) -> None:
         device_ids=None,
     )
     cfg.setdefault('model_wrapper_cfg', wrapper)
-    if _plain_batch_norm(cfg.model) | bool(cfg.pop('sync_bn', None)) and is_main_process():
+    # In the config: DDP refuses a model with SyncBN, so a built one comes too late.
+    synchronised = [_plain_batch_norm(cfg.model), cfg.pop('sync_bn', None)]
+    if any(synchronised) and is_main_process():
         print_log(
             'no GPU: each process has its own batch norm statistics in place of SyncBN',
             logger='current',

@@ -110,6 +110,17 @@ def test_resume(tmp_path):
         config.use_checkpoint(cfg, 'nowhere.pth')
 
 
+@pytest.mark.parametrize('resume', [None, 'auto', 'latest in the work dir', 'x.pth'])
+def test_resuming_asks_for_no_imagenet_weights(tmp_path, resume):
+    file = tmp_path / 'x.pth'
+    file.touch()
+    cfg = config.load_config(COCO, work_dir=str(tmp_path))
+    if resume == 'latest in the work dir':
+        (tmp_path / 'last_checkpoint').write_text(str(file))
+    config.use_checkpoint(cfg, str(file) if resume == 'x.pth' else resume and 'auto')
+    assert ('init_cfg' in cfg.model.backbone) == (resume in (None, 'auto'))
+
+
 def test_tta_takes_model_and_pipeline():
     cfg = config.load_config(COCO)
     config.use_tta(cfg)

@@ -125,6 +125,7 @@ def test_two_processes(run_tool, project, tmp_path):
         *TWO_ITERATIONS['detection'],
         'train_dataloader.batch_size=4',
         'model.neck.norm_cfg.type=SyncBN',
+        'sync_bn=torch',
         **env,
     )
     assert status == 0, said
