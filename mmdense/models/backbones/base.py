@@ -128,7 +128,7 @@ class Backbone(BaseModule):
         raise NotImplementedError
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        """Return the depth of each module-name prefix, finer prefixes first, and their number."""
+        """Return the depth of each name or its prefix, finer prefixes first, and their number."""
         raise NotImplementedError
 
     def layer_depth(self, name: str, granularity: str = 'stage') -> tuple[int, int]:
@@ -150,7 +150,7 @@ class Backbone(BaseModule):
             raise ValueError(f'granularity is {granularity!r}, must be one of {GRANULARITIES}')
         prefixes, num_depths = self._layer_depths(granularity)
         for prefix, depth in prefixes.items():
-            if name.startswith(f'{prefix}.'):
+            if f'{name}.'.startswith(f'{prefix}.'):
                 return depth, num_depths
         raise ValueError(f'{type(self).__name__} has no parameter {name!r}')
 

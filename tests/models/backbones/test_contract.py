@@ -13,19 +13,33 @@ import mmdense  # noqa: F401
 FAMILIES = {
     'RDNet': dict(arch=dict(stem=8, growth=(8, 8, 8, 16, 8), down=(1, 2, 4), blocks=2)),
     'DenseNet': dict(arch=dict(growth_rate=8, layers=(3, 4, 4, 3))),
+    'CondenseNetV2': dict(arch=dict(layers=(1, 2, 1, 2, 2), growth=(8, 4, 8, 8, 8), groups=4)),
     'ReXNet': dict(arch=dict(width=0.25, depth=0.4)),
+    'ShuffleNetV2': dict(arch=dict(channels=(20, 40, 80), units=(2, 4, 2), stem=4, last=64)),
+    'TimmBackbone': dict(model_name='mobilenetv2_035'),
 }
-# The option that makes training random.
-RANDOM = dict(RDNet='drop_path_rate', DenseNet='drop_rate', ReXNet='drop_path_rate')
+# The option that makes training random, where there is one; TimmBackbone's is timm's.
+RANDOM = dict(
+    RDNet='drop_path_rate',
+    DenseNet='drop_rate',
+    CondenseNetV2='drop_rate',
+    ReXNet='drop_path_rate',
+    TimmBackbone='drop_path_rate',
+)
 
 
 # Maps that can be tapped; by default those of strides 4 to 32 are.
-NUM_MAPS = dict(RDNet=4, DenseNet=4, ReXNet=6)
+NUM_MAPS = dict(RDNet=4, DenseNet=4, CondenseNetV2=5, ReXNet=6, ShuffleNetV2=5, TimmBackbone=5)
 
 
 def build(family, **options):
     torch.manual_seed(0)
     return MODELS.build(dict(type=f'mmdense.{family}', **FAMILIES[family], **options))
+
+
+def random(family, rate):
+    options = {RANDOM[family]: rate} if family in RANDOM else {}
+    return dict(model_kwargs=options) if family == 'TimmBackbone' else options
 
 
 def image(height=64, width=96, channels=3, batch=2):
@@ -105,7 +119,7 @@ def test_frozen_stages(family, stages):
 
 
 def test_what_is_frozen_is_not_random(family):
-    net = active(build(family, frozen_stages=NUM_MAPS[family], **{RANDOM[family]: 0.5}))
+    net = active(build(family, frozen_stages=NUM_MAPS[family], **random(family, 0.5)))
     assert net.train().training
     for a, b in zip(net(image()), net(image()), strict=True):
         assert torch.equal(a, b)
@@ -194,8 +208,9 @@ def test_in_channels(family):
         net(image(channels=3))
 
 
+@pytest.mark.parametrize('family', RANDOM)
 def test_dropping_is_random_in_training_only(family):
-    net = active(build(family, **{RANDOM[family]: 0.9}))
+    net = active(build(family, **random(family, 0.9)))
     x = image()
     assert not torch.equal(net(x)[-1], net(x)[-1])
     net.eval()
@@ -254,6 +269,8 @@ def test_compiles_without_graph_break(family, options):
     ],
 )
 def test_wrong_arguments(family, options, message):
+    if 'arch' in options and 'arch' not in FAMILIES[family]:
+        pytest.skip('no arch: its networks are named otherwise')
     network = {**FAMILIES[family], **options}
     cls = mmengine.registry.MODELS.get(f'mmdense.{family}')
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,439 @@
+"""CondenseNetV2: `Sparse Feature Reactivation for Deep Networks
+<https://arxiv.org/abs/2104.04382>`_ (CVPR 2021).
+
+Five densely connected blocks, a 2x2 average pool between them. Each layer reads a part of the
+features before it, adds ``growth`` new ones, and with these updates a part of the earlier ones.
+Which parts is learned: connections are pruned during the first half of training. Maps are tapped
+at the end of each block, before the pool.
+
+Parameter and buffer names are those of the released models: of the unconverted ones as the network
+is trained (``form='learned'``), of the converted ones once it is condensed (``form='condensed'``).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdense.errors import UserError
+from mmdense.models.backbones._condensenetv2_deploy import DeployedBlock, ThreadWorkspace, Workspace
+from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.layers import (
+    CondensedGroupConv,
+    CondensedReactivation,
+    LearnedGroupConv,
+    SparseReactivation,
+    pruning_stage,
+    recompute,
+)
+from mmdense.registry import MODELS
+
+__all__ = ['CondenseNetV2']
+
+FORMS = ('learned', 'condensed')
+BOTTLENECK = 4
+BN = dict(type='BN')
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Shape of a CondenseNetV2.
+
+    Attributes:
+        layers: Layers per block.
+        growth: Channels that each layer of a block adds.
+        groups: Of both 1x1 convolutions and of the 3x3 one.
+        condense_factor: Each group keeps one of so many channels; as many as groups by default.
+        stem_stride: Stride of the first convolution.
+        hard_swish_from: Blocks from this one on, counted from 0, use hard-swish, those before ReLU.
+        gated_from: Blocks from this one on gate their new features by squeeze and excitation.
+    """
+
+    layers: tuple[int, ...]
+    growth: tuple[int, ...]
+    groups: int = 8
+    condense_factor: int | None = None
+    stem_stride: int = 2
+    hard_swish_from: int = 2
+    gated_from: int = 3
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.growth) or not self.layers:
+            raise ValueError(f'layers and growth must be as long as each other: {self}')
+        if min(*self.layers, *self.growth, self.groups, self.factor, self.stem_stride) < 1:
+            raise ValueError(f'each of layers and growth, groups, ... must be positive: {self}')
+        for name, number in (('groups', self.groups), ('condense_factor', self.factor)):
+            if any(growth % number for growth in self.growth) or self.inputs()[0] % number:
+                raise ValueError(f'{name} must divide each growth: {self}')
+
+    @property
+    def factor(self) -> int:
+        """The condense factor."""
+        return self.groups if self.condense_factor is None else self.condense_factor
+
+    def inputs(self) -> list[int]:
+        """Return the channels at the beginning of each block."""
+        return [2 * self.growth[0], *self.outputs()[:-1]]
+
+    def outputs(self) -> list[int]:
+        """Return the channels at the end of each block."""
+        outputs = []
+        channels = 2 * self.growth[0]
+        for layers, growth in zip(self.layers, self.growth, strict=True):
+            channels += layers * growth
+            outputs.append(channels)
+        return outputs
+
+
+ARCHS = {
+    'a': Arch(layers=(1, 1, 4, 6, 8), growth=(8, 8, 16, 32, 64)),
+    'b': Arch(layers=(2, 4, 6, 8, 6), growth=(6, 12, 24, 48, 96), groups=6),
+    'c': Arch(layers=(4, 6, 8, 10, 8), growth=(8, 16, 32, 64, 128)),
+}
+
+
+class SqueezeExcite(nn.Module):
+    """Gate channels by what they hold on average: [N, C, H, W] to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(
+            nn.Linear(channels, channels, bias=False),
+            nn.ReLU(inplace=True),
+            nn.Linear(channels, channels, bias=False),
+            nn.Sigmoid(),
+        )
+
+    def gate(self, x: Tensor) -> Tensor:
+        """Return the gates, [N, C, 1, 1]."""
+        return self.fc(x.mean((2, 3)))[..., None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
+class DenseLayer(nn.Module):
+    """Map the features of a block [N, C, H, W] to [N, C + growth, H, W], updating a part of them.
+
+    Args:
+        channels: C.
+        arch: Of the whole network.
+        block: Number of the block, from 0.
+        kept: Channels that each group keeps in the condensed form; None for the learned form.
+        norm_cfg: mmcv's config of the norms.
+        drop_rate: Dropout before each 1x1 convolution.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        arch: Arch,
+        block: int,
+        *,
+        kept: int | None,
+        norm_cfg: Mapping[str, Any],
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        growth = arch.growth[block]
+        wide = BOTTLENECK * growth
+        activation = nn.Hardswish if block >= arch.hard_swish_from else nn.ReLU
+        options = dict(
+            groups=arch.groups, norm_cfg=norm_cfg, activation=activation, drop_rate=drop_rate
+        )
+        if kept is None:
+            options['condense_factor'] = arch.factor
+            self.conv_1 = LearnedGroupConv(channels, wide, **options)
+            self.sfr = SparseReactivation(growth, channels, **options)
+        else:
+            self.conv_1 = CondensedGroupConv(arch.groups * kept, wide, **options)
+            self.sfr = CondensedReactivation(growth, arch.groups * kept, **options)
+        self.conv_2 = nn.Sequential(
+            OrderedDict(
+                norm=build_norm_layer(dict(norm_cfg), wide)[1],
+                activation=activation(),
+                conv=nn.Conv2d(wide, growth, 3, padding=1, groups=arch.groups, bias=False),
+            )
+        )
+        self.se = SqueezeExcite(growth) if block >= arch.gated_from else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        new = self.se(self.conv_2(self.conv_1(x)))
+        return torch.cat([self.sfr(x, new), new], 1)
+
+
+class DenseBlock(nn.Sequential):
+    """Dense layers, behind the pool that halves the map of the block before it."""
+
+    def __init__(self, layers: Sequence[DenseLayer], *, pool: bool, with_cp: bool) -> None:
+        super().__init__(OrderedDict((f'denselayer_{i}', m) for i, m in enumerate(layers, 1)))
+        self.pool = pool
+        self.with_cp = with_cp
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool:
+            x = F.avg_pool2d(x, 2)
+        for layer in self:
+            x = recompute(layer, x) if self.with_cp else layer(x)
+        return x
+
+
+@MODELS.register_module()
+class CondenseNetV2(Backbone):
+    """CondenseNetV2 with maps at strides 2, 4, 8, 16 and 32; all but the first are the default.
+
+    A network of the learned form starts with all connections; :meth:`prune_to`, which
+    ``mmdense.CondenseScheduleHook`` calls during training, masks them stage by stage. Masks are
+    saved with the weights and stay as they are without the hook. A fully pruned network becomes
+    the condensed one by :meth:`condense`. Both forms can be trained.
+
+    Heights and widths are rounded up by the stem and down by each pool; an image smaller than the
+    coarsest stride in either direction raises ValueError.
+
+    Args:
+        arch: 'a', 'b', 'c', or a dict of :class:`Arch`'s fields; there is one map per block.
+        form: 'learned' (dense convolutions under masks) or 'condensed' (group convolutions).
+        stage: Stage of pruning that a condensed network was made at: the last by default.
+        dense: Default of :meth:`switch_to_deploy`.
+        out_indices: Maps to return, increasing; negative ones count from the end; None returns all.
+        drop_rate: Dropout before each 1x1 convolution.
+        frozen_stages: -1 freezes nothing, 0 the first convolution, i the blocks up to i as well.
+        norm_cfg: mmcv's config of the norms: BN, or SyncBN.
+        norm_eval: Keep batch norms in eval mode while training.
+        in_channels: Channels of the image.
+        with_cp: Recompute each layer in backward: less memory, same results and running statistics,
+            more time.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: Unknown arch, field or form, impossible number, index or stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        arch: str | Mapping[str, Any] = 'c',
+        form: str = 'learned',
+        stage: int | None = None,
+        dense: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = (1, 2, 3, 4),
+        drop_rate: float = 0.0,
+        frozen_stages: int = -1,
+        norm_cfg: Mapping[str, Any] = BN,
+        norm_eval: bool = False,
+        in_channels: int = 3,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        arch = resolve_arch(arch, ARCHS)
+        if form not in FORMS:
+            raise ValueError(f'form is {form!r}, must be one of {FORMS}')
+        if stage is not None and (form == 'learned' or not 0 <= stage < arch.factor):
+            raise ValueError(
+                f"stage is {stage}, must be from 0 to {arch.factor - 1} with form='condensed' (the "
+                'learned form keeps its stage in a buffer)'
+            )
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f'drop_rate is {drop_rate}, must be from 0 to below 1')
+        super().__init__(
+            map_channels=arch.outputs(),
+            map_strides=[arch.stem_stride * 2**i for i in range(len(arch.layers))],
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        self.form = form
+        self.arch = arch
+        self.dense = dense
+        self._condensed_at = arch.factor - 1 if stage is None else stage
+        stem = nn.Conv2d(
+            in_channels, arch.inputs()[0], 3, stride=arch.stem_stride, padding=1, bias=False
+        )
+        self.features = nn.ModuleDict(dict(init_conv=stem))
+        left = arch.factor - self._condensed_at  # parts of ``factor`` that each group keeps
+        # What lies behind the last returned map is neither built nor run.
+        for block in range(self.out_indices[-1] + 1):
+            layers = []
+            for i in range(arch.layers[block]):
+                channels = arch.inputs()[block] + i * arch.growth[block]
+                layers.append(
+                    DenseLayer(
+                        channels,
+                        arch,
+                        block,
+                        kept=channels // arch.factor * left if form == 'condensed' else None,
+                        norm_cfg=norm_cfg,
+                        drop_rate=drop_rate,
+                    )
+                )
+            self.features[f'denseblock_{block + 1}'] = DenseBlock(
+                layers, pool=block > 0, with_cp=with_cp
+            )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        self._freeze()
+
+    @property
+    def stage(self) -> int:
+        """The stage of pruning that all layers have reached, or were condensed at."""
+        return min((layer.stage for layer in self._learned()), default=self._condensed_at)
+
+    @property
+    def last_stage(self) -> int:
+        """The stage at which each group keeps one of ``condense_factor`` channels."""
+        return self.arch.factor - 1
+
+    def _learned(self) -> list[LearnedGroupConv | SparseReactivation]:
+        kinds = (LearnedGroupConv, SparseReactivation)
+        return [module for module in self.modules() if isinstance(module, kinds)]
+
+    def prune_to(self, progress: float) -> int:
+        """Prune the connections that are due at a share of the training, in all layers.
+
+        A function of weights, masks and stages alone. Nothing else ever changes a mask.
+
+        Args:
+            progress: From 0 to 1; the last stage is reached at 0.5, as published.
+
+        Returns:
+            The stage that is due.
+
+        Raises:
+            ValueError: A progress outside of 0 to 1, or a network of the condensed form.
+        """
+        if self.form != 'learned':
+            raise ValueError(
+                f"a network of form {self.form!r} cannot be pruned: form='learned' can"
+            )
+        for layer in self._learned():
+            layer.prune_to(progress)
+        return pruning_stage(progress, self.arch.factor)
+
+    def connections(self) -> float:
+        """Return the share of the connections of learned layers that is left."""
+        masks = [layer._mask for layer in self._learned()]
+        return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+    def group_lasso(self) -> Tensor:
+        """Return the penalty that groups of weights vanish by, over all learned layers."""
+        return sum(layer.group_lasso() for layer in self._learned())
+
+    def condense(self, *, allow_partial: bool = False) -> None:
+        """Turn the network into the condensed form, in place: group convolutions without masks.
+
+        It then maps images as before and loads the state dicts of ``form='condensed'`` (with
+        ``stage=...`` if connections were left to prune).
+
+        Args:
+            allow_partial: Take a network that is not fully pruned yet, with what it has left.
+
+        Raises:
+            UserError: A network that is not fully pruned.
+        """
+        if self.form != 'learned':
+            return
+        stages = {layer.stage for layer in self._learned()}
+        if len(stages) > 1:
+            raise UserError(f'layers are at different stages of pruning: {sorted(stages)}')
+        if self.stage < self.last_stage and not allow_partial:
+            raise UserError(
+                f'pruning is at stage {self.stage} of {self.last_stage}: train on with '
+                'mmdense.CondenseScheduleHook, or condense what is left by allow_partial'
+            )
+        self._condensed_at = self.stage
+        for module in self.modules():
+            if isinstance(module, DenseLayer):
+                module.conv_1 = module.conv_1.condensed()
+                module.sfr = module.sfr.condensed()
+        self.form = 'condensed'
+        self.train(self.training)
+
+    def one_by_ones(self) -> list[str]:
+        """Return the names of all 1x1 convolutions that run grouped or dense once deployed."""
+        return [
+            f'{block}.{layer}.{conv}'
+            for block, layers in self.features.items()
+            if block != 'init_conv'
+            for layer, _ in layers.named_children()
+            for conv in ('conv_1', 'sfr')
+        ]
+
+    def switch_to_deploy(self, dense: Collection[str] | None = None) -> None:
+        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
+
+        The form is condensed, with norms folded, and without concatenation. The maps stay the same.
+
+        Args:
+            dense: Which of :meth:`one_by_ones` run as one product over all channels, where the
+                others run group by group; none gives the fewest multiply-adds. By default
+                ``dense`` of the constructor.
+
+        Raises:
+            UserError: A network that is not fully pruned: :meth:`condense` can take it.
+            ValueError: Names of no such convolution.
+        """
+        if self.form == 'deployed':
+            return
+        names = self.one_by_ones()
+        if dense is None:
+            dense = self.dense
+        if dense is None:  # by measurement
+            dense = [name for name in names if name.endswith('.sfr')]
+        if unknown := set(dense) - set(names):
+            raise ValueError(f'dense names no 1x1 convolution: {sorted(unknown)}')
+        self.condense()
+        for name, block in self.features.items():
+            if isinstance(block, DenseBlock):
+                inside = {d.removeprefix(f'{name}.') for d in dense if d.startswith(f'{name}.')}
+                self.features[name] = DeployedBlock(block, inside)
+        self.features['init_conv'].to(memory_format=torch.channels_last)
+        self.form = 'deployed'
+        self._work = ThreadWorkspace()
+        self.requires_grad_(False).eval()
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        name = f'denseblock_{stage}' if stage else 'init_conv'
+        return [self.features[name]] if name in self.features else []
+
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        # Of the whole network: the maps that a detector reads don't change its rates.
+        depths = {'features.init_conv': 0}
+        last = 0
+        for block, layers in enumerate(self.arch.layers, 1):
+            if granularity == 'layer':
+                dense = f'features.denseblock_{block}.denselayer_'
+                depths |= {f'{dense}{i}': last + i for i in range(1, layers + 1)}
+                last += layers
+            else:
+                last += 1
+                depths[f'features.denseblock_{block}'] = last
+        return depths, last + 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride.
+        """
+        self._check_size(x)
+        maps = []
+        options = ()
+        if self.form == 'deployed':
+            x = x.contiguous(memory_format=torch.channels_last)  # many times faster for the stem
+            keep = x.device.type == 'cpu' and not torch.compiler.is_compiling()
+            options = (self._work.workspace if keep else Workspace(),)
+        for i, module in enumerate(self.features.values()):
+            x = module(x, *options) if i else module(x)
+            if i - 1 in self.out_indices:
+                maps.append(x)
+        return tuple(maps)

@@ -1,0 +1,230 @@
+"""Any network of `timm <https://github.com/huggingface/pytorch-image-models>`_ that makes maps of
+several strides, as a baseline beside the families of this package.
+
+Maps are those of timm's ``forward_intermediates``; what the last returned one doesn't need is
+pruned away. Parameter names are timm's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import timm
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.models._manipulate import group_with_matcher
+from torch import Tensor, nn
+
+from mmdense.models.backbones.base import GRANULARITIES, Backbone
+from mmdense.models.layers import recompute
+from mmdense.registry import MODELS
+
+__all__ = ['TimmBackbone']
+
+OURS = ('pretrained', 'num_classes', 'in_chans', 'features_only')
+STATE = ('_modules', '_parameters', '_buffers', '_non_persistent_buffers_set')
+PRUNE = 'prune_intermediate_layers'  # comes with forward_intermediates
+WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
+HEAD = 'head.fc.weight'  # no group_matcher knows it, so its depth is that of heads
+
+
+@MODELS.register_module()
+class TimmBackbone(Backbone):
+    """A timm network with the maps that its ``feature_info`` announces.
+
+    ``init_cfg=dict(type='Pretrained', checkpoint='timm://NAME')`` loads timm's weights.
+
+    A network that begins with a map of its stem (``resnet18``: ``act1``, stride 2) has nothing in
+    stage 1. timm's norms often contain the activation: mmengine's ``sync_bn`` would drop it, which
+    ``train()`` refuses; ``timm.layers.convert_sync_batchnorm`` keeps it.
+
+    Args:
+        model_name: timm's, with or without a tag; the tag has no effect on the network.
+        out_indices: Maps to return, increasing, counted as in ``feature_info``; negative ones count
+            from the end. None returns those of strides 4 to 32.
+        frozen_stages: -1 freezes nothing, 0 the stem, i what map i - 1 is made of.
+        norm_eval: Keep batch norms in eval mode while training.
+        in_channels: Channels of the image.
+        with_cp: Recompute each block in backward: less memory, same results and running statistics,
+            more time.
+        model_kwargs: What else ``timm.create_model`` gets, such as ``drop_path_rate``.
+        init_cfg: mmengine's initialisation config.
+
+    Raises:
+        ValueError: timm has no such network or tag, the network has no maps of several strides,
+            timm doesn't tell their depths, an argument in ``model_kwargs`` that is given here,
+            impossible index or stage.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_name: str,
+        out_indices: Sequence[int] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        in_channels: int = 3,
+        with_cp: bool = False,
+        model_kwargs: Mapping[str, Any] | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        net = _create(model_name, in_channels, model_kwargs or {})
+        strides = [info['reduction'] for info in net.feature_info]
+        if out_indices is None:
+            out_indices = [i for i, stride in enumerate(strides) if 4 <= stride <= 32]
+        super().__init__(
+            map_channels=[info['num_chs'] for info in net.feature_info],
+            map_strides=strides,
+            out_indices=out_indices,
+            frozen_stages=frozen_stages,
+            norm_eval=norm_eval,
+            with_cp=with_cp,
+            init_cfg=init_cfg,
+        )
+        # Of the whole network: the maps that a detector reads don't change its rates.
+        self._depths = {granularity: _depths(net, granularity) for granularity in GRANULARITIES}
+        _prune(net, self.out_indices)
+        self._stage_of = _stages(net, self.out_indices[-1] + 1)
+        for name in self._stage_of:
+            if self._depths['stage'][name] == 0:
+                self._stage_of[name] = 0
+        # The network's submodules become ours, so that names have no prefix: in state_dict(), in
+        # named_parameters() and in mmengine's own versions of both, where hooks that rename would
+        # reach only some. Sharing the dicts, not their contents, lets both see a replaced module
+        # (SyncBatchNorm) and survives a deep copy (EMA).
+        self.__dict__['_net'] = net
+        for state in STATE:
+            setattr(self, state, getattr(net, state))
+        self._activated = [
+            name for name, module in net.named_modules() if isinstance(module, BatchNormAct2d)
+        ]
+        if with_cp:
+            # Not by timm's set_grad_checkpointing, which counts each batch twice.
+            for depth, block in _largest(net, self._depths['layer']):
+                if 0 < depth < self._depths['layer'][HEAD]:
+                    block.forward = partial(_recomputed, _Plain(block))
+        self._freeze()
+
+    def _stage_modules(self, stage: int) -> list[nn.Module]:
+        return [module for of, module in _largest(self, self._stage_of) if of == stage]
+
+    def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
+        depths = self._depths[granularity]
+        return {name: depths[name] for name in self._stage_of}, depths[HEAD] + 1
+
+    def _freeze(self) -> None:
+        super()._freeze()
+        for name, parameter in self.named_parameters():  # those that no stage's module owns
+            if self._stage_of[name] <= self.frozen_stages:
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """Set training mode, except for what is frozen or, with ``norm_eval``, batch norms.
+
+        Raises:
+            ValueError: A norm that contained its activation was replaced by one without.
+        """
+        for name in self._activated:
+            if not isinstance(self.get_submodule(name), WITH_ACT):
+                raise ValueError(
+                    f'{name} lost its activation: make norms synchronised by '
+                    'timm.layers.convert_sync_batchnorm, not by sync_bn'
+                )
+        super().train(mode)
+        self._net.training = mode
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride.
+        """
+        self._check_size(x)
+        return tuple(
+            self._net.forward_intermediates(
+                x, indices=list(self.out_indices), intermediates_only=True, output_fmt='NCHW'
+            )
+        )
+
+
+def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) -> nn.Module:
+    for key in OURS:
+        if key in model_kwargs:
+            raise ValueError(f'model_kwargs: {key!r} is not for timm here')
+    if not timm.is_model(model_name):
+        close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
+        hint = f'; close: {close}' if close else ''
+        raise ValueError(f'timm has no network {model_name!r}{hint}')
+    try:
+        timm.models.get_pretrained_cfg(model_name)
+    except RuntimeError as error:
+        raise ValueError(f'{model_name!r} has a tag that timm does not know') from error
+    net = timm.create_model(
+        model_name, pretrained=False, num_classes=0, in_chans=in_channels, **model_kwargs
+    )
+    strides = [info['reduction'] for info in getattr(net, 'feature_info', ())]
+    if len({*strides}) < 2 or strides != sorted(strides) or not hasattr(net, PRUNE):
+        raise ValueError(
+            f"{model_name!r} has no maps of several strides, or timm can't return them; choose a "
+            'convolutional or hierarchical network, such as resnet18'
+        )
+    return net
+
+
+def _prune(net: nn.Module, indices: Sequence[int]) -> None:
+    net.prune_intermediate_layers(list(indices), prune_norm=True, prune_head=True)
+
+
+def _depths(net: nn.Module, granularity: str) -> dict[str, int]:
+    try:
+        matcher = net.group_matcher(coarse=granularity == 'stage')
+    except (AttributeError, AssertionError) as error:
+        raise ValueError(f'timm knows no depths in {type(net).__name__}: {error}') from error
+    names = [*_names(net), HEAD]
+    return group_with_matcher(((name, None) for name in names), matcher, reverse=True)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Return the names of its parameters, of shared ones all."""
+    return [name for name, _ in module.named_parameters(remove_duplicate=False)]
+
+
+def _stages(net: nn.Module, num_maps: int) -> dict[str, int]:
+    """Return for each parameter 1 + the first map that needs it."""
+    net, stages = deepcopy(net), {}
+    for index in reversed(range(num_maps)):
+        _prune(net, (index,))
+        stages |= dict.fromkeys(_names(net), index + 1)
+    return stages
+
+
+def _largest(
+    module: nn.Module, group_of: Mapping[str, int], prefix: str = ''
+) -> Iterator[tuple[int, nn.Module]]:
+    """Yield ``(group, module)``, the largest modules whose parameters are all of one group."""
+    for name, child in module.named_children():
+        path = f'{prefix}{name}.'
+        groups = {group_of[path + parameter] for parameter in _names(child)}
+        if len(groups) == 1 and not isinstance(child, nn.ModuleList):  # those are never called
+            yield groups.pop(), child
+        elif groups:
+            yield from _largest(child, group_of, path)
+
+
+class _Plain(nn.Module):
+    """Run a block as its class does, whatever ``forward`` the block itself was given."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, inputs: tuple, options: dict) -> Any:
+        return type(self.block).forward(self.block, *inputs, **options)
+
+
+def _recomputed(plain: _Plain, *inputs: Any, **options: Any) -> Any:
+    return recompute(plain, inputs, options)

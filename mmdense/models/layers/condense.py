@@ -1,0 +1,312 @@
+"""Connections that are learned: pruned while the network trains, standard group convolutions after.
+
+`CondenseNet V2 <https://arxiv.org/abs/2104.04382>`_ has two such layers, each a norm, an activation
+and a 1x1 convolution. Learned group convolution chooses which channels its groups of outputs read;
+sparse feature reactivation chooses which channels its groups of inputs add to. Both are written
+twice: as they train, a dense convolution under a mask, and condensed, a group convolution behind a
+gather or before a scatter. N images, C channels, H x W pixels, G groups, F the condense factor, K
+the channels that a group keeps.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmcv.cnn import build_norm_layer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = [
+    'CondensedGroupConv',
+    'CondensedReactivation',
+    'LearnedGroupConv',
+    'SparseReactivation',
+    'pruning_stage',
+]
+
+BN = dict(type='BN')
+EPSILON = 1e-12  # below it a sum of squares counts as zero
+
+
+def pruning_stage(progress: float, condense_factor: int) -> int:
+    """Return the stage of pruning, 0 to F - 1, at a share of the training; the last from 0.5 on.
+
+    Args:
+        progress: Share of the training that is done, from 0 to 1.
+        condense_factor: F; each stage prunes 1 / F of the channels.
+
+    Raises:
+        ValueError: A progress outside of 0 to 1.
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f'progress is {progress}, must be from 0 to 1')
+    last = condense_factor - 1
+    return sum(2 * progress >= stage / last for stage in range(1, last + 1))
+
+
+class _Layer(nn.Module):
+    """A norm, an activation, dropout; then a 1x1 convolution, which the subclasses run."""
+
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        *,
+        groups: int,
+        norm_cfg: Mapping[str, Any],
+        activation: type[nn.Module],
+        drop_rate: float,
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.norm = build_norm_layer(dict(norm_cfg), conv.in_channels)[1]
+        self.activation = activation()
+        self.drop = nn.Dropout(drop_rate)
+        self.conv = conv
+
+    def _activate(self, x: Tensor) -> Tensor:
+        return self.drop(self.activation(self.norm(x)))
+
+
+class _Learned(_Layer):
+    """A dense 1x1 convolution under a mask, which each stage of pruning thins out.
+
+    ``_mask`` [C_out, C_in, 1, 1] has one value per group and channel, repeated over the group's
+    members; ``_count`` is how many channels each group has lost, ``_stage`` the stage.
+
+    Args:
+        in_channels: C_in.
+        out_channels: C_out.
+        groups: G.
+        condense_factor: F.
+        norm_cfg: mmcv's config of the norm.
+        activation: Class of the activation.
+        drop_rate: Dropout before the convolution.
+
+    Raises:
+        ValueError: Channels that are no multiple of what divides them.
+    """
+
+    grouped, chosen = 0, 1  # which side's channels, C_out or C_in, form groups, and are chosen from
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        condense_factor: int,
+        norm_cfg: Mapping[str, Any] = BN,
+        activation: type[nn.Module] = nn.ReLU,
+        drop_rate: float = 0.0,
+    ) -> None:
+        sides = (out_channels, in_channels)
+        if sides[self.grouped] % groups or sides[self.chosen] % condense_factor:
+            raise ValueError(
+                f'{in_channels} to {out_channels} channels: those that form groups must be a '
+                f'multiple of {groups}, those that are chosen from a multiple of {condense_factor}'
+            )
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 1, bias=False),
+            groups=groups,
+            norm_cfg=norm_cfg,
+            activation=activation,
+            drop_rate=drop_rate,
+        )
+        self.channels = sides[self.chosen]
+        self.condense_factor = condense_factor
+        # Integers: a moving average of the weights copies them where it averages floats.
+        self.register_buffer('_count', torch.zeros(1, dtype=torch.int64))
+        self.register_buffer('_stage', torch.zeros(1, dtype=torch.int64))
+        self.register_buffer('_mask', torch.ones_like(self.conv.weight, dtype=torch.uint8))
+
+    def _members(self, weight: Tensor) -> Tensor:
+        """View a weight as [G, members of a group, channels that the groups choose from]."""
+        raise NotImplementedError
+
+    @property
+    def stage(self) -> int:
+        """The stage of pruning, from 0 to F - 1."""
+        return int(self._stage)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the connections that are left, zero elsewhere: [C_out, C_in, 1, 1]."""
+        return self.conv.weight * self._mask
+
+    def kept(self) -> Tensor:
+        """Return which channels each group is connected to: bool [G, channels]."""
+        return self._members(self._mask).bool().any(1)
+
+    @torch.no_grad()
+    def prune_to(self, progress: float) -> None:
+        """Prune what is due at a share of the training: the channels of the least L1 weight.
+
+        A function of weights, mask and stage alone. Among equals the first channels go; what is
+        pruned stays so; stages that were skipped are made up for.
+
+        Args:
+            progress: From 0 to 1.
+
+        Raises:
+            ValueError: A progress outside of 0 to 1.
+        """
+        stage = pruning_stage(progress, self.condense_factor)
+        if stage <= self.stage:
+            return
+        count = stage * (self.channels // self.condense_factor)
+        kept = self.kept()
+        sizes = self._members(self.conv.weight).abs().sum(1).masked_fill(~kept, torch.inf)
+        ranks = sizes.argsort(dim=1, stable=True).argsort(dim=1)
+        kept &= ranks >= count - (~kept).sum(1, keepdim=True)
+        mask = self._members(self._mask)
+        mask.copy_(kept[:, None].expand_as(mask))
+        self._count.fill_(count)
+        self._stage.fill_(stage)
+
+    def group_lasso(self) -> Tensor:
+        """Return the sum of the Euclidean norms of each group's weights for each channel."""
+        squares = self._members(self.weight).square().sum(1)
+        return squares.clamp(min=EPSILON).sqrt().sum()  # a root has no slope at 0
+
+    def _index(self) -> Tensor:
+        """Return the channels that each group keeps, ascending: [G, K]."""
+        kept = self.kept()
+        if len(set(kept.sum(1).tolist())) > 1:
+            raise ValueError(f'groups keep different numbers of channels: {kept.sum(1).tolist()}')
+        return kept.nonzero()[:, 1].view(self.groups, -1)
+
+
+class _Condensed(_Layer):
+    """A 1x1 group convolution, and the channels that it reads or adds to in ``index`` [G * K].
+
+    Args:
+        in_channels: C_in; G * K where channels are gathered.
+        out_channels: C_out; G * K where they are scattered.
+        groups: G.
+        norm_cfg: mmcv's config of the norm.
+        activation: Class of the activation.
+        drop_rate: Dropout before the convolution.
+    """
+
+    chosen: int  # as of what is learned
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        groups: int,
+        norm_cfg: Mapping[str, Any] = BN,
+        activation: type[nn.Module] = nn.ReLU,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False),
+            groups=groups,
+            norm_cfg=norm_cfg,
+            activation=activation,
+            drop_rate=drop_rate,
+        )
+        kept = (out_channels, in_channels)[self.chosen] // groups
+        self.register_buffer('index', torch.arange(kept).repeat(groups))
+
+    @classmethod
+    def _from(cls, learned: _Learned, norm: nn.Module, weight: Tensor, index: Tensor) -> Any:
+        """Return a condensed layer; weight [G, C_out / G, C_in / G], index [G, K]."""
+        weight = weight.detach().clone()
+        layer = cls(
+            weight.shape[2] * learned.groups,
+            weight.shape[0] * weight.shape[1],
+            groups=learned.groups,
+            activation=type(learned.activation),
+            drop_rate=learned.drop.p,
+        )
+        layer.norm = norm
+        layer.conv.weight = nn.Parameter(
+            weight.reshape(layer.conv.weight.shape), learned.conv.weight.requires_grad
+        )
+        layer.index = index.flatten()
+        return layer.train(learned.training)
+
+
+class LearnedGroupConv(_Learned):
+    """Norm, activation and a 1x1 convolution whose groups of outputs choose what they read.
+
+    Output channel o belongs to group o mod G. In the end each group reads C_in / F channels.
+    """
+
+    grouped, chosen = 0, 1
+
+    def _members(self, weight: Tensor) -> Tensor:
+        return weight.view(-1, self.groups, self.channels).transpose(0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, C_in, H, W] to [N, C_out, H, W]."""
+        return F.conv2d(self._activate(x), self.weight)
+
+    def condensed(self) -> CondensedGroupConv:
+        """Return a group convolution that maps the same to the same, in evaluation."""
+        index = self._index()
+        weight = self._members(self.conv.weight)
+        weight = weight.gather(2, index[:, None].expand(-1, weight.shape[1], -1))
+        return CondensedGroupConv._from(self, _gather(self.norm, index.flatten()), weight, index)
+
+
+class SparseReactivation(_Learned):
+    """Norm, activation and a 1x1 convolution whose groups of inputs choose what they add to.
+
+    Input channel i belongs to group i mod G. In the end each group adds to C_out / F channels.
+    """
+
+    grouped, chosen = 1, 0
+
+    def _members(self, weight: Tensor) -> Tensor:
+        return weight.view(self.channels, -1, self.groups).permute(2, 1, 0)
+
+    def forward(self, x: Tensor, new: Tensor) -> Tensor:
+        """Return x [N, C_out, H, W] with what new [N, C_in, H, W] adds to it."""
+        return x + F.conv2d(self._activate(new), self.weight)
+
+    def condensed(self) -> CondensedReactivation:
+        """Return a group convolution that maps the same to the same, in evaluation."""
+        index = self._index()
+        weight = self._members(self.conv.weight).transpose(1, 2)  # [G, C_out, C_in / G]
+        weight = weight.gather(1, index[..., None].expand(-1, -1, weight.shape[2]))
+        return CondensedReactivation._from(self, self.norm, weight, index)
+
+
+class CondensedGroupConv(_Condensed):
+    """A condensed :class:`LearnedGroupConv`: gather, norm, activation, conv, shuffle."""
+
+    chosen = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map the features of a block, [N, C, H, W], to [N, C_out, H, W]."""
+        x = self.conv(self._activate(x.index_select(1, self.index)))
+        return F.channel_shuffle(x, self.groups)
+
+
+class CondensedReactivation(_Condensed):
+    """A condensed :class:`SparseReactivation`: norm, activation, conv, scatter."""
+
+    chosen = 0
+
+    def forward(self, x: Tensor, new: Tensor) -> Tensor:
+        """Return the features of a block, x [N, C, H, W], with what new [N, C_in, H, W] adds."""
+        new = F.channel_shuffle(self._activate(new), new.shape[1] // self.groups)
+        return x.index_add(1, self.index, self.conv(new))
+
+
+def _gather(norm: nn.Module, index: Tensor) -> nn.Module:
+    """Return a norm of the channels ``index``, which may repeat."""
+    gathered = copy.deepcopy(norm)
+    gathered.num_features = index.numel()
+    for name, parameter in norm.named_parameters():
+        value = nn.Parameter(parameter.detach()[index], parameter.requires_grad)
+        setattr(gathered, name, value)
+    for name, buffer in norm.named_buffers():
+        setattr(gathered, name, buffer[index] if buffer.ndim else buffer.clone())
+    return gathered
