@@ -39,17 +39,22 @@ ALGORITHMS = {
     'deeplabv3plus': 'DeepLabV3+',
     'unet': 'U-Net',
 }
-# What mmdense does not build of a classifier that reads C channels: its norm and linear layer.
-CLASSIFIERS = {
-    'RDNet': lambda channels, classes: 2 * channels + classes * (channels + 1),
-    'DenseNet': lambda channels, classes: classes * (channels + 1),
-    'ReXNet': lambda channels, classes: classes * (channels + 1),
-}
-OPTIONS = dict(ReXNet=dict(taps='unet'))  # with the last 1x1 convolution
+OPTIONS = dict(  # of a classifier's network
+    ReXNet=dict(taps='unet'),  # with the last 1x1 convolution
+    CondenseNetV2=dict(form='condensed'),
+    ShuffleNetV2=dict(out_indices=[4]),  # the last 1x1 convolution
+)
+HIDDEN = dict(a=828, b=1024, c=1024)  # channels between CondenseNetV2's two linear layers
+METAFILE = f"""\
+{GENERATED} Parameters and FLOPs (multiply-adds of an image of that height and
+# width) are measured on the configs. Accuracies are published ones (docs/published.yml) of other
+# code: the configs have not been run.
+"""
 TEXT_COLUMNS = ('network', 'recipe', 'figure', 'why', 'part', 'data', 'at')
 METRICS = {  # name in docs/published.yml -> task and metrics of a metafile
     'box AP': ('Object Detection', ['box AP', 'box AP50', 'box AP75']),
     'mask AP': ('Instance Segmentation', ['mask AP', 'mask AP50', 'mask AP75']),
+    'mAP': ('Object Detection', ['box AP']),
     'mIoU': ('Semantic Segmentation', ['mIoU']),
     'mIoU, multi-scale': ('Semantic Segmentation', ['mIoU(ms+flip)']),
 }
@@ -87,6 +92,7 @@ formula: `decay ** (8 - depth)` for the stem, which has depth 0, and for the sta
 class Recipe:
     """One config, as built."""
 
+    family: str
     path: Path
     cfg: Config
     params: int
@@ -96,10 +102,8 @@ class Recipe:
     @property
     def title(self) -> str:
         algorithm, backbone = self.path.stem.split('_')[:2]
-        family, size = backbone.split('-')
-        name = self.cfg.model.backbone.type.removeprefix('mmdense.')
-        assert name.lower() == family
-        return f'{ALGORITHMS[algorithm]}, {name}-{size.upper()}'
+        _, size = backbone.split('-')
+        return f'{ALGORITHMS[algorithm]}, {self.family}-{size.upper()}'
 
     @property
     def data(self) -> str:
@@ -130,13 +134,15 @@ class Recipe:
         }
 
 
-def measure(path: Path) -> Recipe:
+def measure(path: Path, family: str, kind: str) -> Recipe:
     cfg = Config.fromfile(path)
+    assert cfg.model.backbone.type == f'mmdense.{kind}', path
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         with torch.device('meta'):
             model = MODELS.build(cfg.model).eval()
         sizes = sizes_of(path)
         return Recipe(
+            family=family,
             path=path,
             cfg=cfg,
             params=count_parameters(model),
@@ -188,21 +194,51 @@ def compare(
     return [*what, f'{published}', f'{measured:.4g}', f'{difference:+.1%}', why or '']
 
 
-def classifiers(family: str, part: dict) -> Iterator[str]:
+def network(kind: str, arch: str | dict) -> nn.Module:
+    name = 'model_name' if kind == 'TimmBackbone' else 'arch'
+    with torch.device('meta'):
+        return getattr(models, kind)(**{name: arch}, **OPTIONS.get(kind, {})).eval()
+
+
+def head(
+    family: str, arch: str | dict, channels: int, classes: int, size: int | None
+) -> tuple[int, int]:
+    """Return parameters and multiply-adds of what reads the last map, which mmdense doesn't build.
+
+    Args:
+        family: Of the network.
+        arch: Of the network.
+        channels: Of its last map.
+        classes: Of the classifier.
+        size: Of the image, in pixels; None if multiply-adds are not asked for.
+    """
+    params = macs = 0
+    if family == 'RDNet':  # a norm
+        params += 2 * channels
+    if family == 'MobileNetV2':  # a 1x1 convolution and its norm
+        convolved, channels = channels, 1280
+        params += convolved * channels + 2 * channels
+        macs += convolved * channels * (size // 32) ** 2
+    if family == 'CondenseNetV2':  # a norm, squeeze and excitation, a linear layer
+        gated, channels = channels, HIDDEN[arch]
+        gates = 2 * gated * (gated // 16)
+        params += 2 * gated + gates + (gated + 1) * channels
+        macs += gates + gated * channels
+    return params + (channels + 1) * classes, macs + channels * classes
+
+
+def classifiers(family: str, kind: str, part: dict) -> Iterator[str]:
     yield f'### Classifiers, {part["title"]} ([source]({part["source"]}))\n'
     yield MEASURED
     rows = []
     for row in part['rows']:
-        with torch.device('meta'):
-            net = getattr(models, family)(arch=row['arch'], **OPTIONS.get(family, {})).eval()
-        channels, classes = net.out_channels[-1], part.get('classes', 1000)
-        measured = {
-            'params': (count_parameters(net) + CLASSIFIERS[family](channels, classes)) / 1e6
-        }
+        net, classes = network(kind, row['arch']), part.get('classes', 1000)
+        params, macs = head(family, row['arch'], net.out_channels[-1], classes, row.get('size'))
+        measured = {'params': (count_parameters(net) + params) / 1e6}
         title = f'{family}, {row.get("name", row["arch"])}'
         if 'size' in row:
             size = (row['size'],) * 2
-            measured['macs'] = (backbone_macs(net, size) + classes * channels) / 1e9
+            measured['macs'] = (backbone_macs(net, size) + macs) / 1e9
             title += f', {size[0]} x {size[1]}'
         for key, figure in measured.items():
             name = dict(params='parameters (M)', macs='multiply-adds (G)')[key]
@@ -228,11 +264,11 @@ def costs(task: str, part: dict, recipes: dict[str, Recipe]) -> Iterator[str]:
         rows += [
             compare(
                 [recipe.link, 'parameters (M)'],
-                row['params'],
+                row.get('params'),
                 recipe.params / 1e6,
                 why.get('params'),
             ),
-            compare(['', what], row['macs'], giga[0], why.get('macs')),
+            compare(['', what], row.get('macs'), giga[0], why.get('macs')),
             *(
                 ['', f'multiply-adds{size} (G)', '', f'{macs:.4g}', '', '']
                 for size, macs in zip(sizes[1:], giga[1:], strict=True)
@@ -304,19 +340,21 @@ def check_scales(recipe: Recipe) -> None:
 def document(published: dict, recipes: dict[str, Recipe]) -> str:
     parts = [INTRODUCTION]
     for family, figures in published.items():
-        own = {k: r for k, r in recipes.items() if r.cfg.model.backbone.type == f'mmdense.{family}'}
+        own = {name: recipe for name, recipe in recipes.items() if recipe.family == family}
         tasks = {task: figures[task] for task in SIZES if task in figures}
         known = {row['config'] for part in tasks.values() for row in part['rows']}
         parts.append(f'## {family}\n')
         parts.append(f'[{figures["title"]}]({figures["paper"]}), [code]({figures["code"]}).\n')
         for part in figures['classifiers']:
-            parts += classifiers(family, part)
+            parts += classifiers(family, figures.get('type', family), part)
         for task, part in tasks.items():
             parts += costs(task, part, own)
-        parts += unpublished(r for name, r in own.items() if name not in known)
-        if tasks:
-            parts += settings(list(tasks.values()), own)
+        if ours := [r for name, r in own.items() if name not in known]:
+            parts += unpublished(ours)
+        if told := [part for part in tasks.values() if 'recipe' in part]:
+            parts += settings(told, own)
             parts += decay(own.values())
+        if tasks:
             parts.append('### Where recipes differ from the released code\n')
             parts.append(''.join(f'- {line}\n' for line in figures['deviations']))
     return '\n'.join(parts)
@@ -325,11 +363,12 @@ def document(published: dict, recipes: dict[str, Recipe]) -> str:
 # ---------------------------------------------------------------------------- metafiles
 
 
-def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> str:
+def collect(family: str, figures: dict, task: str, recipes: list[Recipe]) -> dict[str, list]:
+    """Return a family's part of a metafile."""
     collection = f'{family} {task}'
     rows = {row['config']: row for row in figures.get(task, {}).get('rows', [])}
     top1 = {
-        f'timm://{row["weights"]}': row['top-1']
+        row['weights']: row['top-1']
         for part in figures['classifiers']
         for row in part['rows']
         if 'weights' in row
@@ -354,19 +393,15 @@ def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> st
                 'Image Size': list(sizes_of(recipe.path)[0]),
             },
         }
-        weights = recipe.cfg.model.backbone.init_cfg.checkpoint
+        start = recipe.cfg.model.backbone.get('init_cfg')  # scheduled pruning has none
+        weights = start and start.checkpoint.split('://')[1]
         if weights in top1:
             entry['Metadata']['Top-1 of the ImageNet weights'] = top1[weights]
         if recipe.path.stem in rows:
             entry['Results'] = results(rows[recipe.path.stem], recipe.data)
             entry['Results Source'] = figures[task]['source']
         entries.append(entry)
-    head = (
-        f'{GENERATED} Parameters and FLOPs (multiply-adds of an image of that height and\n'
-        '# width) are measured on the configs. Accuracies are published ones (docs/published.yml) '
-        'of other\n# code: the configs have not been run.\n'
-    )
-    content = {
+    return {
         'Collections': [
             {
                 'Name': collection,
@@ -378,7 +413,6 @@ def metafile(family: str, figures: dict, task: str, recipes: list[Recipe]) -> st
         ],
         'Models': entries,
     }
-    return head + yaml.safe_dump(content, sort_keys=False, width=100)
 
 
 def results(row: dict, data: str) -> list[dict]:
@@ -392,17 +426,23 @@ def results(row: dict, data: str) -> list[dict]:
 def files() -> Iterator[tuple[str, str]]:
     """Yield the path and the text of every generated file."""
     published = yaml.safe_load((ROOT / 'docs/published.yml').read_text(encoding='utf-8'))
-    recipes, index = {}, []
+    recipes, metafiles = {}, {}
     for family, figures in published.items():
         for task in SIZES:
-            folder = ROOT / 'configs' / task / family.lower()
-            found = [measure(path) for path in folder.glob('*.py')]
+            folder = ROOT / 'configs' / task / figures.get('folder', family.lower())
+            paths = folder.glob(f'*_{family.lower()}-*.py')
+            found = [measure(path, family, figures.get('type', family)) for path in paths]
+            if not found:
+                continue
             found.sort(key=lambda r: (r.title.split(',')[0], r.params, r.path.stem))
             recipes |= {recipe.path.stem: recipe for recipe in found}
             path = str(folder.relative_to(ROOT) / 'metafile.yml')
-            index.append(path)
-            yield path, metafile(family, figures, task, found)
-    yield INDEX, f'{GENERATED}\n' + yaml.safe_dump({'Import': index})
+            content = metafiles.setdefault(path, {'Collections': [], 'Models': []})
+            for key, entries in collect(family, figures, task, found).items():
+                content[key] += entries
+    for path, content in metafiles.items():
+        yield path, METAFILE + yaml.safe_dump(content, sort_keys=False, width=100)
+    yield INDEX, f'{GENERATED}\n' + yaml.safe_dump({'Import': [*metafiles]})
     yield DOCUMENT, document(published, recipes)
 
 

@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdense.apis import config, options, report_errors, run
+from mmdense.apis.deploy import deploy
 
 
 @report_errors
@@ -16,6 +17,9 @@ def main() -> None:
         metavar='FILE',
         help='predictions: one .pkl file (detection), a folder for label maps (segmentation)',
     )
+    parser.add_argument(
+        '--deploy', action='store_true', help="run the backbone's fastest form: same predictions"
+    )
     parser.add_argument('--show-dir', metavar='DIR', help='save pictures of the predictions there')
     args, cfg = options.parse_config(parser)
     if args.tta:
@@ -27,6 +31,8 @@ def main() -> None:
     cfg.load_from = None
     runner = run.build_runner(cfg, loaders=('test',))
     run.load_weights(runner, args.checkpoint)
+    if args.deploy:
+        deploy(run.unwrap(runner.model))
     metrics = runner.test()
     if runner.rank == 0:
         table = Table('metric', 'value')

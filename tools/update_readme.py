@@ -7,13 +7,24 @@ from pathlib import Path
 import torch
 
 from mmdense.benchmark import backbone_macs, count_parameters
-from mmdense.models import DenseNet, RDNet, ReXNet
-from mmdense.models.backbones import densenet, rdnet, rexnet
+from mmdense.models import CondenseNetV2, DenseNet, RDNet, ReXNet, ShuffleNetV2
+from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
 
 README = Path(__file__).parents[1] / 'README.md'
 BEGIN, END = '<!-- backbones: written by tools/update_readme.py -->', '<!-- /backbones -->'
-FAMILIES = {RDNet: rdnet.ARCHS, DenseNet: densenet.ARCHS, ReXNet: rexnet.ARCHS}
+FAMILIES = {
+    RDNet: rdnet.ARCHS,
+    DenseNet: densenet.ARCHS,
+    ReXNet: rexnet.ARCHS,
+    CondenseNetV2: condensenetv2.ARCHS,
+    ShuffleNetV2: shufflenetv2.ARCHS,
+}
+OPTIONS = {CondenseNetV2: dict(form='condensed')}
 SIZES = ((224, 224), (800, 1344))
+
+
+def giga(macs: int) -> str:
+    return f'{macs / 1e9:.{1 if macs >= 1e9 else 2}f}'
 
 
 def table() -> str:
@@ -23,15 +34,16 @@ def table() -> str:
     for family, archs in FAMILIES.items():
         for arch in archs:
             with torch.device('meta'):
-                net = family(arch=arch).eval()
+                net = family(arch=arch, **OPTIONS.get(family, {})).eval()
+            options = ''.join(f", `{k}='{v}'`" for k, v in OPTIONS.get(family, {}).items())
             rows.append(
                 [
                     f'`mmdense.{family.__name__}`',
-                    f'`{arch}`',
+                    f'`{arch}`{options}',
                     ', '.join(map(str, net.out_channels)),
                     ', '.join(map(str, net.out_strides)),
                     f'{count_parameters(net) / 1e6:.2f}',
-                    *(f'{backbone_macs(net, size) / 1e9:.1f}' for size in SIZES),
+                    *(giga(backbone_macs(net, size)) for size in SIZES),
                 ]
             )
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in rows)

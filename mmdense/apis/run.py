@@ -19,7 +19,7 @@ from torch import nn
 from mmdense.apis.config import drop_amp
 from mmdense.errors import UserError
 
-__all__ = ['build_runner', 'load_weights']
+__all__ = ['build_runner', 'load_weights', 'unwrap']
 
 
 def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
@@ -42,11 +42,11 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
             drop_amp(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     model = cfg.model
-    _check_channels(_unwrap(runner.model), model.get('module', model))
+    _check_channels(unwrap(runner.model), model.get('module', model))
     return runner
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """Return the detector or segmentor inside wrappers for processes and test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -146,8 +146,8 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
                 break  # further necks read the first one
 
 
-def load_weights(runner: Runner, path: str) -> None:
-    """Load a trained model's weights into the runner's model.
+def load_weights(runner: Runner, path: str) -> dict:
+    """Load a trained model's weights into the runner's model, and return the checkpoint.
 
     Args:
         runner: The runner to test with.
@@ -164,5 +164,6 @@ def load_weights(runner: Runner, path: str) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f'{path} cannot be loaded as a checkpoint: {reason}') from error
     weights = {name.removeprefix('module.') for name in checkpoint.get('state_dict', checkpoint)}
-    if weights.isdisjoint(_unwrap(runner.model).state_dict()):
+    if weights.isdisjoint(unwrap(runner.model).state_dict()):
         raise UserError(f"{path} holds no weight of this model: is it another config's?")
+    return checkpoint

@@ -1,13 +1,20 @@
 """What training needs around the networks: importing this package registers all of it."""
 
 from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
-from mmdense.engine.checkpoints import allow_training_state, load_from_timm
+from mmdense.engine.checkpoints import (
+    allow_training_state,
+    load_from_condensenetv2,
+    load_from_timm,
+)
+from mmdense.engine.condense_schedule import CondenseScheduleHook
 from mmdense.engine.hooks import ChannelsLastHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 
 __all__ = [
     'ChannelsLastHook',
+    'CondenseScheduleHook',
     'LayerDecayOptimWrapperConstructor',
     'allow_training_state',
+    'load_from_condensenetv2',
     'load_from_timm',
 ]

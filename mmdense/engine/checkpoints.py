@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 
 from mmdense.errors import UserError
+from mmdense.weights import from_condensenetv2
 
-__all__ = ['allow_training_state', 'load_from_timm']
+__all__ = ['allow_training_state', 'load_from_condensenetv2', 'load_from_timm']
+
+CONDENSENETV2 = 'https://github.com/jianghaojun/CondenseNetV2#results'
 
 
 def allow_training_state() -> None:
@@ -81,3 +86,59 @@ def load_from_timm(filename: str, map_location: str | None = None) -> dict:
         ) from error
     weights = {k: v for k, v in net.state_dict().items() if not k.startswith('head.')}
     return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in weights.items()})
+
+
+@CheckpointLoader.register_scheme(prefixes='condensenetv2://')
+def load_from_condensenetv2(filename: str, map_location: str | None = None) -> dict:
+    """Return the weights of a released CondenseNetV2 in a local file, ``condensenetv2://PATH``.
+
+    What the file holds decides which network can take it: a converted model (A, B, C) is for
+    ``CondenseNetV2(arch='a', 'b' or 'c', form='condensed')``, a model as it was trained (C) for
+    ``form='learned'``, which ``condense()`` or ``switch_to_deploy()`` then converts. Into the other
+    form mmengine loads what fits, and warns of each key that doesn't.
+
+    Args:
+        filename: Such as ``condensenetv2://weights/condensenetv2_a.pth.tar``.
+        map_location: Device that the tensors go to; the CPU by default.
+
+    Raises:
+        UserError: There is no such file, or it holds no released CondenseNetV2.
+    """
+    file = Path(filename.removeprefix('condensenetv2://')).expanduser()
+    if not file.is_file():
+        raise UserError(
+            f'no file {file}: download the model that is linked in {CONDENSENETV2} to there, or '
+            'train from scratch with model.backbone.init_cfg=None'
+        )
+    try:
+        checkpoint = _load_released(file, map_location or 'cpu')
+    except Exception as error:  # torch, zipfile and the unpickler each raise their own
+        raise UserError(
+            f'{file} cannot be read safely: {_reason(error)}. Download the model again from '
+            f'{CONDENSENETV2}, or train from scratch with model.backbone.init_cfg=None'
+        ) from error
+    try:
+        return dict(state_dict=from_condensenetv2(checkpoint))
+    except ValueError as error:
+        raise UserError(f'{file} is no model of {CONDENSENETV2}: {error}') from error
+
+
+def _load_released(file: Path, map_location: str) -> Any:
+    """Load a file that may hold its script's arguments: allowed here, and not from then on."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        return torch.load(file, map_location=map_location, weights_only=True)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error in one line; of those of the safe unpickler, the one that says what it met.
+
+    Its first one advises to load unsafely.
+    """
+    lines = [*str(error).strip().splitlines(), '']
+    lines.sort(key=lambda line: 'unsupported' not in line.lower())
+    return f'{type(error).__name__}: {lines[0].partition(". ")[0]}'.rstrip(': .')

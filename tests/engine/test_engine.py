@@ -1,5 +1,7 @@
 """Hooks and checkpoint schemes."""
 
+import argparse
+import os
 import pickle
 
 import numpy as np
@@ -104,3 +106,73 @@ def test_getattr_stays_forbidden(tmp_path):
     torch.save(Attack(), file)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(file, weights_only=True)
+
+
+RESULTS = 'https://github.com/jianghaojun/CondenseNetV2#results'
+SCRATCH = 'train from scratch with model.backbone.init_cfg=None'
+
+
+def load_condensenetv2(file):
+    return CheckpointLoader.load_checkpoint(f'condensenetv2://{file}')
+
+
+def test_a_missing_condensenetv2_says_where_it_is(tmp_path):
+    init = dict(type='Pretrained', checkpoint='condensenetv2://weights/a.pth.tar')
+    net = MODELS.build(dict(type='mmdense.CondenseNetV2', arch='a', init_cfg=init))
+    with pytest.raises(UserError) as error:
+        net.init_weights()
+    assert str(error.value) == (
+        f'no file weights/a.pth.tar: download the model that is linked in {RESULTS} to there, or '
+        f'{SCRATCH}'
+    )
+    with pytest.raises(UserError, match='no file'):
+        load_condensenetv2(tmp_path)
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>not found</html>', b'PK\x03\x04 cut short'])
+def test_an_unreadable_condensenetv2(content, tmp_path):
+    file = tmp_path / 'x.pth'
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_condensenetv2(file)
+    assert str(error.value).startswith(f'{file} cannot be read safely: ')
+    assert str(error.value).endswith(f'Download the model again from {RESULTS}, or {SCRATCH}')
+    assert '\n' not in str(error.value)
+
+
+class Execution:
+    def __init__(self, file):
+        self.file = str(file)
+
+    def __reduce__(self):
+        return os.mkdir, (self.file,)
+
+
+@pytest.mark.parametrize('place', ['state_dict', 'args', 'inside args'])
+def test_condensenetv2_executes_nothing(place, tmp_path):
+    attack = Execution(tmp_path / 'executed')
+    held = dict(args=argparse.Namespace(x=attack)) if 'inside' in place else {place: attack}
+    torch.save(held, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='unsupported GLOBAL .*mkdir|Unsupported global: .*mkdir'):
+        load_condensenetv2(tmp_path / 'x.pth')
+    assert not (tmp_path / 'executed').exists()
+
+
+def test_arguments_are_allowed_for_that_load_only(tmp_path):
+    file = tmp_path / 'x.pth'
+    torch.save(dict(state_dict={}, args=argparse.Namespace(lr=0.1)), file)
+    before = set(torch.serialization.get_safe_globals())
+    with pytest.raises(UserError) as error:
+        load_condensenetv2(file)  # read, and found to hold nothing of it
+    assert str(error.value).startswith(f'{file} is no model of {RESULTS}: ')
+    assert set(torch.serialization.get_safe_globals()) == before
+    assert argparse.Namespace not in before
+    with pytest.raises(pickle.UnpicklingError, match='Namespace'):
+        torch.load(file, weights_only=True)
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    with pytest.raises(UserError):
+        load_condensenetv2(file)
+    allowed = torch.serialization.get_safe_globals()  # as someone else allowed it
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(before))
+    assert argparse.Namespace in allowed

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from support import DEMOS, ROOT, TWO_ITERATIONS
+from support import CONDENSED, DEMOS, ROOT, TWO_ITERATIONS
 
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
+DEPLOY = ROOT / 'tools/deploy.py'
 VISUALIZE = ROOT / 'tools/visualize.py'
 PY = sys.executable
 pytestmark = pytest.mark.slow
@@ -31,6 +32,16 @@ def two_iterations(task, project, run_tool):
     assert status == 0, said
     work_dir = project / 'work_dirs' / DEMOS[task].stem
     return said, work_dir, Path((work_dir / 'last_checkpoint').read_text())
+
+
+@pytest.fixture(scope='module')
+def two_iterations_of_detection(project, run_tool, tmp_path_factory):
+    work_dir = tmp_path_factory.mktemp('detection')
+    config = DEMOS['detection']
+    options = ['--work-dir', work_dir, '--cfg-options', *TWO_ITERATIONS['detection']]
+    status, said = run_tool(PY, TRAIN, config, *options)
+    assert status == 0, said
+    return config, (work_dir / 'last_checkpoint').read_text()
 
 
 def test_two_iterations_train_and_evaluate(task, two_iterations):
@@ -145,6 +156,49 @@ def test_two_processes(run_tool, project, tmp_path):
     )
     assert status == 0, said
     assert said.count('coco/bbox_mAP_75 ') == 1  # one table, from one process
+
+
+def test_condensed_model_is_deployed(run_tool, project, tmp_path):
+    """Train, prune, condense, deploy: the predictions stay the same."""
+    options = ['--cfg-options', *TWO_ITERATIONS['detection'], 'model.test_cfg.rcnn.score_thr=0.0']
+    status, said = run_tool(PY, TRAIN, CONDENSED, '--work-dir', tmp_path, *options)
+    assert status == 0, said
+    assert 'condense: stage 3 of 3 at iteration 1 of 2, 25.0 % of the connections left' in said
+    checkpoint = (tmp_path / 'last_checkpoint').read_text()
+    out = tmp_path / 'deployed/model.pth'
+    work_dir = ['--work-dir', tmp_path / 'deploying']
+    status, said = run_tool(
+        PY, DEPLOY, CONDENSED, checkpoint, '--out', out, '--tune', *work_dir, *options
+    )
+    assert status == 0, said
+    for form in ('learned', 'condensed', 'deployed'):
+        assert form in said
+    predictions = []
+    runs = (CONDENSED, checkpoint, ()), (out.with_suffix('.py'), out, ('--deploy',))
+    for config, weights, more in runs:
+        file = tmp_path / f'{len(predictions)}.pkl'
+        arguments = [config, weights, '--out', file, *work_dir, *more]
+        status, said = run_tool(PY, TEST, *arguments, *([] if more else options))
+        assert status == 0, said
+        predictions.append(pickle.loads(file.read_bytes()))
+    for before, after in zip(*predictions, strict=True):
+        before, after = before['pred_instances'], after['pred_instances']
+        assert before['scores'].numel()
+        assert before['scores'].shape == after['scores'].shape
+        assert (before['scores'] - after['scores']).abs().max() < 1e-4
+
+
+def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_path):
+    config, checkpoint = two_iterations_of_detection
+    for tool, more, message in (
+        (DEPLOY, ['--out', tmp_path / 'out.pth'], 'one CondenseNetV2'),
+        (DEPLOY, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
+        (TEST, ['--deploy'], 'RDNet has no form for deployment'),
+    ):
+        status, said = run_tool(PY, tool, config, checkpoint, *more)
+        assert status == 2
+        assert message in said.splitlines()[-1]
+    assert not (tmp_path / 'out.pth').exists()
 
 
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])

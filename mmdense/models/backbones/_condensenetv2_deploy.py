@@ -55,16 +55,24 @@ class ThreadWorkspace(threading.local):
 
 
 class _Norm(nn.Module):
-    """A batch norm in evaluation, and the activation behind it, in place: [N, C, P]."""
+    """A batch norm in evaluation, and the activation behind it: [N, C, P]."""
 
     def __init__(self, scale: Tensor, shift: Tensor, activation: nn.Module) -> None:
         super().__init__()
-        self.register_buffer('scale', scale[:, None].clone())
-        self.register_buffer('shift', shift[:, None].clone())
+        self.register_buffer('scale', scale.clone())
+        self.register_buffer('shift', shift.clone())
+        self.register_buffer('mean', torch.zeros_like(scale))
+        self.register_buffer('variance', torch.ones_like(scale))
         self.activation = _in_place(activation)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        return self.activation(torch.mul(x, self.scale, out=out).add_(self.shift))
+        # One step, where a product and a sum take two.
+        statistics = (self.mean, self.variance)
+        unused = (x.new_empty(0), x.new_empty(0))
+        torch.native_batch_norm(
+            x, self.scale, self.shift, *statistics, False, 0.0, 0.0, out=(out, *unused)
+        )
+        return self.activation(out)
 
 
 class DeployedGroupConv(nn.Module):
@@ -106,15 +114,15 @@ class DeployedGroupConv(nn.Module):
         if self.dense:
             channels, pixels = self.weight.shape[1], x.shape[2]
             x = x[:, :channels]
-            x = self.norm(x, work.take(1, x, *x.shape))
-            out = work.take(0, x, len(x), len(self.weight), pixels)
+            x = self.norm(x, work.take(0, x, *x.shape))
+            out = work.take(1, x, len(x), len(self.weight), pixels)
             return self.activation(_product(self.weight, x, out).add_(self.shift))
         groups, members, kept = self.weight.shape
         out = work.take(0, x, len(x), groups * kept, x.shape[2])
         x = torch.index_select(x, 1, self.index, out=out)
-        x = self.norm(x, x).unflatten(1, (groups, kept))
-        x = _product(self.weight, x, work.take(1, x, *x.shape[:2], members, x.shape[3]))
-        out = work.take(0, x, len(x), members, groups, x.shape[3])
+        x = self.norm(x, work.take(1, x, *x.shape)).unflatten(1, (groups, kept))
+        x = _product(self.weight, x, work.take(0, x, *x.shape[:2], members, x.shape[3]))
+        out = work.take(1, x, len(x), members, groups, x.shape[3])
         return self.activation(torch.add(x.transpose(1, 2), self.shift, out=out)).flatten(1, 2)
 
 
@@ -139,7 +147,7 @@ class DeployedConv(nn.Module):
             return
         height, width = x.shape[2:]
         x = x.flatten(2).unflatten(1, (self.groups, -1))
-        taps = work.take(1, x, *x.shape[:2], self.taps.shape[1], height * width)
+        taps = work.take(0, x, *x.shape[:2], self.taps.shape[1], height * width)
         taps = _product(self.taps, x, taps).view(*x.shape[:2], 9, -1, height, width)
         out = out.unflatten(1, (self.groups, -1))
         out.copy_(taps[:, :, CENTRE])
@@ -229,8 +237,8 @@ class DeployedBlock(nn.Sequential):
         if self.pool:  # torch's own pool is slow on planes
             x = x[:, :, : 2 * size[0], : 2 * size[1]]
             half = work.take(0, x, *x.shape[:2], size[0], x.shape[3])
-            torch.add(x[:, :, ::2], x[:, :, 1::2], out=half)
-            torch.add(half[..., ::2], half[..., 1::2], out=buffer[:, :begin]).mul_(0.25)
+            torch.lerp(x[:, :, ::2], x[:, :, 1::2], 0.5, out=half)
+            torch.lerp(half[..., ::2], half[..., 1::2], 0.5, out=buffer[:, :begin])
         else:
             buffer[:, :begin] = x
         for layer in self:

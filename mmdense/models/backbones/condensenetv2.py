@@ -392,10 +392,12 @@ class CondenseNetV2(Backbone):
         if unknown := set(dense) - set(names):
             raise ValueError(f'dense names no 1x1 convolution: {sorted(unknown)}')
         self.condense()
-        for name, block in self.features.items():
-            if isinstance(block, DenseBlock):
-                inside = {d.removeprefix(f'{name}.') for d in dense if d.startswith(f'{name}.')}
-                self.features[name] = DeployedBlock(block, inside)
+        deployed = {
+            name: DeployedBlock(block, {d.removeprefix(f'{name}.') for d in dense})
+            for name, block in self.features.items()
+            if isinstance(block, DenseBlock)
+        }
+        self.features.update(deployed)
         self.features['init_conv'].to(memory_format=torch.channels_last)
         self.form = 'deployed'
         self._work = ThreadWorkspace()
@@ -419,6 +421,18 @@ class CondenseNetV2(Backbone):
                 depths[f'features.denseblock_{block}'] = last
         return depths, last + 2
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # Elsewhere keys that don't fit give no more than a warning, and the rest is loaded.
+        marks = dict(learned='._mask', condensed='.sfr.index')
+        for form, mark in marks.items():
+            found = any(key.startswith(prefix) and key.endswith(mark) for key in state_dict)
+            if found and self.form != form:
+                raise UserError(
+                    f'the weights are those of a CondenseNetV2 of form={form!r}, the network is of '
+                    f'form={self.form!r}: build it with the other one'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
 
@@ -426,14 +440,25 @@ class CondenseNetV2(Backbone):
             ValueError: An image smaller than the coarsest stride.
         """
         self._check_size(x)
-        maps = []
-        options = ()
         if self.form == 'deployed':
-            x = x.contiguous(memory_format=torch.channels_last)  # many times faster for the stem
-            keep = x.device.type == 'cpu' and not torch.compiler.is_compiling()
-            options = (self._work.workspace if keep else Workspace(),)
+            return self._forward_deployed(x)
+        maps = []
         for i, module in enumerate(self.features.values()):
-            x = module(x, *options) if i else module(x)
+            x = module(x)
             if i - 1 in self.out_indices:
                 maps.append(x)
         return tuple(maps)
+
+    @torch.compiler.disable
+    def _forward_deployed(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Run eagerly, in the precision of the weights: steps write to memory that they share."""
+        stem, *blocks = self.features.values()
+        work = self._work.workspace if x.device.type == 'cpu' else Workspace()
+        maps = []
+        with torch.autocast(x.device.type, enabled=False):
+            # Channels-last is many times faster for the stem.
+            x = stem(x.to(stem.weight.dtype).contiguous(memory_format=torch.channels_last))
+            for block in blocks:
+                x = block(x, work)
+                maps.append(x)
+        return tuple(maps[i] for i in self.out_indices)

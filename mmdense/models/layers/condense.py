@@ -18,6 +18,7 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = [
     'CondensedGroupConv',
@@ -62,6 +63,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.groups = groups
         self.norm = build_norm_layer(dict(norm_cfg), conv.in_channels)[1]
+        if not isinstance(self.norm, _BatchNorm) or not self.norm.affine:
+            raise ValueError(f'norm_cfg must be of a batch norm with weights, not {dict(norm_cfg)}')
         self.activation = activation()
         self.drop = nn.Dropout(drop_rate)
         self.conv = conv
@@ -86,7 +89,7 @@ class _Learned(_Layer):
         drop_rate: Dropout before the convolution.
 
     Raises:
-        ValueError: Channels that are no multiple of what divides them.
+        ValueError: Channels that are no multiple of what divides them, or another norm.
     """
 
     grouped, chosen = 0, 1  # which side's channels, C_out or C_in, form groups, and are chosen from
@@ -117,7 +120,7 @@ class _Learned(_Layer):
         )
         self.channels = sides[self.chosen]
         self.condense_factor = condense_factor
-        # Integers: a moving average of the weights copies them where it averages floats.
+        # Integers: no moving average of the weights, and no half precision, makes fractions of them.
         self.register_buffer('_count', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_stage', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_mask', torch.ones_like(self.conv.weight, dtype=torch.uint8))

@@ -1,0 +1,15 @@
+_base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_sgd-1x.py']
+
+# Frozen: what the map of stride 4 is made of. Condensed, since of A and B nothing else was released.
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmdense.CondenseNetV2',
+        arch='a',
+        form='condensed',
+        frozen_stages=2,
+        norm_eval=True,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='condensenetv2://checkpoints/condensenetv2-a_converted.pth')),
+    neck=dict(in_channels=[32, 96, 288, 800]))

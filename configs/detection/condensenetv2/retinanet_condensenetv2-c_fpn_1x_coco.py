@@ -1,0 +1,19 @@
+_base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_sgd-1x.py']
+
+# The pyramid begins at stride 8. Frozen: what the map of stride 4 is made of.
+model = dict(
+    backbone=dict(
+        _delete_=True,
+        type='mmdense.CondenseNetV2',
+        arch='c',
+        form='condensed',
+        out_indices=(2, 3, 4),
+        frozen_stages=2,
+        norm_eval=True,
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='condensenetv2://checkpoints/condensenetv2-c_converted.pth')),
+    neck=dict(in_channels=[400, 1040, 2064], start_level=0))
+
+# Half of the rate, as mmdet's RetinaNet.
+optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -1,0 +1,186 @@
+"""From a trained model to one that is only run: condensed, folded, and with what that cost."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdense.benchmark import count_parameters
+from mmdense.errors import UserError
+from mmdense.models import CondenseNetV2
+from mmdense.models.backbones._condensenetv2_deploy import Workspace
+
+__all__ = ['FormCost', 'condense', 'deploy', 'deployed_config', 'faster_dense']
+
+TOLERANCE = 1e-4  # of the largest value of a map, in float32
+ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class FormCost:
+    """What a form of a network costs.
+
+    Attributes:
+        form: Such as 'learned'.
+        parameters: Of the whole model; None for the deployed form, which is no model to train.
+        macs: Executed multiply-adds of the backbone for the probe image.
+        difference: Largest difference of any map from the first form's, as a share of the map's
+            largest value.
+    """
+
+    form: str
+    parameters: int | None
+    macs: int
+    difference: float
+
+
+def deploy(model: nn.Module) -> None:
+    """Turn the backbone of a trained model into its fastest form for evaluation, in place.
+
+    Raises:
+        UserError: No backbone with such a form, or one that is not ready for it.
+    """
+    backbones = [module for module in model.modules() if hasattr(module, 'switch_to_deploy')]
+    if not backbones:
+        raise UserError(
+            f'{type(getattr(model, "backbone", model)).__name__} has no form for deployment: '
+            'mmdense.CondenseNetV2 has'
+        )
+    for backbone in backbones:
+        backbone.switch_to_deploy()
+
+
+def condense(
+    model: nn.Module,
+    *,
+    size: tuple[int, int] = (224, 224),
+    allow_partial: bool = False,
+    tune: bool = False,
+) -> list[FormCost]:
+    """Turn a model's CondenseNetV2 into the condensed form, in place, and say what that cost.
+
+    Args:
+        model: A trained detector, segmentor, classifier or backbone.
+        size: Height and width of the probe image, in pixels.
+        allow_partial: Take a network that is not fully pruned yet.
+        tune: Time which convolutions run faster dense on this machine, and keep it in the
+            backbone's ``dense``.
+
+    Returns:
+        The costs as it was, condensed, and deployed (which ``model`` is not).
+
+    Raises:
+        UserError: No CondenseNetV2, more than one, or one that is not fully pruned.
+        RuntimeError: The forms don't agree.
+    """
+    networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
+    if len(networks) != 1 or networks[0].form == 'deployed':
+        forms = [net.form for net in networks]
+        raise UserError(f'a model with one CondenseNetV2 to condense is needed, not {forms}')
+    net = networks[0].eval()
+    weight = net.features['init_conv'].weight
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight)
+    macs, expected = _run(net, image)
+    costs = [FormCost(net.form, count_parameters(model), macs, 0.0)]
+    net.condense(allow_partial=allow_partial)
+    if tune:
+        net.dense = faster_dense(net, size)
+    deployed = copy.deepcopy(net)
+    deployed.switch_to_deploy()
+    for form in [net, deployed] if costs[0].form != net.form else [deployed]:
+        macs, maps = _run(form, image)
+        difference = max(map(_difference, maps, expected))
+        parameters = count_parameters(model) if form is net else None
+        costs.append(FormCost(form.form, parameters, macs, difference))
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f'the {form.form} form differs from the {costs[0].form} one by {difference:.1e} of '
+                'the largest value, which is more than rounding: please report this'
+            )
+    return costs
+
+
+def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
+    """Return which of ``net.one_by_ones()`` are faster dense, by timing them on this machine.
+
+    Each is run on one image of that size in both ways, in rounds of random order; the medians
+    decide.
+
+    Args:
+        net: A network of the condensed form.
+        size: Height and width of the image, in pixels.
+    """
+    names = net.one_by_ones()
+    grouped, dense = copy.deepcopy(net), copy.deepcopy(net)
+    grouped.switch_to_deploy(())
+    dense.switch_to_deploy(names)
+    height, width = (-(-side // net.arch.stem_stride) for side in size)
+    work, like = Workspace(), next(net.parameters())
+    faster = []
+    for name in names:
+        block, layer, conv = name.split('.')
+        halvings = int(block.rpartition('_')[2]) - 1
+        pixels = (height >> halvings) * (width >> halvings)
+        ways = [deployed.features[block].get_submodule(layer) for deployed in (grouped, dense)]
+        channels = max(ways[1].conv_1.weight.shape[1], len(ways[1].sfr.weight))
+        x = torch.randn(1, channels, pixels).to(like)
+        new = torch.randn(1, ways[1].growth, pixels).to(like)
+        if conv == 'conv_1':
+            runs = [functools.partial(way.conv_1, x, work) for way in ways]
+        else:
+            runs = [functools.partial(way.sfr, x, new, work) for way in ways]
+        times = [[], []]
+        with torch.no_grad():
+            for _ in range(ROUNDS):
+                for i in random.sample((0, 1), 2):
+                    times[i].append(_seconds(runs[i], like.device))
+        if statistics.median(times[1]) < statistics.median(times[0]):
+            faster.append(name)
+    return faster
+
+
+def deployed_config(cfg: Config, net: CondenseNetV2) -> Config:
+    """Return the config of a model whose CondenseNetV2 was condensed, for its own checkpoint."""
+    cfg = copy.deepcopy(cfg)
+    backbone = cfg.model.backbone
+    backbone.update(form='condensed', dense=net.dense, init_cfg=None)
+    if net.stage != net.last_stage:
+        backbone.stage = net.stage
+    hooks = [
+        h for h in cfg.get('custom_hooks') or [] if h['type'] != 'mmdense.CondenseScheduleHook'
+    ]
+    cfg.custom_hooks = hooks
+    return cfg
+
+
+def _run(net: nn.Module, image: Tensor) -> tuple[int, tuple[Tensor, ...]]:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        maps = net(image)
+    return counter.get_total_flops() // 2, maps  # it counts a multiply-add as two
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp(min=torch.finfo(b.dtype).tiny))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Time a second call: the first one fetches what the other way has displaced."""
+    run()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    begin = time.perf_counter()
+    run()
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

@@ -1,0 +1,571 @@
+"""The hook that prunes CondenseNetV2 while it trains, in runs of mmengine's runner."""
+
+import itertools
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import HOOKS, DefaultScope
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData, PixelData
+from torch import nn
+from torch.nn import functional as F
+
+from mmdense.engine import CondenseScheduleHook, allow_training_state
+from mmdense.errors import UserError
+from mmdense.models.backbones import CondenseNetV2, DenseNet
+from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
+
+ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
+LAST = 3  # stages are due from 1/6, 1/3 and 1/2 of the training on
+CHANNELS = [16, 20, 24, 28]
+LASSO = 0.01
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    """Leave out the report on the machine, which takes longer than the runs."""
+    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+class Classifier(BaseModel):
+    """A backbone and a linear layer; adds the penalty itself if it is told to."""
+
+    def __init__(self, backbone, penalty=0.0):
+        super().__init__()
+        self.backbone = backbone
+        self.fc = nn.Linear(backbone.out_channels[-1], 2)
+        self.penalty = penalty
+
+    def forward(self, images, labels, mode='tensor'):
+        scores = self.fc(self.backbone(images)[-1].mean((2, 3)))
+        if mode != 'loss':
+            return dict(scores=scores)
+        losses = dict(loss_cls=F.cross_entropy(scores, labels))
+        if self.penalty and self.backbone.stage < LAST:
+            losses['loss_group_lasso'] = self.penalty * self.backbone.group_lasso()
+        return losses
+
+
+class Each(Hook):
+    """Call a function after every iteration, when all other hooks have run."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, function):
+        self.function = function
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.function(runner, outputs)
+
+
+def classifier(penalty=0.0, **options):
+    torch.manual_seed(0)
+    return Classifier(CondenseNetV2(arch=ARCH, **options), penalty)
+
+
+def samples(number=48, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(number, 3, 32, 32, generator=generator)
+    return [(image, i % 2) for i, image in enumerate(images)]
+
+
+def build(
+    folder,
+    model,
+    *,
+    iters=12,
+    epochs=None,
+    lasso=0.0,
+    each=None,
+    hooks=(),
+    data=None,
+    collate='default_collate',
+    accumulative_counts=1,
+    **options,
+):
+    """Build a runner: batches of 4, in the order of the data; a checkpoint for each iteration."""
+    by_epoch = epochs is not None
+    data = samples() if data is None else data
+    sampler = dict(type='DefaultSampler', shuffle=False)
+    if not by_epoch:
+        sampler = dict(type=InfiniteSampler, shuffle=False)
+    custom = [dict(type='mmdense.CondenseScheduleHook', group_lasso=lasso), *hooks]
+    return Runner(
+        model=model,
+        work_dir=str(folder),
+        experiment_name=f'{Path(folder).name}-{next(NUMBERS)}',
+        train_dataloader=dict(
+            dataset=data, sampler=sampler, batch_size=4, collate_fn=dict(type=collate)
+        ),
+        train_cfg=dict(by_epoch=True, max_epochs=epochs)
+        if by_epoch
+        else dict(by_epoch=False, max_iters=iters),
+        optim_wrapper=dict(
+            optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2),
+            accumulative_counts=accumulative_counts,
+        ),
+        custom_hooks=custom if each is None else [*custom, Each(each)],
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
+            logger=dict(type='LoggerHook', interval=1),
+        ),
+        log_processor=dict(by_epoch=by_epoch),
+        randomness=dict(seed=0),
+        **options,
+    )
+
+
+def learned(model):
+    kinds = (LearnedGroupConv, SparseReactivation)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def buffers(model):
+    """Return masks, counts and stages."""
+    return [b.clone() for layer in learned(model) for b in layer.buffers(recurse=False)]
+
+
+def logged(runner):
+    """Return what has been logged, without times."""
+    (file,) = Path(runner.log_dir).glob('*.log')
+    return [line.partition(' - INFO - ')[2] for line in file.read_text().splitlines()]
+
+
+def stage_lines(runner):
+    return [line for line in logged(runner) if line.startswith('condense: ')]
+
+
+def history(runner, name):
+    return runner.message_hub.get_scalar(name)._log_history.tolist()
+
+
+@pytest.mark.parametrize('run', [dict(iters=12), dict(epochs=4, data=samples(12))])
+def test_masks_follow_the_schedule(run, tmp_path):
+    model = classifier()
+    seen, shares = [], []
+
+    def look(runner, outputs):
+        stage = pruning_stage(runner.iter / 12, 4)
+        seen.append(stage)
+        shares.append(1 - stage / 4)
+        for layer in learned(model):
+            assert layer.stage == stage
+            assert (layer.kept().sum(1) == layer.channels // 4 * (4 - stage)).all()
+
+    runner = build(tmp_path, model, each=look, **run)
+    assert len(learned(runner.model)) == 10
+    runner.train()
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+    assert stage_lines(runner) == [
+        'condense: stage 1 of 3 at iteration 2 of 12, 75.0 % of the connections left',
+        'condense: stage 2 of 3 at iteration 4 of 12, 50.0 % of the connections left',
+        'condense: stage 3 of 3 at iteration 6 of 12, 25.0 % of the connections left',
+    ]
+    assert history(runner, 'train/connections') == shares
+    shown = [line.partition('connections: ')[2][:6] for line in logged(runner) if 'loss:' in line]
+    assert [float(share) for share in shown] == shares
+
+
+@pytest.mark.parametrize('iters', [2, 3, 5])
+def test_short_runs_reach_the_last_stage(iters, tmp_path):
+    model = classifier()
+    runner = build(tmp_path, model, iters=iters)
+    runner.train()
+    assert {layer.stage for layer in learned(model)} == {LAST}
+    assert stage_lines(runner)[-1].startswith('condense: stage 3 of 3')
+    images = samples()[0][0][None]
+    maps = model.eval().backbone(images)
+    model.backbone.condense()
+    torch.testing.assert_close(model.backbone(images), maps)
+
+
+@pytest.mark.parametrize('done', [4, 8])
+def test_resumed_runs_end_alike(done, tmp_path):
+    allow_training_state()
+    whole = build(tmp_path / 'whole', classifier(), iters=16, lasso=LASSO)
+    whole.train()
+    model = classifier()
+    with torch.no_grad():
+        model.backbone.features.init_conv.weight.zero_()  # so that a checkpoint is needed
+    checkpoint = str(tmp_path / f'whole/iter_{done}.pth')
+    rest = build(tmp_path / 'rest', model, iters=16, lasso=LASSO, load_from=checkpoint, resume=True)
+    rest.train()
+    lines = [line for line in stage_lines(whole) if int(line.split()[7]) >= done]
+    assert stage_lines(rest) == lines
+    assert len(lines) == (2 if done == 4 else 1)
+    expected = whole.model.state_dict()
+    assert int(expected['backbone.features.denseblock_1.denselayer_1.conv_1._stage']) == LAST
+    for name, value in rest.model.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert history(rest, 'train/loss') == history(whole, 'train/loss')
+    assert history(rest, 'train/connections') == history(whole, 'train/connections')
+
+
+@pytest.mark.parametrize('interval', [1, 5])
+@pytest.mark.parametrize('update_buffers', [False, True])
+def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
+    """mmengine's average copies no integer where it averages buffers."""
+    model = classifier()
+    ema = dict(type='EMAHook', update_buffers=update_buffers, momentum=0.1, interval=interval)
+    stages = []
+
+    def look(runner, outputs):
+        (hook,) = [hook for hook in runner.hooks if type(hook).__name__ == 'EMAHook']
+        averages = buffers(hook.ema_model.module)
+        assert len(averages) == 30
+        for average, buffer in zip(averages, buffers(model), strict=True):
+            assert average.dtype == buffer.dtype
+            assert not average.is_floating_point()
+            assert torch.equal(average, buffer)
+        weights = (hook.ema_model.module.fc.weight, model.fc.weight)
+        assert torch.equal(*weights) == (runner.iter == 0)  # it does average
+        stages.append(model.backbone.stage)
+
+    build(tmp_path, model, iters=8, each=look, hooks=[ema]).train()
+    assert stages == [0, 0, 1, 2, 3, 3, 3, 3]
+    saved = torch.load(tmp_path / 'iter_8.pth', weights_only=False)['state_dict']
+    masks = [value for name, value in saved.items() if name.endswith('._mask')]
+    expected = [layer._mask for layer in learned(model)]
+    assert len(masks) == 10
+    assert all(torch.equal(*pair) for pair in zip(masks, expected, strict=True))
+
+
+@pytest.mark.parametrize('accumulative_counts', [1, 2])
+def test_group_lasso_is_a_loss(accumulative_counts, tmp_path):
+    """It trains as if the model had added it, and ends with the pruning."""
+    names, states, losses = [], [], []
+    for lasso, penalty in ((LASSO, 0.0), (0.0, LASSO), (0.0, 0.0)):
+        model = classifier(penalty)
+        seen = []
+        runner = build(
+            tmp_path / f'{lasso}-{penalty}',
+            model,
+            lasso=lasso,
+            each=lambda runner, outputs, seen=seen: seen.append(list(outputs)),
+            accumulative_counts=accumulative_counts,
+        )
+        runner.train()
+        names.append(seen)
+        states.append(model.state_dict())
+        losses.append(history(runner, 'train/loss'))
+        if lasso:
+            assert history(runner, 'train/loss_group_lasso')[6:] == [0.0] * 6
+            assert min(history(runner, 'train/loss_group_lasso')[:6]) > 0
+            assert not model._forward_hooks
+    ours, theirs, without = states
+    assert names[0] == names[1]
+    assert names[0] == [['loss', 'loss_cls', 'loss_group_lasso']] * 6 + [['loss', 'loss_cls']] * 6
+    assert losses[0] == losses[1] != losses[2]
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert not torch.equal(ours['fc.weight'], without['fc.weight'])
+
+
+def test_group_lasso_joins_no_other_output(tmp_path):
+    model = classifier()
+    batch = [torch.stack([samples()[i][0] for i in range(2)]), torch.tensor([0, 1])]
+    runs = dict(loss=dict(mode='loss'), tensor=dict(mode='tensor'), default={})
+    found = {}
+
+    def look(runner, outputs):
+        if not found:
+            for name, options in runs.items():
+                found[name] = list(model(*batch, **options))
+            model.eval()
+            found['eval'] = list(model(*batch, mode='loss'))
+
+    build(tmp_path, model, iters=2, lasso=LASSO, each=look).train()
+    assert found == dict(
+        loss=['loss_cls', 'loss_group_lasso'],
+        tensor=['scores'],
+        default=['scores'],
+        eval=['loss_cls'],
+    )
+
+
+def test_an_interrupted_run_leaves_no_second_loss(tmp_path):
+    model = classifier()
+
+    def stop(runner, outputs):
+        raise KeyboardInterrupt
+
+    runner = build(tmp_path, model, iters=8, lasso=LASSO, each=stop)
+    with pytest.raises(KeyboardInterrupt):
+        runner.train()
+    assert len(model._forward_hooks) == 1
+    runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, Each)]
+    runner.train_loop.run()
+    assert not model._forward_hooks
+
+
+def test_masked_weights_have_no_effect(tmp_path):
+    """Momentum moves them on, and still nothing of them arrives."""
+    model = classifier()
+    old = []
+    moved = 0
+
+    def look(runner, outputs):
+        nonlocal old, moved
+        for i, layer in enumerate(learned(model)):
+            masked = layer._mask == 0
+            assert not layer.weight[masked].any()
+            if old:
+                mask, weight = old[i]
+                assert (layer._mask <= mask).all()
+                moved += int((layer.conv.weight != weight)[mask == 0].sum())
+        old = [(x._mask.clone(), x.conv.weight.detach().clone()) for x in learned(model)]
+
+    build(tmp_path, model, iters=8, each=look).train()
+    assert moved > 0
+    images = samples()[0][0][None]
+    before = model.eval().backbone(images)
+    with torch.no_grad():
+        for layer in learned(model):
+            assert (layer._mask == 0).any()
+            layer.conv.weight[layer._mask == 0] = 100.0
+    for got, expected in zip(model.backbone(images), before, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_pruned_weights_stay_as_they_are(tmp_path):
+    model = classifier()
+    model.backbone.prune_to(0.4)
+    before = buffers(model)
+    stages = []
+    runner = build(
+        tmp_path, model, each=lambda runner, outputs: stages.append(model.backbone.stage)
+    )
+    runner.train()
+    assert stages == [2] * 6 + [3] * 6  # from where it was on
+    assert [line[:23] for line in stage_lines(runner)] == ['condense: stage 3 of 3 ']
+    assert any(not torch.equal(*pair) for pair in zip(before, buffers(model), strict=True))
+    before = buffers(model)
+    again = build(tmp_path / 'again', model)
+    again.train()
+    assert not stage_lines(again)
+    assert history(again, 'train/connections') == [0.25] * 12
+    assert all(torch.equal(*pair) for pair in zip(before, buffers(model), strict=True))
+
+
+def test_frozen_layers(tmp_path):
+    runner = build(tmp_path / 'refused', classifier(frozen_stages=2), iters=2)
+    with pytest.raises(UserError) as error:
+        runner.train()
+    assert str(error.value) == (
+        'backbone.frozen_stages=2 freezes layers at stage 0 of 3 of pruning, which cannot adapt to '
+        'what is pruned: set backbone.frozen_stages to -1 or 0, or load weights that are fully '
+        'pruned'
+    )
+    stem = classifier(frozen_stages=0)
+    build(tmp_path / 'stem', stem, iters=2).train()
+    assert stem.backbone.stage == LAST
+    model = classifier(frozen_stages=2)
+    for block in ('denseblock_1', 'denseblock_2'):
+        for layer in learned(model.backbone.features[block]):
+            layer.prune_to(1)
+    runner = build(tmp_path / 'pruned', model, iters=2)
+    runner.train()
+    assert {layer.stage for layer in learned(model)} == {LAST}
+    assert len(stage_lines(runner)) == 1
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'said'),
+    [
+        (
+            lambda: CondenseNetV2(arch=ARCH, form='condensed'),
+            "CondenseScheduleHook cannot prune a CondenseNetV2 of form 'condensed': give the "
+            "backbone form='learned', or take the hook out of custom_hooks",
+        ),
+        (
+            lambda: DenseNet(arch=dict(growth_rate=4, layers=(1, 1, 1, 1))),
+            'CondenseScheduleHook finds no CondenseNetV2 to prune in Classifier: take '
+            "backbone.type='mmdense.CondenseNetV2' with form='learned', or take the hook out of "
+            'custom_hooks',
+        ),
+    ],
+)
+def test_nothing_to_prune(backbone, said, tmp_path):
+    runner = build(tmp_path, Classifier(backbone()), iters=2)
+    with pytest.raises(UserError) as error:
+        runner.train()
+    assert str(error.value) == said
+
+
+@pytest.mark.parametrize('weight', [-1e-9, float('nan'), float('inf')])
+def test_impossible_weights(weight):
+    with pytest.raises(ValueError, match='group_lasso is .*, must be a finite number from 0 up'):
+        HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=weight))
+
+
+def detector():
+    from mmdet.structures import DetDataSample
+
+    sample = DetDataSample(metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64), scale_factor=1))
+    sample.gt_instances = InstanceData(
+        bboxes=torch.tensor([[8.0, 8.0, 40.0, 40.0]]), labels=torch.tensor([1])
+    )
+    head = dict(type='FCOSHead', num_classes=2, in_channels=8, feat_channels=8, stacked_convs=1)
+    model = dict(
+        type='FCOS',
+        data_preprocessor=dict(type='DetDataPreprocessor', mean=[128] * 3, std=[60] * 3),
+        backbone=dict(type='mmdense.CondenseNetV2', arch=ARCH),
+        neck=dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5),
+        bbox_head=dict(**head, strides=(4, 8, 16, 32, 64), norm_cfg=None),
+    )
+    return model, sample
+
+
+def segmentor():
+    from mmseg.structures import SegDataSample
+
+    sample = SegDataSample(metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64)))
+    sample.gt_sem_seg = PixelData(data=torch.zeros(1, 64, 64, dtype=torch.int64))
+    head = dict(type='FCNHead', num_classes=3, in_channels=28, channels=8, in_index=3)
+    model = dict(
+        type='EncoderDecoder',
+        data_preprocessor=dict(
+            type='SegDataPreProcessor', mean=[128] * 3, std=[60] * 3, size=(64, 64)
+        ),
+        backbone=dict(type='mmdense.CondenseNetV2', arch=ARCH),
+        decode_head=dict(**head, num_convs=1, concat_input=False),
+    )
+    return model, sample
+
+
+@pytest.mark.parametrize(('scope', 'make'), [('mmdet', detector), ('mmseg', segmentor)])
+def test_detectors_and_segmentors(scope, make, tmp_path):
+    model, sample = make()
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
+    data = [dict(inputs=image, data_samples=sample) for _ in range(16)]
+    sums = []
+
+    def look(runner, outputs):
+        parts = [v.item() for name, v in outputs.items() if 'loss' in name and name != 'loss']
+        sums.append((outputs['loss'].item(), sum(parts), 'loss_group_lasso' in outputs))
+
+    runner = build(
+        tmp_path,
+        model,
+        iters=4,
+        lasso=LASSO,
+        each=look,
+        data=data,
+        collate='pseudo_collate',
+        default_scope=scope,
+    )
+    runner.train()
+    assert runner.model.backbone.stage == LAST
+    assert [has for _, _, has in sums] == [True, True, False, False]
+    for whole, parts, _ in sums:
+        assert whole == pytest.approx(parts, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training(tmp_path):
+    """The loss comes and goes although compiled code doesn't watch a model's hooks."""
+    names = []
+    model = classifier()
+    runner = build(
+        tmp_path,
+        model,
+        iters=6,
+        lasso=LASSO,
+        each=lambda runner, outputs: names.append('loss_group_lasso' in outputs),
+        cfg=dict(compile=dict(backend='eager')),
+    )
+    runner.train()
+    assert names == [True] * 3 + [False] * 3
+    assert model.backbone.stage == LAST
+
+
+def train_one_process(rank, port, folder, unlike):
+    """Train on data of one's own; save the masks after each iteration."""
+    env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ.update({key: str(value) for key, value in env.items()}, CUDA_VISIBLE_DEVICES='')
+    torch.set_num_threads(1)
+    Runner._log_env = lambda self, env_cfg: None
+    torch.distributed.init_process_group('gloo')
+    model = classifier()
+    seen = []
+
+    def look(runner, outputs):
+        assert type(runner.model).__name__ == 'MMDistributedDataParallel'
+        if unlike and rank and runner.iter == 0:
+            # Only now: mmengine makes weights equal before the first iteration.
+            with torch.no_grad():
+                for layer in learned(model):
+                    layer.conv.weight.copy_(layer.conv.weight.flip(0, 1))
+        own = [layer.conv.weight.detach().clone() for layer in learned(model)]
+        average = next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
+        share = float(runner.message_hub.get_scalar('train/connections').current())
+        state = dict(
+            buffers=buffers(model),
+            average=buffers(average),
+            weights=own,
+            share=share,
+            losses=list(outputs),
+        )
+        seen.append(state)
+
+    runner = build(
+        folder,
+        model,
+        epochs=3,
+        lasso=LASSO,
+        each=look,
+        # The sampler gives each process every other image.
+        data=samples(16),
+        hooks=[dict(type='SyncBuffersHook'), dict(type='EMAHook', update_buffers=True)],
+        launcher='pytorch',
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel', device_ids=None)),
+    )
+    runner.train()
+    torch.save(seen, folder / f'rank-{rank}.pth')
+    torch.save(stage_lines(runner) if rank == 0 else [], folder / f'lines-{rank}.pth')
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('unlike', [False, True])
+def test_processes_agree(unlike, tmp_path):
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(train_one_process, (port, tmp_path, unlike), nprocs=2)
+    first, second = (torch.load(tmp_path / f'rank-{rank}.pth') for rank in range(2))
+    assert len(first) == len(second) == 6
+    assert [state['share'] for state in first] == [1, 0.75, 0.5, 0.25, 0.25, 0.25]
+    assert len(torch.load(tmp_path / 'lines-0.pth')) == LAST
+    alone = classifier()
+    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+        assert one['share'] == other['share']
+        assert one['losses'] == other['losses']
+        assert ('loss_group_lasso' in one['losses']) == (number < 3)
+        for name in ('buffers', 'average'):
+            for a, b in zip(one[name], other[name], strict=True):
+                assert torch.equal(a, b)
+        same = [torch.equal(*pair) for pair in zip(one['weights'], other['weights'], strict=True)]
+        assert not any(same) if unlike else all(same)
+    if unlike:  # without the first process the second one's masks would be others
+        with torch.no_grad():
+            for layer, weight in zip(learned(alone), second[0]['weights'], strict=True):
+                layer.conv.weight.copy_(weight)
+        alone.backbone.prune_to(1 / 6)
+        pairs = zip(buffers(alone), first[1]['buffers'], strict=True)
+        assert any(not torch.equal(*pair) for pair in pairs)
+
+
+def test_the_hook_is_registered():
+    assert isinstance(
+        HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=1)), CondenseScheduleHook
+    )

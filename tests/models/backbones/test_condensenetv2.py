@@ -1,0 +1,617 @@
+"""CondenseNetV2 is the network of the facts; learned, condensed and deployed it is the same one."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from mmengine.runner.checkpoint import load_state_dict
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmdense.benchmark import backbone_macs
+from mmdense.errors import UserError
+from mmdense.models import CondenseNetV2
+from mmdense.models.layers import CondensedGroupConv, CondensedReactivation
+
+SMALL = dict(layers=(1, 2, 1, 2, 2), growth=(8, 4, 8, 8, 8), groups=4)
+COMPILED = dict(layers=(1, 1), growth=(8, 8), groups=4, hard_swish_from=1, gated_from=1)
+UNEQUAL = dict(layers=(1, 2, 2), growth=(12, 12, 24), groups=4, condense_factor=6, gated_from=2)
+# Layers, growth, groups, width of the classifier; then what the facts say comes out of it.
+LAYERS = dict(a=(1, 1, 4, 6, 8), b=(2, 4, 6, 8, 6), c=(4, 6, 8, 10, 8))
+GROWTH = dict(a=(8, 8, 16, 32, 64), b=(6, 12, 24, 48, 96), c=(8, 16, 32, 64, 128))
+GROUPS = dict(a=8, b=6, c=8)
+HIDDEN = dict(a=828, b=1024, c=1024)
+CHANNELS = dict(a=(24, 32, 96, 288, 800), b=(24, 72, 216, 600, 1176), c=(48, 144, 400, 1040, 2064))
+MILLIONS = dict(a='2.0', b='3.6', c='6.1')
+MACS = dict(a='43.1', b='140.5', c='295.8')
+PUBLISHED_MACS = dict(a=46, b=146, c=309)
+NORM = ('weight', 'bias', 'running_mean', 'running_var')
+
+
+def described_keys(arch, form):
+    """Return names and shapes as the facts page has them, without the classifier's."""
+    groups = GROUPS[arch]
+    channels = 2 * GROWTH[arch][0]
+    keys = {'features.init_conv.weight': (channels, 3, 3, 3)}
+    for block, (layers, g) in enumerate(zip(LAYERS[arch], GROWTH[arch], strict=True), 1):
+        for layer in range(1, layers + 1):
+            own = {
+                'conv_2.conv.weight': (g, 4 * g // groups, 3, 3),
+                **{f'conv_1.norm.{leaf}': (channels,) for leaf in NORM},
+                **{f'conv_2.norm.{leaf}': (4 * g,) for leaf in NORM},
+                **{f'sfr.norm.{leaf}': (g,) for leaf in NORM},
+                **{f'{conv}.norm.num_batches_tracked': () for conv in ('conv_1', 'conv_2', 'sfr')},
+            }
+            if block >= 4:
+                own |= {'se.fc.0.weight': (g, g), 'se.fc.2.weight': (g, g)}
+            if form == 'learned':
+                for conv, shape in (
+                    ('conv_1', (4 * g, channels, 1, 1)),
+                    ('sfr', (channels, g, 1, 1)),
+                ):
+                    own |= {f'{conv}._count': (1,), f'{conv}._stage': (1,)}
+                    own |= {f'{conv}._mask': shape, f'{conv}.conv.weight': shape}
+            else:
+                own |= {
+                    'conv_1.index': (channels,),
+                    'conv_1.conv.weight': (4 * g, channels // groups, 1, 1),
+                    'sfr.index': (channels,),
+                    'sfr.conv.weight': (channels, g // groups, 1, 1),
+                }
+            place = f'features.denseblock_{block}.denselayer_{layer}'
+            keys |= {f'{place}.{name}': shape for name, shape in own.items()}
+            channels += g
+    return keys
+
+
+def randomised(net, seed=2):
+    """Give norms scales, shifts and statistics that show in the outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in [*net.named_parameters(), *net.named_buffers()]:
+            if 'norm.' in name and tensor.ndim == 1:
+                shift = -0.5 if name.endswith(('bias', 'mean')) else 0.5
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + shift)
+    return net
+
+
+def build(arch=None, progress=0.5, **options):
+    """Return a network in evaluation, pruned as at a share of the training."""
+    torch.manual_seed(0)
+    net = randomised(CondenseNetV2(arch=arch or SMALL, **options)).eval()
+    if progress is not None:
+        net.prune_to(progress)
+    return net
+
+
+def deployed(net=None, dense=None):
+    net = copy.deepcopy(net) if net else build()
+    net.switch_to_deploy(dense)
+    return net
+
+
+def image(height=64, width=96, batch=1, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, 3, height, width, generator=generator)
+
+
+@torch.no_grad()
+def run(net, x):
+    return net(x)
+
+
+def same(found, expected, tolerance=1e-5):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape
+        assert (a.float() - b.float()).abs().max() <= tolerance * b.abs().max()
+
+
+def meta(**options):
+    with torch.device('meta'):
+        return CondenseNetV2(out_indices=None, **options).eval()
+
+
+@pytest.mark.parametrize('arch', 'abc')
+@pytest.mark.parametrize('form', ['learned', 'condensed'])
+def test_names_shapes_and_channels_are_the_described_ones(arch, form):
+    net = meta(arch=arch, form=form)
+    assert net.out_channels == CHANNELS[arch]
+    assert net.out_strides == (2, 4, 8, 16, 32)
+    expected = described_keys(arch, form)
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == expected
+    integers = {'_mask': torch.uint8} | dict.fromkeys(
+        ('_count', '_stage', 'index', 'num_batches_tracked'), torch.int64
+    )
+    for name, value in net.state_dict().items():
+        assert value.dtype == integers.get(name.rpartition('.')[2], torch.float32), name
+
+
+def test_maps_are_those_at_the_ends_of_blocks():
+    net = build(out_indices=None)
+    taps = []
+    for name, block in net.features.items():
+        if name != 'init_conv':
+            block.register_forward_hook(lambda module, given, output: taps.append(output))
+    maps = run(net, image())
+    assert all(m is tap for m, tap in zip(maps, taps, strict=True))
+    assert [m.shape[2:] for m in maps] == [(64 // 2**i, 96 // 2**i) for i in range(1, 6)]
+
+
+def test_activations_and_gates_begin_where_described():
+    net = meta(arch='a')
+    for i, block in enumerate(list(net.features.values())[1:]):
+        for layer in block:
+            kinds = {type(m) for m in layer.modules() if isinstance(m, nn.ReLU | nn.Hardswish)}
+            kinds |= {type(layer.conv_1.activation), type(layer.sfr.activation)}
+            gated = isinstance(layer.se, nn.Identity) is False
+            assert (nn.Hardswish in kinds) == (i >= 2)
+            assert type(layer.conv_2.activation) is (nn.Hardswish if i >= 2 else nn.ReLU)
+            assert gated == (i >= 3)
+            # The gate's own ReLU is inside it.
+            assert (nn.ReLU in kinds) == (i < 2 or gated)
+
+
+def test_fresh_norms_of_reactivation_are_those_that_trained():
+    """With both at zero, a ReLU block's reactivation never gets a gradient."""
+    for name, parameter in CondenseNetV2(arch=SMALL).named_parameters():
+        if '.norm.' in name:
+            assert (parameter == (0 if name.endswith('bias') else 1)).all(), name
+
+
+@pytest.mark.parametrize(
+    ('arch', 'size', 'batch'), [('a', (75, 53), 2), ('b', (64, 64), 1), ('c', (47, 96), 1)]
+)
+def test_forms_agree(arch, size, batch):
+    net = build(arch, out_indices=None)
+    x = image(*size, batch)
+    expected = run(net, x)
+    net.condense()
+    assert net.form == 'condensed'
+    same(run(net, x), expected)
+    net.switch_to_deploy()
+    assert net.form == 'deployed'
+    same(run(net, x), expected)
+
+
+@pytest.mark.parametrize('arch', [SMALL, UNEQUAL], ids=['equal', 'unequal'])
+@pytest.mark.parametrize(
+    ('size', 'batch'),
+    [((32, 32), 2), ((33, 47), 1), ((63, 95), 2), ((130, 66), 3), ((200, 160), 2)],
+)
+def test_forms_agree_at_any_size(arch, size, batch):
+    """Those above 128 x 128 pixels take the deployed 3x3 convolutions' other way."""
+    net = build(arch, out_indices=None)
+    x = image(*size, batch)
+    expected = run(net, x)
+    fast = deployed(net)
+    net.condense()
+    same(run(net, x), expected)
+    same(run(fast, x), expected)
+
+
+def test_ways_of_deploying_agree():
+    net = build(out_indices=None)
+    names = net.one_by_ones()
+    assert len(names) == len(set(names)) == 2 * 8
+    x = image(130, 140, 2)
+    expected = run(net, x)
+    for dense in (None, (), names, names[::3], [n for n in names if n.endswith('.conv_1')]):
+        same(run(deployed(net, dense), x), expected)
+    kept = build(out_indices=None, dense=names)
+    kept.switch_to_deploy()
+    assert kept.features['denseblock_2'][0].conv_1.dense
+    again = run(kept, x)
+    kept.switch_to_deploy(())  # nothing is left to do
+    same(run(kept, x), again, 0)
+    by_default = deployed(net)
+    assert all(
+        by_default.get_submodule(f'features.{name}').dense == name.endswith('.sfr')
+        for name in names
+    )
+
+
+@pytest.mark.parametrize('name', ['denseblock_9.denselayer_1.sfr', 'sfr', 'denseblock_1'])
+def test_unknown_convolutions(name):
+    net = build()
+    with pytest.raises(ValueError, match=f"no 1x1 convolution: .'{name}'"):
+        net.switch_to_deploy([*net.one_by_ones(), name])
+    assert net.form == 'learned'
+
+
+@pytest.mark.parametrize('arch', [SMALL, UNEQUAL], ids=['equal', 'unequal'])
+def test_partly_pruned(arch):
+    factor = arch.get('condense_factor', arch['groups'])
+    for stage in range(factor):
+        net = build(arch, 0.5 * stage / (factor - 1), out_indices=None)
+        assert net.stage == stage
+        assert net.connections() == pytest.approx(1 - stage / factor)
+        x = image()
+        expected = run(net, x)
+        if stage < factor - 1:
+            for convert in (net.condense, net.switch_to_deploy):
+                with pytest.raises(UserError, match=f'stage {stage} of {factor - 1}'):
+                    convert()
+        assert net.form == 'learned'
+        net.condense(allow_partial=True)
+        assert net.stage == stage
+        same(run(net, x), expected)
+        other = CondenseNetV2(arch=arch, form='condensed', stage=stage, out_indices=None)
+        other.eval()
+        other.load_state_dict(net.state_dict())
+        assert other.stage == stage
+        same(run(other, x), run(net, x), 0)
+        net.switch_to_deploy()
+        same(run(net, x), expected)
+
+
+def test_layers_at_different_stages():
+    net = build(progress=0.2)
+    net.features['denseblock_2'][0].sfr.prune_to(0.5)
+    with pytest.raises(UserError, match=r'different stages of pruning: \[1, 3\]'):
+        net.condense(allow_partial=True)
+
+
+def test_pruning_is_seen_by_all_layers():
+    net = build(progress=None)
+    assert (net.stage, net.last_stage, net.connections()) == (0, 3, 1.0)
+    assert [net.prune_to(p) for p in (0, 0.2, 0.4, 0.3, 0.5, 1)] == [0, 1, 2, 1, 3, 3]
+    assert net.stage == 3  # what is pruned stays so
+    layers = net._learned()
+    assert len(layers) == 2 * 8
+    assert all(layer.stage == 3 for layer in layers)
+    total = sum(layer.group_lasso() for layer in layers)
+    assert net.group_lasso().item() == pytest.approx(total.item())
+    with pytest.raises(ValueError, match='must be from 0 to 1'):
+        net.prune_to(1.5)
+
+
+def test_pruning_survives_saving():
+    net = build(progress=0.4)
+    other = CondenseNetV2(arch=SMALL).eval()
+    other.load_state_dict(net.state_dict())
+    assert other.stage == net.stage == 2
+    same(run(other, image()), run(net, image()), 0)
+    for n in (net, other):
+        n.prune_to(0.5)
+    assert all(torch.equal(a, b) for a, b in zip(net.buffers(), other.buffers(), strict=True))
+
+
+def test_condensed_and_deployed_are_not_pruned():
+    net = build()
+    net.condense()
+    with pytest.raises(ValueError, match="form 'condensed' cannot be pruned"):
+        net.prune_to(0.5)
+    net.condense()  # nothing is left to do
+    net.switch_to_deploy()
+    with pytest.raises(ValueError, match="form 'deployed' cannot be pruned"):
+        net.prune_to(0.5)
+
+
+def weights(net):
+    norms = {id(p) for m in net.modules() if isinstance(m, _BatchNorm) for p in m.parameters()}
+    return sum(p.numel() for p in net.parameters() if id(p) not in norms)
+
+
+def classifier(arch):
+    """Return the weights of the classifier's linear layers, and its multiply-adds."""
+    channels = CHANNELS[arch][-1]
+    return 2 * channels * (channels // 16) + (channels + 1000) * HIDDEN[arch]
+
+
+@pytest.mark.parametrize('arch', 'abc')
+def test_published_costs(arch):
+    net = meta(arch=arch, form='condensed')
+    assert f'{(weights(net) + classifier(arch)) / 1e6:.1f}' == MILLIONS[arch]
+    macs = (backbone_macs(net, (224, 224)) + classifier(arch)) / 1e6
+    assert f'{macs:.1f}' == MACS[arch]
+    # The published numbers count activations and pools as well.
+    assert macs == pytest.approx(PUBLISHED_MACS[arch], rel=0.1)
+
+
+@pytest.mark.parametrize('arch', 'abc')
+def test_deployed_executes_no_more(arch):
+    counted = backbone_macs(meta(arch=arch, form='condensed'), (224, 224))
+    net = CondenseNetV2(arch=arch, form='condensed', out_indices=None)
+    net.switch_to_deploy(dense=())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(image(224, 224))
+    assert counter.get_total_flops() == 2 * counted
+
+
+@pytest.mark.parametrize(('layers', 'millions'), [(18, '0.48'), (24, '0.78')])
+def test_cifar_shapes_have_the_published_size(layers, millions):
+    """Three blocks; the shape was found by trial, for want of a published one."""
+    arch = dict(
+        layers=(layers,) * 3,
+        growth=(8, 16, 32),
+        groups=8,
+        stem_stride=1,
+        hard_swish_from=3,
+        gated_from=2,
+    )
+    net = meta(arch=arch, form='condensed')
+    assert net.out_strides == (1, 2, 4)
+    total = weights(net) + 10 * net.out_channels[-1]
+    assert f'{total / 1e6:.2f}' == millions
+
+
+@pytest.mark.parametrize('dense', [None, ()])
+def test_deployed_in_half_precision(dense):
+    net = build(out_indices=None)
+    x = image(130, 140)
+    expected = run(net, x)
+    fast = deployed(net, dense).to(torch.bfloat16)
+    maps = run(fast, x.bfloat16())
+    assert all(m.dtype == torch.bfloat16 and torch.isfinite(m).all() for m in maps)
+    same(maps, expected, 0.05)
+
+
+@pytest.mark.parametrize('dense', [None, ()])
+def test_deployed_from_mode_to_mode(dense):
+    """What is kept from one image to the next suits the next, whatever that is."""
+    net = build()
+    fast = deployed(net, dense)
+    with torch.inference_mode():
+        first = fast(image(64, 64))
+    same(first, run(net, image(64, 64)))
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        for x in (image(96, 64, 2), image(32, 32), image(160, 150, 1)):
+            with mode():
+                maps = fast(x)
+            assert not any(m.requires_grad for m in maps)
+            same(maps, run(net, x))
+    fast.double()
+    same(run(fast, image(64, 64).double()), first)
+    fast.float()
+    same(run(fast, image(64, 64)), first)
+
+
+def test_deployed_in_threads():
+    fast = deployed()
+    images = [image(64 + 8 * (i % 3), 64, 1 + i % 2, seed=i) for i in range(24)]
+    expected = [run(fast, x) for x in images]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda x: run(fast, x), images))
+    for maps, alone in zip(found, expected, strict=True):
+        same(maps, alone, 0)
+
+
+def test_deployed_copies():
+    fast = deployed()
+    expected = run(fast, image())
+    for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert other._work is not fast._work
+        same(run(other, image()), expected, 0)
+        with torch.no_grad():
+            other.features['init_conv'].weight.zero_()
+        same(run(fast, image()), expected, 0)
+
+
+@pytest.mark.parametrize('form', ['learned', 'condensed', 'deployed'])
+def test_returned_maps_are_the_callers(form):
+    net = build(out_indices=None)
+    if form != 'learned':
+        net.condense()
+    if form == 'deployed':
+        net.switch_to_deploy()
+    x = image()
+    given = x.clone()
+    maps = run(net, x)
+    before = [m.clone() for m in maps]
+    run(net, image(seed=4))
+    same(maps, before, 0)
+    assert torch.equal(x, given)
+    for m in maps:  # nor does the network read them again
+        m.fill_(torch.nan)
+    same(run(net, x), before, 0)
+
+
+def test_deployed_stays_in_evaluation():
+    fast = deployed()
+    expected = run(fast, image())
+    state = copy.deepcopy(fast.state_dict())
+    assert not any(p.requires_grad for p in fast.parameters())
+    assert fast.train() is fast
+    same(fast(image()), expected, 0)
+    for name, value in fast.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_deployed_refuses_gradients():
+    with pytest.raises(RuntimeError, match='differentiation|grad'):
+        deployed()(image().requires_grad_())
+
+
+def test_condensed_is_fine_tuned():
+    net = CondenseNetV2(arch=SMALL, form='condensed')
+    randomised(net)
+    sum(m.square().mean() for m in net(image(batch=2))).backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter -= 0.1 * parameter.grad / parameter.grad.abs().max()
+    net.eval()
+    expected = run(net, image())
+    for dense in (None, ()):
+        same(run(deployed(net, dense), image()), expected)
+
+
+def test_norms_that_differ_between_groups_cannot_run_dense():
+    net = build()
+    net.condense()
+    conv = net.features['denseblock_3'][0].conv_1
+    index = conv.index.tolist()
+    twice = next(i for i in index if index.count(i) > 1)
+    with torch.no_grad():
+        conv.norm.bias[index.index(twice)] += 1
+    expected = run(net, image())
+    same(run(deployed(net, ()), image()), expected)
+    same(run(deployed(net), image()), expected)
+    with pytest.raises(ValueError, match='cannot run dense'):
+        deployed(net, ['denseblock_3.denselayer_1.conv_1'])
+
+
+def test_a_refusal_leaves_the_network_usable():
+    net = build()
+    net.condense()
+    conv = net.features['denseblock_3'][0].conv_1
+    with torch.no_grad():
+        conv.norm.bias.copy_(torch.arange(len(conv.norm.bias)))
+    expected = run(net, image())
+    with pytest.raises(ValueError, match='cannot run dense'):
+        net.switch_to_deploy(net.one_by_ones())
+    same(run(net, image()), expected, 0)
+
+
+@pytest.mark.parametrize('form', ['learned', 'condensed'])
+def test_frozen_stages_survive_condensing(form):
+    net = CondenseNetV2(arch=SMALL, frozen_stages=2, norm_eval=True, form=form)
+    if form == 'learned':
+        net.prune_to(0.5)
+        net.condense()
+    else:
+        net.train()
+    for stage in range(6):
+        for module in net._stage_modules(stage):
+            assert all(p.requires_grad == (stage > 2) for p in module.parameters())
+            assert module.training == (stage > 2)
+    assert not any(m.training for m in net.modules() if isinstance(m, _BatchNorm))
+
+
+def test_with_cp_when_condensed():
+    plain, recomputing = build(), build(with_cp=True)
+    grads = []
+    for net in (plain, recomputing):
+        net.condense()
+        net.train()
+        sum(m.square().mean() for m in net(image(batch=2))).backward()
+        grads.append([p.grad for p in net.parameters()] + list(net.buffers()))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+    recomputing.switch_to_deploy()
+    plain.eval()
+    same(run(recomputing, image()), run(plain, image()))
+
+
+@pytest.mark.parametrize('form', ['learned', 'condensed'])
+def test_drop_rate_is_before_each_1x1_convolution(form):
+    net = CondenseNetV2(arch=SMALL, drop_rate=0.5, form=form)
+    shares = []
+    for name, module in net.named_modules():
+        if name.endswith('.drop'):
+            module.register_forward_hook(
+                lambda m, given, output: shares.append((output[given[0] != 0] == 0).float().mean())
+            )
+    net(image(128, 128, 2))
+    assert len(shares) == 2 * 8
+    assert all(abs(share - 0.5) < 0.12 for share in shares)  # of as few as 256 values
+    if form == 'learned':
+        net.prune_to(0.5)
+        net.condense()
+        drops = [m for m in net.modules() if isinstance(m, nn.Dropout)]
+        assert len(drops) == 2 * 8
+        assert all(m.p == 0.5 for m in drops)
+
+
+@pytest.mark.parametrize('form', ['learned', 'condensed'])
+def test_norm_cfg(form):
+    norm_cfg = dict(type='SyncBN', eps=1e-3, requires_grad=False)
+    net = CondenseNetV2(arch=SMALL, norm_cfg=norm_cfg, form=form)
+    if form == 'learned':
+        randomised(net).prune_to(0.5)
+    for _ in range(2):
+        norms = [m for m in net.modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert len(norms) == 3 * 8
+        assert all(m.eps == 1e-3 and not m.weight.requires_grad for m in norms)
+        net.condense()
+    net.eval()
+    expected = run(net, image())
+    for dense in (None, (), net.one_by_ones()):
+        same(run(deployed(net, dense), image()), expected)
+
+
+def test_kinds_of_condensed_layers():
+    net = build()
+    net.condense()
+    for block in list(net.features.values())[1:]:
+        for layer in block:
+            assert type(layer.conv_1) is CondensedGroupConv
+            assert type(layer.sfr) is CondensedReactivation
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(form='deployed'), "form is 'deployed'"),
+        (dict(form='x'), "form is 'x'"),
+        (dict(stage=3), 'stage is 3'),
+        (dict(stage=4, form='condensed'), 'must be from 0 to 3'),
+        (dict(stage=-1, form='condensed'), 'must be from 0 to 3'),
+        (dict(drop_rate=1.0), 'drop_rate is 1.0'),
+        (dict(drop_rate=-0.1), 'drop_rate is -0.1'),
+        (dict(arch=dict(layers=(1,), growth=(8, 8))), 'as long as each other'),
+        (dict(arch=dict(layers=(), growth=())), 'as long as each other'),
+        (dict(arch=dict(layers=(1, 0), growth=(8, 8))), 'must be positive'),
+        (dict(arch=dict(layers=(1,), growth=(0,))), 'must be positive'),
+        (dict(arch=dict(layers=(1,), growth=(8,), condense_factor=0)), 'must be positive'),
+        (dict(arch=dict(layers=(1,), growth=(8,), stem_stride=0)), 'must be positive'),
+        (dict(arch=dict(layers=(1, 1), growth=(8, 12))), 'groups must divide'),
+        (dict(arch=dict(layers=(1,), growth=(8,), condense_factor=3)), 'condense_factor must'),
+        (dict(arch=True), 'arch must be one of'),
+        (dict(arch='d'), "unknown arch 'd'"),
+    ],
+)
+def test_impossible_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        CondenseNetV2(**{'arch': SMALL, 'out_indices': None, **options})
+
+
+@pytest.mark.slow
+def test_condensed_form_compiles_whole():
+    net = build(COMPILED, out_indices=None)
+    net.condense()
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
+    for x in (image(), image(130, 140)):
+        same(run(compiled, x), run(net, x))
+
+
+@pytest.mark.slow
+def test_deployed_form_runs_as_it_is_in_a_compiled_model():
+    net = deployed(build(COMPILED, out_indices=None))
+    torch.compiler.reset()
+    compiled = torch.compile(nn.Sequential(net), backend='aot_eager')
+    for x in (image(), image(130, 140, batch=2)):
+        same(run(compiled, x), run(net, x))
+
+
+def test_deployed_form_keeps_its_precision_under_autocast():
+    net = deployed()
+    with torch.autocast('cpu', torch.bfloat16):
+        found = run(net, image())
+        same(run(net, image().bfloat16()), found, 0.02)
+    assert all(m.dtype == torch.float32 for m in found)
+    same(found, run(net, image()), 0)
+
+
+@pytest.mark.parametrize('form', ['learned', 'condensed'])
+def test_weights_of_the_other_form_are_refused(form):
+    other = build()
+    if form == 'learned':
+        other.condense()
+    weights = {f'backbone.{name}': value for name, value in other.state_dict().items()}
+    model = nn.ModuleDict(dict(backbone=CondenseNetV2(arch=SMALL, form=form)))
+    with pytest.raises(UserError, match=f"form='{other.form}', the network is of form='{form}'"):
+        load_state_dict(model, weights)  # mmengine's, which only warns of keys that don't fit
+    with pytest.raises(UserError, match='build it with the other one'):
+        model.load_state_dict(weights, strict=False)
+
+
+@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', affine=False)])
+def test_norms_that_cannot_be_condensed_are_refused(norm_cfg):
+    with pytest.raises(ValueError, match='norm_cfg must be of a batch norm'):
+        CondenseNetV2(arch=SMALL, norm_cfg=norm_cfg)

@@ -1,0 +1,69 @@
+"""Condense a trained CondenseNetV2 model into group convolutions, and say what that cost.
+
+Writes a checkpoint of the condensed form and, beside it, its config.
+"""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmdense.apis import UserError, options, report_errors, run
+from mmdense.apis.deploy import condense, deployed_config
+from mmdense.models import CondenseNetV2
+
+
+@report_errors
+def main() -> None:
+    parser = options.config_parser(__doc__)
+    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('--out', required=True, metavar='FILE', help='.pth file to write')
+    parser.add_argument(
+        '--size',
+        nargs=2,
+        type=int,
+        default=(224, 224),
+        metavar=('HEIGHT', 'WIDTH'),
+        help='of the probe image (224 224)',
+    )
+    parser.add_argument(
+        '--allow-partial', action='store_true', help='take a model that is not fully pruned'
+    )
+    parser.add_argument(
+        '--tune',
+        action='store_true',
+        help='time on this machine which convolutions run faster dense, for test.py --deploy',
+    )
+    args, cfg = options.parse_config(parser)
+    out = Path(args.out)
+    if out.suffix != '.pth':
+        raise UserError(f'--out {out}: must end in .pth; the config goes to the same name in .py')
+    cfg.load_from = None
+    runner = run.build_runner(cfg, loaders=())
+    checkpoint = run.load_weights(runner, args.checkpoint)
+    model = run.unwrap(runner.model)
+    costs = condense(model, size=tuple(args.size), allow_partial=args.allow_partial, tune=args.tune)
+    net = next(module for module in model.modules() if isinstance(module, CondenseNetV2))
+    cfg = deployed_config(cfg, net)
+    meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
+    cfg.dump(out.with_suffix('.py'))
+
+    height, width = args.size
+    table = Table('form', 'parameters (M)', f'GMACs at {height} x {width}', 'largest difference')
+    for cost in costs:
+        parameters = '' if cost.parameters is None else f'{cost.parameters / 1e6:.2f}'
+        table.add_row(cost.form, parameters, f'{cost.macs / 1e9:.3f}', f'{cost.difference:.1e}')
+    console = Console()
+    console.print(table)
+    console.print(
+        "Parameters are the whole model's, multiply-adds those that the backbone executes, "
+        "differences a share of a map's largest value."
+    )
+    console.print(f'checkpoint: {out}; config: {out.with_suffix(".py")}', soft_wrap=True)
+
+
+if __name__ == '__main__':
+    main()
