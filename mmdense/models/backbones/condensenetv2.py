@@ -38,6 +38,8 @@ from mmdense.registry import MODELS
 __all__ = ['CondenseNetV2']
 
 FORMS = ('learned', 'condensed')
+# How the names end that tell a form, in this order.
+MARKS = dict(learned='._mask', deployed='.sfr.norm.scale', condensed='.sfr.index')
 BOTTLENECK = 4
 BN = dict(type='BN')
 
@@ -422,15 +424,14 @@ class CondenseNetV2(Backbone):
         return depths, last + 2
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        # Elsewhere keys that don't fit give no more than a warning, and the rest is loaded.
-        marks = dict(learned='._mask', condensed='.sfr.index')
-        for form, mark in marks.items():
-            found = any(key.startswith(prefix) and key.endswith(mark) for key in state_dict)
-            if found and self.form != form:
-                raise UserError(
-                    f'the weights are those of a CondenseNetV2 of form={form!r}, the network is of '
-                    f'form={self.form!r}: build it with the other one'
-                )
+        # mmengine no more than warns of keys that don't fit, and loads the rest.
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        form = next((f for f, end in MARKS.items() if any(k.endswith(end) for k in keys)), None)
+        if form not in (None, self.form):
+            raise UserError(
+                f'the weights are those of a CondenseNetV2 of form={form!r}, the network is of '
+                f'form={self.form!r}: build it with the other one'
+            )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

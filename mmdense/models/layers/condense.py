@@ -120,7 +120,7 @@ class _Learned(_Layer):
         )
         self.channels = sides[self.chosen]
         self.condense_factor = condense_factor
-        # Integers: no moving average of the weights, and no half precision, makes fractions of them.
+        # Integers: neither a moving average nor half precision makes fractions of them.
         self.register_buffer('_count', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_stage', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_mask', torch.ones_like(self.conv.weight, dtype=torch.uint8))

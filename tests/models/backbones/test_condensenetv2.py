@@ -609,6 +609,12 @@ def test_weights_of_the_other_form_are_refused(form):
         load_state_dict(model, weights)  # mmengine's, which only warns of keys that don't fit
     with pytest.raises(UserError, match='build it with the other one'):
         model.load_state_dict(weights, strict=False)
+    net = deployed()
+    with pytest.raises(UserError, match="the network is of form='deployed'"):
+        net.load_state_dict(other.state_dict(), strict=False)
+    for dense in ((), None):
+        net = deployed(dense=dense)
+        deployed(dense=dense).load_state_dict(net.state_dict())
 
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', affine=False)])
