@@ -23,9 +23,8 @@ def main() -> None:
         '--size',
         nargs=2,
         type=int,
-        default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the probe image (224 224)',
+        help='of the probe image (224 224); with --tune, that of the images to come',
     )
     parser.add_argument(
         '--allow-partial', action='store_true', help='take a model that is not fully pruned'
@@ -39,19 +38,24 @@ def main() -> None:
     out = Path(args.out)
     if out.suffix != '.pth':
         raise UserError(f'--out {out}: must end in .pth; the config goes to the same name in .py')
+    inputs = {Path(name).resolve() for name in (args.config, args.checkpoint)}
+    if inputs & {out.resolve(), out.with_suffix('.py').resolve()}:
+        raise UserError(f'--out {out} would overwrite the config or the checkpoint')
+    if args.tune and not args.size:
+        raise UserError('--tune needs --size HEIGHT WIDTH: which way is faster depends on it')
+    height, width = args.size or (224, 224)
     cfg.load_from = None
     runner = run.build_runner(cfg, loaders=())
     checkpoint = run.load_weights(runner, args.checkpoint)
     model = run.unwrap(runner.model)
-    costs = condense(model, size=tuple(args.size), allow_partial=args.allow_partial, tune=args.tune)
+    costs = condense(model, size=(height, width), allow_partial=args.allow_partial, tune=args.tune)
     net = next(module for module in model.modules() if isinstance(module, CondenseNetV2))
-    cfg = deployed_config(cfg, net)
+    cfg = deployed_config(cfg, net, str(out))
     meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
     cfg.dump(out.with_suffix('.py'))
 
-    height, width = args.size
     table = Table('form', 'parameters (M)', f'GMACs at {height} x {width}', 'largest difference')
     for cost in costs:
         parameters = '' if cost.parameters is None else f'{cost.parameters / 1e6:.2f}'

@@ -8,7 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from mmengine.config import Config
@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdense.benchmark import count_parameters
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
-from mmdense.models.backbones._condensenetv2_deploy import Workspace
+from mmdense.models.backbones import Backbone
+from mmdense.models.backbones._condensenetv2_deploy import Workspace, can_run_dense
 
 __all__ = ['FormCost', 'condense', 'deploy', 'deployed_config', 'faster_dense']
 
@@ -50,7 +51,11 @@ def deploy(model: nn.Module) -> None:
     Raises:
         UserError: No backbone with such a form, or one that is not ready for it.
     """
-    backbones = [module for module in model.modules() if hasattr(module, 'switch_to_deploy')]
+    backbones = [
+        module
+        for module in model.modules()
+        if isinstance(module, Backbone) and hasattr(module, 'switch_to_deploy')
+    ]
     if not backbones:
         raise UserError(
             f'{type(getattr(model, "backbone", model)).__name__} has no form for deployment: '
@@ -69,46 +74,63 @@ def condense(
 ) -> list[FormCost]:
     """Turn a model's CondenseNetV2 into the condensed form, in place, and say what that cost.
 
+    The forms are compared in float32. Parameters are new ones: build optimizers after it.
+
     Args:
         model: A trained detector, segmentor, classifier or backbone.
         size: Height and width of the probe image, in pixels.
         allow_partial: Take a network that is not fully pruned yet.
-        tune: Time which convolutions run faster dense on this machine, and keep it in the
-            backbone's ``dense``.
+        tune: Time which convolutions run faster dense on this machine at that size, and keep it in
+            the backbone's ``dense``.
 
     Returns:
-        The costs as it was, condensed, and deployed (which ``model`` is not).
+        The costs as it was, condensed, deployed, and deployed with all convolutions grouped.
 
     Raises:
-        UserError: No CondenseNetV2, more than one, or one that is not fully pruned.
-        RuntimeError: The forms don't agree.
+        UserError: No CondenseNetV2, more than one, one that is not fully pruned, or an image that
+            is too small for it.
+        RuntimeError: The forms don't agree; the model is as it was.
     """
     networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     if len(networks) != 1 or networks[0].form == 'deployed':
         forms = [net.form for net in networks]
         raise UserError(f'a model with one CondenseNetV2 to condense is needed, not {forms}')
-    net = networks[0].eval()
-    weight = net.features['init_conv'].weight
+    net = networks[0]
+    probed = copy.deepcopy(net).float().eval()
+    weight = probed.features['init_conv'].weight
     generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight)
-    macs, expected = _run(net, image)
-    costs = [FormCost(net.form, count_parameters(model), macs, 0.0)]
-    net.condense(allow_partial=allow_partial)
-    if tune:
-        net.dense = faster_dense(net, size)
-    deployed = copy.deepcopy(net)
-    deployed.switch_to_deploy()
-    for form in [net, deployed] if costs[0].form != net.form else [deployed]:
-        macs, maps = _run(form, image)
-        difference = max(map(_difference, maps, expected))
-        parameters = count_parameters(model) if form is net else None
-        costs.append(FormCost(form.form, parameters, macs, difference))
-        if not difference < TOLERANCE:
+    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight.device)
+    expected: tuple[Tensor, ...] = ()
+    costs: list[FormCost] = []
+
+    def measure(form: str, probed: CondenseNetV2) -> None:
+        nonlocal expected
+        try:
+            macs, maps = _run(probed, image)
+        except ValueError as error:  # too small an image
+            raise UserError(str(error)) from error
+        expected = expected or maps
+        costs.append(FormCost(form, None, macs, max(map(_difference, maps, expected))))
+        if not costs[-1].difference < TOLERANCE:
             raise RuntimeError(
-                f'the {form.form} form differs from the {costs[0].form} one by {difference:.1e} of '
-                'the largest value, which is more than rounding: please report this'
+                f'the form {form!r} differs from {costs[0].form!r} by {costs[-1].difference:.1e} '
+                'of the largest value, which is more than rounding: please report this'
             )
-    return costs
+
+    measure(net.form, probed)
+    parameters = {net.form: count_parameters(model)}
+    if net.form != 'condensed':
+        probed.condense(allow_partial=allow_partial)
+        measure('condensed', probed)
+    dense = faster_dense(probed, size) if tune else net.dense
+    for form, names in (('deployed', dense), ('deployed, all grouped', ())):
+        deployed = copy.deepcopy(probed)
+        deployed.switch_to_deploy(names)
+        measure(form, deployed)
+    net.condense(allow_partial=allow_partial)
+    net.dense = dense
+    parameters['condensed'] = count_parameters(model)
+    return [replace(cost, parameters=parameters.get(cost.form)) for cost in costs]
 
 
 def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
@@ -121,7 +143,7 @@ def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
         net: A network of the condensed form.
         size: Height and width of the image, in pixels.
     """
-    names = net.one_by_ones()
+    names = [name for name in net.one_by_ones() if _may_run_dense(net, name)]
     grouped, dense = copy.deepcopy(net), copy.deepcopy(net)
     grouped.switch_to_deploy(())
     dense.switch_to_deploy(names)
@@ -150,8 +172,14 @@ def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
     return faster
 
 
-def deployed_config(cfg: Config, net: CondenseNetV2) -> Config:
-    """Return the config of a model whose CondenseNetV2 was condensed, for its own checkpoint."""
+def deployed_config(cfg: Config, net: CondenseNetV2, checkpoint: str) -> Config:
+    """Return the config of a model whose CondenseNetV2 was condensed.
+
+    Args:
+        cfg: Of the model as it was trained; left alone.
+        net: The condensed network.
+        checkpoint: File of the condensed model, which training would start from.
+    """
     cfg = copy.deepcopy(cfg)
     backbone = cfg.model.backbone
     backbone.update(form='condensed', dense=net.dense, init_cfg=None)
@@ -161,11 +189,19 @@ def deployed_config(cfg: Config, net: CondenseNetV2) -> Config:
         h for h in cfg.get('custom_hooks') or [] if h['type'] != 'mmdense.CondenseScheduleHook'
     ]
     cfg.custom_hooks = hooks
+    cfg.load_from = checkpoint
+    for key in ('work_dir', 'launcher', 'resume'):  # of the run that is over
+        cfg.pop(key, None)
     return cfg
 
 
+def _may_run_dense(net: CondenseNetV2, name: str) -> bool:
+    return name.endswith('.sfr') or can_run_dense(net.features.get_submodule(name))
+
+
 def _run(net: nn.Module, image: Tensor) -> tuple[int, tuple[Tensor, ...]]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), exact:
         maps = net(image)
     return counter.get_total_flops() // 2, maps  # it counts a multiply-add as two
 

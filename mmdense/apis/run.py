@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
+from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import RUNNERS
+from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
@@ -40,10 +41,18 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
             _distribute_on_cpu(cfg)
         if 'train' in loaders:
             drop_amp(cfg)
+    if 'train' not in loaders:  # the average is what a checkpoint calls the model's weights
+        hooks = cfg.get('custom_hooks') or []
+        cfg.custom_hooks = [hook for hook in hooks if not _averages(hook)]
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     model = cfg.model
     _check_channels(unwrap(runner.model), model.get('module', model))
     return runner
+
+
+def _averages(hook: Any) -> bool:
+    kind = HOOKS.get(hook['type']) if isinstance(hook, dict) else type(hook)
+    return isinstance(kind, type) and issubclass(kind, EMAHook)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -94,8 +94,8 @@ def load_from_condensenetv2(filename: str, map_location: str | None = None) -> d
 
     What the file holds decides which network can take it: a converted model (A, B, C) is for
     ``CondenseNetV2(arch='a', 'b' or 'c', form='condensed')``, a model as it was trained (C) for
-    ``form='learned'``, which ``condense()`` or ``switch_to_deploy()`` then converts. Into the other
-    form mmengine loads what fits, and warns of each key that doesn't.
+    ``form='learned'``, which ``condense()`` or ``switch_to_deploy()`` then converts. A network of
+    the other form refuses it.
 
     Args:
         filename: Such as ``condensenetv2://weights/condensenetv2_a.pth.tar``.

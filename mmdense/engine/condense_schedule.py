@@ -24,7 +24,7 @@ LOSS = 'loss_group_lasso'
 
 @HOOKS.register_module()
 class CondenseScheduleHook(Hook):
-    """Prune each CondenseNetV2 of the learned form in the model, stage by stage.
+    """Prune the model's CondenseNetV2, which must be of the learned form, stage by stage.
 
     One line of a config::
 
@@ -59,18 +59,17 @@ class CondenseScheduleHook(Hook):
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Find the networks, and how far they are pruned.
+        """Find the network, and how far it is pruned.
 
         Raises:
-            UserError: Nothing that can be pruned, or frozen layers that are not fully pruned.
+            UserError: Nothing that can be pruned, several networks, or frozen layers that are not
+                fully pruned.
         """
-        self._nets = _networks(runner.model)
-        for net in self._nets:
-            _check_frozen(net)
+        self._net = _network(runner.model)
+        _check_frozen(self._net)
         # From here on Python numbers: to ask the buffers would wait for the device.
-        self._stages = {net: net.stage for net in self._nets}
-        self._unfinished = [net for net in self._nets if self._stages[net] < net.last_stage]
-        self._share = self._connections()
+        self._stage = self._net.stage
+        self._share = self._net.connections()
         self._remove()  # what a run that was interrupted has left
         if self.group_lasso:
             self._handle = _unwrapped(runner.model).register_forward_hook(
@@ -79,27 +78,24 @@ class CondenseScheduleHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Prune what is due at the share of the training that has been done."""
+        net = self._net
         progress = runner.iter / runner.max_iters
-        due = {net: pruning_stage(progress, net.arch.factor) for net in self._unfinished}
-        risen = [net for net, stage in due.items() if stage > self._stages[net]]
-        for net in risen:
+        stage = pruning_stage(progress, net.arch.factor)
+        if stage > self._stage:
             net.prune_to(progress)
             # Processes on unlike devices may rank equal weights differently, and DDP as mmengine
             # sets it up doesn't share buffers.
             for layer in _layers(net):
                 for buffer in layer.buffers(recurse=False):
                     broadcast(buffer)
-            self._stages[net] = due[net]
-            runner.logger.info(
-                f'condense: stage {due[net]} of {net.last_stage} at iteration {runner.iter} of '
-                f'{runner.max_iters}, {100 * net.connections():.1f} % of the connections left'
-            )
-        if risen:
             _copy_to_averages(runner)
-            self._share = self._connections()
-            self._unfinished = [n for n in self._unfinished if self._stages[n] < n.last_stage]
+            self._stage, self._share = stage, net.connections()
+            runner.logger.info(
+                f'condense: stage {stage} of {net.last_stage} at iteration {runner.iter} of '
+                f'{runner.max_iters}, {100 * self._share:.1f} % of the connections left'
+            )
         runner.message_hub.update_scalar('train/connections', self._share)
-        if self.group_lasso and not self._unfinished:
+        if self.group_lasso and self._stage == net.last_stage:
             # The log would go on to show the last values.
             runner.message_hub.update_scalar(f'train/{LOSS}', 0.0)
 
@@ -112,18 +108,14 @@ class CondenseScheduleHook(Hook):
             self._handle.remove()
         self._handle = None
 
-    def _connections(self) -> float:
-        return sum(net.connections() for net in self._nets) / len(self._nets)
-
     def _add_loss(
         self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
         # Stays on the model to the end: compiled code doesn't notice that a hook was removed.
         wanted = model.training and kwargs.get('mode') == 'loss' and isinstance(output, dict)
-        if not wanted or not self._unfinished:
+        if not wanted or self._stage == self._net.last_stage:
             return output
-        penalty = sum(net.group_lasso() for net in self._unfinished)
-        return {**output, LOSS: self.group_lasso * penalty}
+        return {**output, LOSS: self.group_lasso * self._net.group_lasso()}
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -137,12 +129,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _networks(model: nn.Module) -> list[CondenseNetV2]:
-    """Return the networks that can be pruned, at least one."""
+def _network(model: nn.Module) -> CondenseNetV2:
+    """Return the network that is to be pruned."""
     found = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     learned = [net for net in found if net.form == 'learned']
+    if len(learned) > 1:
+        raise UserError(
+            f'CondenseScheduleHook prunes one CondenseNetV2, not {len(learned)}: a teacher and its '
+            'student would keep different connections'
+        )
     if learned:
-        return learned
+        return learned[0]
     way_out = "give the backbone form='learned', or take the hook out of custom_hooks"
     if found:
         raise UserError(

@@ -45,10 +45,12 @@ def test_condense_says_what_it_cost():
         expected = model.backbone.eval()(image())
         costs = condense(model, size=(64, 64))
         close(model.backbone(image()), expected)
-    assert [cost.form for cost in costs] == ['learned', 'condensed', 'deployed']
-    assert [cost.parameters for cost in costs] == [before, count_parameters(model), None]
+    forms = ['learned', 'condensed', 'deployed', 'deployed, all grouped']
+    assert [cost.form for cost in costs] == forms
+    assert [cost.parameters for cost in costs] == [before, count_parameters(model), None, None]
     assert costs[1].parameters < before
     assert costs[1].macs < costs[2].macs < costs[0].macs  # sfr runs dense by default
+    assert costs[3].macs == costs[1].macs
     assert costs[0].difference == 0
     assert all(0 < cost.difference < 1e-5 for cost in costs[1:])
     assert model.backbone.form == 'condensed'
@@ -59,7 +61,16 @@ def test_condense_says_what_it_cost():
 def test_condense_of_the_condensed_deploys_alone():
     model = Model()
     model.backbone.condense()
-    assert [cost.form for cost in condense(model, size=(64, 64))] == ['condensed', 'deployed']
+    costs = condense(model, size=(64, 64))
+    assert [cost.form for cost in costs] == ['condensed', 'deployed', 'deployed, all grouped']
+    assert costs[0].parameters == count_parameters(model)
+
+
+def test_condense_compares_in_float32():
+    model = Model().bfloat16().train()
+    assert all(cost.difference < 1e-5 for cost in condense(model, size=(64, 64)))
+    assert model.backbone.features['denseblock_1'].denselayer_1.conv_1.norm.training
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_condense_refuses_what_is_not_fully_pruned():
@@ -69,7 +80,8 @@ def test_condense_refuses_what_is_not_fully_pruned():
     assert model.backbone.form == 'learned'
     costs = condense(model, size=(64, 64), allow_partial=True)
     assert costs[-1].difference < 1e-5
-    cfg = deployed_config(Config(dict(model=dict(backbone=dict(arch=ARCH)))), model.backbone)
+    cfg = Config(dict(model=dict(backbone=dict(arch=ARCH))))
+    cfg = deployed_config(cfg, model.backbone, 'out.pth')
     backbone = dict(cfg.model.backbone)
     assert (backbone['form'], backbone['stage']) == ('condensed', 1)
     CondenseNetV2(**backbone).load_state_dict(model.backbone.state_dict())
@@ -96,8 +108,29 @@ def test_wrong_maps_are_reported(monkeypatch):
         self.features['denseblock_2'].denselayer_1.conv_2.conv.weight.data.mul_(1.1)
 
     monkeypatch.setattr(CondenseNetV2, 'condense', wrong)
-    with pytest.raises(RuntimeError, match='condensed form differs from the learned one'):
+    with pytest.raises(RuntimeError, match="'condensed' differs from 'learned' by"):
         condense(model, size=(64, 64))
+    assert model.backbone.form == 'learned'
+
+
+def test_condense_needs_an_image_that_fits():
+    with pytest.raises(UserError, match='at least 32'):
+        condense(Model(), size=(8, 8))
+
+
+def test_tuning_of_a_network_that_was_trained_condensed(monkeypatch):
+    net = Model().backbone
+    net.condense()
+    norm = net.features['denseblock_2'].denselayer_1.conv_1.norm
+    with torch.no_grad():
+        norm.bias.copy_(torch.arange(len(norm.bias)))
+    monkeypatch.setattr('mmdense.apis.deploy._seconds', lambda run, device: -_runs_dense(run))
+    names = set(net.one_by_ones()) - {'denseblock_2.denselayer_1.conv_1'}
+    assert set(faster_dense(net, (64, 64))) == names
+
+
+def _runs_dense(run):
+    return run.func.dense
 
 
 def test_tuning_names_convolutions_and_changes_no_map():
@@ -112,22 +145,18 @@ def test_tuning_names_convolutions_and_changes_no_map():
         close(model.backbone(image()), expected)
 
 
-def test_tuning_takes_the_faster_way(monkeypatch):
+@pytest.mark.parametrize('way', ['conv_1', 'sfr'])
+def test_tuning_takes_the_faster_way(way, monkeypatch):
     net = Model().backbone
     net.condense()
-    slow = iter(range(10**6))
-    # Later calls look slower, but dense ones of sfr are always faster than that.
-    monkeypatch.setattr(
-        'mmdense.apis.deploy._seconds',
-        lambda run, device: next(slow) + (-(10**7) if _is_dense_sfr(run) else 10**7),
-    )
-    names = faster_dense(net, (64, 64))
-    assert {name for name in net.one_by_ones() if name.endswith('.sfr')} <= set(names)
+    kind = dict(conv_1='DeployedGroupConv', sfr='DeployedReactivation')[way]
 
+    def seconds(run, device):
+        return 1 + (-0.5 if type(run.func).__name__ == kind else 0.5) * run.func.dense
 
-def _is_dense_sfr(run):
-    module = run.func
-    return type(module).__name__ == 'DeployedReactivation' and module.dense
+    monkeypatch.setattr('mmdense.apis.deploy._seconds', seconds)
+    names = [name for name in net.one_by_ones() if name.endswith(way)]
+    assert faster_dense(net, (64, 64)) == names
 
 
 def test_deploy_turns_the_backbone_of_a_model():
@@ -154,7 +183,10 @@ def test_deployed_config_describes_the_condensed_model():
     hooks = [dict(type='mmdense.CondenseScheduleHook'), dict(type='mmdense.ChannelsLastHook')]
     init = dict(type='Pretrained', checkpoint='nowhere.pth')
     cfg = Config(dict(model=dict(backbone=dict(arch=ARCH, init_cfg=init)), custom_hooks=hooks))
-    new = deployed_config(cfg, net)
+    cfg.update(work_dir='old', launcher='none', resume=True)
+    new = deployed_config(cfg, net, 'out.pth')
+    assert new.load_from == 'out.pth'
+    assert not {'work_dir', 'launcher', 'resume'} & set(new)
     assert new.custom_hooks == hooks[1:]
     backbone = dict(new.model.backbone)
     assert backbone == dict(arch=ARCH, form='condensed', dense=net.dense, init_cfg=None)

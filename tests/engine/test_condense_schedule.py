@@ -400,6 +400,13 @@ def test_nothing_to_prune(backbone, said, tmp_path):
     assert str(error.value) == said
 
 
+def test_several_networks_are_refused(tmp_path):
+    model = Classifier(CondenseNetV2(arch=ARCH))
+    model.teacher = CondenseNetV2(arch=ARCH)
+    with pytest.raises(UserError, match='prunes one CondenseNetV2, not 2'):
+        build(tmp_path, model, iters=2).train()
+
+
 @pytest.mark.parametrize('weight', [-1e-9, float('nan'), float('inf')])
 def test_impossible_weights(weight):
     with pytest.raises(ValueError, match='group_lasso is .*, must be a finite number from 0 up'):

@@ -161,6 +161,7 @@ def test_two_processes(run_tool, project, tmp_path):
 def test_condensed_model_is_deployed(run_tool, project, tmp_path):
     """Train, prune, condense, deploy: the predictions stay the same."""
     options = ['--cfg-options', *TWO_ITERATIONS['detection'], 'model.test_cfg.rcnn.score_thr=0.0']
+    options.append('custom_hooks.0.type=EMAHook')  # in place of ChannelsLastHook
     status, said = run_tool(PY, TRAIN, CONDENSED, '--work-dir', tmp_path, *options)
     assert status == 0, said
     assert 'condense: stage 3 of 3 at iteration 1 of 2, 25.0 % of the connections left' in said
@@ -168,7 +169,8 @@ def test_condensed_model_is_deployed(run_tool, project, tmp_path):
     out = tmp_path / 'deployed/model.pth'
     work_dir = ['--work-dir', tmp_path / 'deploying']
     status, said = run_tool(
-        PY, DEPLOY, CONDENSED, checkpoint, '--out', out, '--tune', *work_dir, *options
+        *(PY, DEPLOY, CONDENSED, checkpoint, '--out', out),
+        *('--tune', '--size', 64, 64, *work_dir, *options),
     )
     assert status == 0, said
     for form in ('learned', 'condensed', 'deployed'):
@@ -186,6 +188,11 @@ def test_condensed_model_is_deployed(run_tool, project, tmp_path):
         assert before['scores'].numel()
         assert before['scores'].shape == after['scores'].shape
         assert (before['scores'] - after['scores']).abs().max() < 1e-4
+    # What was deployed can be trained on, from its own weights and in a folder of its own.
+    more = [*work_dir, '--cfg-options', *TWO_ITERATIONS['detection']]
+    status, said = run_tool(PY, TRAIN, out.with_suffix('.py'), *more)
+    assert status == 0, said
+    assert f'Load checkpoint from {out}' in said
 
 
 def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_path):
@@ -193,6 +200,8 @@ def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_pat
     for tool, more, message in (
         (DEPLOY, ['--out', tmp_path / 'out.pth'], 'one CondenseNetV2'),
         (DEPLOY, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
+        (DEPLOY, ['--out', checkpoint], 'would overwrite'),
+        (DEPLOY, ['--out', tmp_path / 'out.pth', '--tune'], 'needs --size'),
         (TEST, ['--deploy'], 'RDNet has no form for deployment'),
     ):
         status, said = run_tool(PY, tool, config, checkpoint, *more)

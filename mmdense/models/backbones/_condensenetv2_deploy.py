@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['DeployedBlock', 'ThreadWorkspace', 'Workspace']
+__all__ = ['DeployedBlock', 'ThreadWorkspace', 'Workspace', 'can_run_dense']
 
 TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3x3 convolution
 CENTRE = TAPS.index((0, 0))
@@ -146,15 +146,16 @@ class DeployedConv(nn.Module):
             out.copy_(F.conv2d(x, self.weight, padding=1, groups=self.groups))
             return
         height, width = x.shape[2:]
-        x = x.flatten(2).unflatten(1, (self.groups, -1))
-        taps = work.take(0, x, *x.shape[:2], self.taps.shape[1], height * width)
-        taps = _product(self.taps, x, taps).view(*x.shape[:2], 9, -1, height, width)
-        out = out.unflatten(1, (self.groups, -1))
+        groups, rows, members = self.taps.shape
+        x = x.flatten(2).unflatten(1, (groups, members))
+        taps = work.take(0, x, len(x), groups, rows, height * width)
+        taps = _product(self.taps, x, taps).view(len(x), groups, 9, rows // 9, height, width)
+        out = out.unflatten(1, (groups, rows // 9))
         out.copy_(taps[:, :, CENTRE])
-        for i, (y, x) in enumerate(TAPS):
+        for i, (down, right) in enumerate(TAPS):
             if i != CENTRE:
-                to_y, from_y = _shifted(y, height)
-                to_x, from_x = _shifted(x, width)
+                to_y, from_y = _shifted(down, height)
+                to_x, from_x = _shifted(right, width)
                 out[..., to_y, to_x] += taps[:, :, i, :, from_y, from_x]
 
 
@@ -186,7 +187,7 @@ class DeployedReactivation(nn.Module):
             torch.baddbmm(x, self.weight.expand(len(x), -1, -1), new, out=x)
         else:
             groups, kept, _ = self.weight.shape
-            new = new.unflatten(1, (-1, groups)).transpose(1, 2)
+            new = new.unflatten(1, (new.shape[1] // groups, groups)).transpose(1, 2)
             out = work.take(1, x, len(x), groups, kept, x.shape[2])
             x.index_add_(1, self.index, _product(self.weight, new, out).flatten(1, 2))
 
@@ -269,6 +270,16 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return what a batch norm in evaluation multiplies by, and adds."""
     scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias.detach() - norm.running_mean * scale
+
+
+def can_run_dense(conv: nn.Module) -> bool:
+    """Whether the groups of a ``conv_1`` of the condensed form norm each channel alike."""
+    try:
+        for values in _affine(conv.norm):
+            _ungather(values, conv.index, int(conv.index.max()) + 1)
+    except ValueError:
+        return False
+    return True
 
 
 def _ungather(values: Tensor, index: Tensor, channels: int) -> Tensor:

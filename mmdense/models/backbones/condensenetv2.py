@@ -30,7 +30,6 @@ from mmdense.models.layers import (
     CondensedReactivation,
     LearnedGroupConv,
     SparseReactivation,
-    pruning_stage,
     recompute,
 )
 from mmdense.registry import MODELS
@@ -299,7 +298,12 @@ class CondenseNetV2(Backbone):
         kinds = (LearnedGroupConv, SparseReactivation)
         return [module for module in self.modules() if isinstance(module, kinds)]
 
-    def prune_to(self, progress: float) -> int:
+    def _to_prune(self) -> list[LearnedGroupConv | SparseReactivation]:
+        if self.form != 'learned':
+            raise ValueError(f"form is {self.form!r}: connections are masked in form='learned'")
+        return self._learned()
+
+    def prune_to(self, progress: float) -> None:
         """Prune the connections that are due at a share of the training, in all layers.
 
         A function of weights, masks and stages alone. Nothing else ever changes a mask.
@@ -307,28 +311,28 @@ class CondenseNetV2(Backbone):
         Args:
             progress: From 0 to 1; the last stage is reached at 0.5, as published.
 
-        Returns:
-            The stage that is due.
-
         Raises:
-            ValueError: A progress outside of 0 to 1, or a network of the condensed form.
+            ValueError: A progress outside of 0 to 1, or a network of another form.
         """
-        if self.form != 'learned':
-            raise ValueError(
-                f"a network of form {self.form!r} cannot be pruned: form='learned' can"
-            )
-        for layer in self._learned():
+        for layer in self._to_prune():
             layer.prune_to(progress)
-        return pruning_stage(progress, self.arch.factor)
 
     def connections(self) -> float:
-        """Return the share of the connections of learned layers that is left."""
-        masks = [layer._mask for layer in self._learned()]
+        """Return the share of the connections that is left.
+
+        Raises:
+            ValueError: A network of another form than the learned one.
+        """
+        masks = [layer._mask for layer in self._to_prune()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def group_lasso(self) -> Tensor:
-        """Return the penalty that groups of weights vanish by, over all learned layers."""
-        return sum(layer.group_lasso() for layer in self._learned())
+        """Return the penalty that groups of weights vanish by, over all layers.
+
+        Raises:
+            ValueError: A network of another form than the learned one.
+        """
+        return sum(layer.group_lasso() for layer in self._to_prune())
 
     def condense(self, *, allow_partial: bool = False) -> None:
         """Turn the network into the condensed form, in place: group convolutions without masks.
@@ -432,6 +436,21 @@ class CondenseNetV2(Backbone):
                 f'the weights are those of a CondenseNetV2 of form={form!r}, the network is of '
                 f'form={self.form!r}: build it with the other one'
             )
+        buffers = dict(self.named_buffers())
+        for key in keys:
+            value, own = state_dict[key], buffers.get(key.removeprefix(prefix))
+            if own is None or own.is_floating_point():
+                continue
+            if value.shape != own.shape and key.endswith('.index'):
+                raise UserError(
+                    f'{key} is {tuple(value.shape)}, must be {tuple(own.shape)}: released files '
+                    'load by condensenetv2://FILE, partly pruned ones by stage=... of the backbone'
+                )
+            if value.is_floating_point() and (value != value.round()).any():
+                raise UserError(
+                    f'{key} has fractions, of a moving average: released files load by '
+                    'condensenetv2://FILE'
+                )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -453,6 +472,8 @@ class CondenseNetV2(Backbone):
     @torch.compiler.disable
     def _forward_deployed(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run eagerly, in the precision of the weights: steps write to memory that they share."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise UserError('the deployed form has no gradients: the condensed form has them')
         stem, *blocks = self.features.values()
         work = self._work.workspace if x.device.type == 'cpu' else Workspace()
         maps = []

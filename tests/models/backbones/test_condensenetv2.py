@@ -258,8 +258,11 @@ def test_layers_at_different_stages():
 def test_pruning_is_seen_by_all_layers():
     net = build(progress=None)
     assert (net.stage, net.last_stage, net.connections()) == (0, 3, 1.0)
-    assert [net.prune_to(p) for p in (0, 0.2, 0.4, 0.3, 0.5, 1)] == [0, 1, 2, 1, 3, 3]
-    assert net.stage == 3  # what is pruned stays so
+    stages = []
+    for progress in (0, 0.2, 0.4, 0.3, 0.5, 1):  # what is pruned stays so
+        net.prune_to(progress)
+        stages.append(net.stage)
+    assert stages == [0, 1, 2, 2, 3, 3]
     layers = net._learned()
     assert len(layers) == 2 * 8
     assert all(layer.stage == 3 for layer in layers)
@@ -283,11 +286,11 @@ def test_pruning_survives_saving():
 def test_condensed_and_deployed_are_not_pruned():
     net = build()
     net.condense()
-    with pytest.raises(ValueError, match="form 'condensed' cannot be pruned"):
+    with pytest.raises(ValueError, match="form is 'condensed'"):
         net.prune_to(0.5)
     net.condense()  # nothing is left to do
     net.switch_to_deploy()
-    with pytest.raises(ValueError, match="form 'deployed' cannot be pruned"):
+    with pytest.raises(ValueError, match="form is 'deployed'"):
         net.prune_to(0.5)
 
 
@@ -615,6 +618,38 @@ def test_weights_of_the_other_form_are_refused(form):
     for dense in ((), None):
         net = deployed(dense=dense)
         deployed(dense=dense).load_state_dict(net.state_dict())
+
+
+def test_weights_that_would_not_fit_are_refused():
+    net = build()
+    weights = {k: v.float() if k.endswith('_mask') else v for k, v in net.state_dict().items()}
+    build(progress=None).load_state_dict(weights)  # as released
+    averaged = {k: v * 0.9999 if k.endswith('_mask') else v for k, v in weights.items()}
+    with pytest.raises(UserError, match='_mask has fractions'):
+        build(progress=None).load_state_dict(averaged)
+    partly = build(progress=0.3)
+    partly.condense(allow_partial=True)
+    condensed = CondenseNetV2(arch=SMALL, form='condensed')
+    with pytest.raises(UserError, match=r'index is \(\d+,\), must be .* stage='):
+        condensed.load_state_dict(partly.state_dict(), strict=False)
+    released = condensed.state_dict()
+    key = next(key for key in released if key.endswith('sfr.index'))
+    released[key] = torch.eye(len(released[key]))
+    with pytest.raises(UserError, match='condensenetv2://FILE'):
+        load_state_dict(condensed, released)
+
+
+def test_other_forms_have_no_masks_to_count():
+    net = build()
+    net.condense()
+    for method in (net.connections, net.group_lasso):
+        with pytest.raises(ValueError, match="form is 'condensed'"):
+            method()
+
+
+def test_deployed_form_takes_an_empty_batch():
+    for dense in ((), None):
+        assert [m.shape[0] for m in run(deployed(dense=dense), image(batch=0))] == [0] * 4
 
 
 @pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', affine=False)])
