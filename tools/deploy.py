@@ -3,6 +3,7 @@
 Writes a checkpoint of the condensed form and, beside it, its config.
 """
 
+import copy
 from pathlib import Path
 
 import torch
@@ -45,12 +46,13 @@ def main() -> None:
         raise UserError('--tune needs --size HEIGHT WIDTH: which way is faster depends on it')
     height, width = args.size or (224, 224)
     cfg.load_from = None
+    trained = copy.deepcopy(cfg)  # before what only testing wants
     runner = run.build_runner(cfg, loaders=())
     checkpoint = run.load_weights(runner, args.checkpoint)
     model = run.unwrap(runner.model)
     costs = condense(model, size=(height, width), allow_partial=args.allow_partial, tune=args.tune)
     net = next(module for module in model.modules() if isinstance(module, CondenseNetV2))
-    cfg = deployed_config(cfg, net, str(out))
+    cfg = deployed_config(trained, net, str(out))
     meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=meta, state_dict=model.state_dict()), out)

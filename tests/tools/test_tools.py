@@ -175,6 +175,7 @@ def test_condensed_model_is_deployed(run_tool, project, tmp_path):
     assert status == 0, said
     for form in ('learned', 'condensed', 'deployed'):
         assert form in said
+    assert 'EMAHook' in out.with_suffix('.py').read_text()
     predictions = []
     runs = (CONDENSED, checkpoint, ()), (out.with_suffix('.py'), out, ('--deploy',))
     for config, weights, more in runs:
