@@ -319,8 +319,14 @@ def test_channels_that_do_not_divide(sides):
 
 
 def test_only_what_forms_groups_must_be_their_multiple():
-    LearnedGroupConv(15, 8, groups=4, condense_factor=3)
-    SparseReactivation(8, 15, groups=4, condense_factor=3)
+    read = LearnedGroupConv(15, 8, groups=4, condense_factor=3).eval()
+    added = SparseReactivation(8, 15, groups=4, condense_factor=3).eval()
+    x = torch.randn(1, 15, 2, 2)
+    for layer in (read, added):
+        layer.prune_to(1)
+        assert layer.kept().sum(1).tolist() == [5] * 4
+    expected = added(x, read(x))
+    torch.testing.assert_close(added.condensed()(x, read.condensed()(x)), expected)
 
 
 @BOTH
