@@ -11,6 +11,7 @@ from mmdense.apis.deploy import deploy
 def main() -> None:
     parser = options.config_parser(__doc__)
     parser.add_argument('checkpoint', help='checkpoint file or URL')
+    options.add_min_coverage(parser, of="model's")
     parser.add_argument('--tta', action='store_true', help="augment as the config's tta_* say")
     parser.add_argument(
         '--out',
@@ -29,7 +30,7 @@ def main() -> None:
     if args.show_dir:
         config.use_show_dir(cfg, args.show_dir)
     cfg.load_from = None
-    runner = run.build_runner(cfg, loaders=('test',))
+    runner = run.build_runner(cfg, loaders=('test',), min_coverage=args.min_coverage)
     run.load_weights(runner, args.checkpoint)
     if args.deploy:
         deploy(run.unwrap(runner.model))

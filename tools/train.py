@@ -13,6 +13,10 @@ def main() -> None:
         metavar='CKPT',
         help='go on from this checkpoint, or from the latest one in the work dir',
     )
+    parser.add_argument(
+        '--load-from', metavar='CKPT', help='start from the weights of a whole model'
+    )
+    options.add_min_coverage(parser, of="backbone's")
     parser.add_argument('--amp', action='store_true', help='mixed precision (plain on a CPU)')
     parser.add_argument(
         '--auto-scale-lr',
@@ -24,8 +28,8 @@ def main() -> None:
         config.use_amp(cfg)
     if args.auto_scale_lr:
         config.use_auto_scale_lr(cfg)
-    config.use_checkpoint(cfg, args.resume)
-    run.build_runner(cfg, loaders=('train', 'val')).train()
+    config.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
+    run.build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
 
 
 if __name__ == '__main__':

@@ -124,12 +124,27 @@ def use_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.enable = True
 
 
-def use_checkpoint(cfg: Config, resume: str | None) -> None:
+def use_checkpoint(
+    cfg: Config, resume: str | None, load_from: str | None = None, min_coverage: float = 1.0
+) -> None:
     """Go on from a checkpoint, from the latest of the work dir ('auto'), or from none (None).
+
+    Args:
+        cfg: Changed in place.
+        resume: The run to go on with.
+        load_from: Weights of a whole model to start from instead; by default the config's.
+        min_coverage: Share of the backbone's tensors that those must fill. Where they fill all,
+            the backbone's own ``init_cfg`` is left out.
 
     Raises:
         UserError: A checkpoint is named, here or by ``load_from``, and isn't there.
     """
+    if load_from:
+        if resume:
+            raise UserError('--resume goes on with a run, --load-from starts one: choose one')
+        cfg.load_from = load_from
+    if cfg.get('load_from') and min_coverage == 1:
+        cfg.model.get('backbone', {}).pop('init_cfg', None)
     if resume:
         cfg.resume = True
         cfg.load_from = None if resume == 'auto' else resume

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 
 from mmdense.apis.config import load_config
 
-__all__ = ['config_parser', 'parse_config']
+__all__ = ['add_min_coverage', 'config_parser', 'parse_config']
 
 
 # A quoted element of a list, and what stands for it while mmengine parses the rest.
@@ -59,6 +59,24 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
         help='how the processes were started (%(default)s)',
     )
     return parser
+
+
+def add_min_coverage(parser: argparse.ArgumentParser, of: str) -> None:
+    """Add the option for weights that fill a model in part."""
+    parser.add_argument(
+        '--min-coverage',
+        type=_share,
+        default=1.0,
+        metavar='SHARE',
+        help=f'share of the {of} tensors that the checkpoint must fill, 0 to 1 (%(default)s)',
+    )
+
+
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
+    return share
 
 
 def parse_config(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config]:

@@ -12,18 +12,18 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.logging import print_log
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
 from mmdense.apis.config import drop_amp
+from mmdense.engine.coverage import CoverageHook, unwrap
 from mmdense.errors import UserError
 
 __all__ = ['build_runner', 'load_weights', 'unwrap']
 
 
-def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
+def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float = 1.0) -> Runner:
     """Build the runner after checking what usually goes wrong.
 
     Args:
@@ -31,6 +31,8 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
             GPU, mixed precision becomes plain precision, with one warning, the processes of
             launcher 'pytorch' talk through gloo, and batch norm is not synchronised among them.
         loaders: Which loaders will run: of 'train', 'val' and 'test'.
+        min_coverage: Least share of the model's tensors, from 0 to 1, that a checkpoint must hold:
+            of the backbone's, where training starts from it (``load_from``).
 
     Raises:
         UserError: A file of a data set is missing, or channels don't fit.
@@ -45,6 +47,8 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [hook for hook in hooks if not _averages(hook)]
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    part = 'backbone' if 'train' in loaders else ''
+    runner.register_hook(CoverageHook(min_coverage, part))
     model = cfg.model
     _check_channels(unwrap(runner.model), model.get('module', model))
     return runner
@@ -53,13 +57,6 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...]) -> Runner:
 def _averages(hook: Any) -> bool:
     kind = HOOKS.get(hook['type']) if isinstance(hook, dict) else type(hook)
     return isinstance(kind, type) and issubclass(kind, EMAHook)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the detector or segmentor inside wrappers for processes and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
 
 
 def _distribute_on_cpu(cfg: Config) -> None:
@@ -159,20 +156,15 @@ def load_weights(runner: Runner, path: str) -> dict:
     """Load a trained model's weights into the runner's model, and return the checkpoint.
 
     Args:
-        runner: The runner to test with.
-        path: A checkpoint file, or any address that mmengine can load from.
+        runner: As :func:`build_runner` returns it.
+        path: A checkpoint file, or any address that weights can be loaded from.
 
     Raises:
-        UserError: The file is missing, is no checkpoint, or holds nothing of this model.
+        UserError: The file is missing, is no checkpoint, or doesn't fill the model.
     """
     if '://' not in path and not Path(path).exists():
         raise UserError(f'no checkpoint {path}')
     try:
-        checkpoint = runner.load_checkpoint(path)
-    except Exception as error:  # whatever a wrong file makes unpickling and loading stumble over
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f'{path} cannot be loaded as a checkpoint: {reason}') from error
-    weights = {name.removeprefix('module.') for name in checkpoint.get('state_dict', checkpoint)}
-    if weights.isdisjoint(unwrap(runner.model).state_dict()):
-        raise UserError(f"{path} holds no weight of this model: is it another config's?")
-    return checkpoint
+        return runner.load_checkpoint(path)
+    except UserError as error:
+        raise UserError(str(error) if path in str(error) else f'{path}: {error}') from error

@@ -5,16 +5,25 @@ from mmdense.engine.checkpoints import (
     allow_training_state,
     load_from_condensenetv2,
     load_from_timm,
+    read_checkpoint,
+    write_checkpoint,
 )
 from mmdense.engine.condense_schedule import CondenseScheduleHook
+from mmdense.engine.coverage import Coverage, CoverageHook, PretrainedInit, load_into
 from mmdense.engine.hooks import ChannelsLastHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 
 __all__ = [
     'ChannelsLastHook',
     'CondenseScheduleHook',
+    'Coverage',
+    'CoverageHook',
     'LayerDecayOptimWrapperConstructor',
+    'PretrainedInit',
     'allow_training_state',
     'load_from_condensenetv2',
     'load_from_timm',
+    'load_into',
+    'read_checkpoint',
+    'write_checkpoint',
 ]

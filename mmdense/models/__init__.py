@@ -1,4 +1,4 @@
-"""Networks: importing this package registers them."""
+"""Networks: importing this package registers them, and how they take weights."""
 
 from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
 from mmdense.models.backbones import (
@@ -11,3 +11,5 @@ from mmdense.models.backbones import (
 )
 
 __all__ = ['CondenseNetV2', 'DenseNet', 'RDNet', 'ReXNet', 'ShuffleNetV2', 'TimmBackbone']
+
+import mmdense.engine  # noqa: E402, F401  (needs the networks, which need it to take weights)

@@ -121,6 +121,26 @@ def test_resuming_asks_for_no_imagenet_weights(tmp_path, resume):
     assert ('init_cfg' in cfg.model.backbone) == (resume in (None, 'auto'))
 
 
+def test_load_from(tmp_path):
+    file = tmp_path / 'x.pth'
+    file.touch()
+    cfg = config.load_config(COCO)
+    config.use_checkpoint(cfg, None, str(file))
+    assert cfg.load_from == str(file)
+    assert not cfg.get('resume')
+    assert 'init_cfg' not in cfg.model.backbone  # all of the backbone must come from the file
+    cfg = config.load_config(COCO)
+    config.use_checkpoint(cfg, None, str(file), min_coverage=0.5)
+    assert cfg.model.backbone.init_cfg.checkpoint.startswith('timm://')
+    cfg = config.load_config(COCO, options=dict(load_from=str(file)))
+    config.use_checkpoint(cfg, None)
+    assert 'init_cfg' not in cfg.model.backbone
+    with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+        config.use_checkpoint(cfg, None, 'nowhere.pth')
+    with pytest.raises(UserError, match='choose one'):
+        config.use_checkpoint(cfg, 'auto', str(file))
+
+
 def test_tta_takes_model_and_pipeline():
     cfg = config.load_config(COCO)
     config.use_tta(cfg)
@@ -261,13 +281,26 @@ def test_checkpoints_that_are_none(project, tmp_path):
     with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
         run.load_weights(runner, 'nowhere.pth')
     file = tmp_path / 'x.pth'
-    for content in (b'', b'not a checkpoint'):
+    for content, what in ((b'', 'is empty'), (b'not a checkpoint', 'is damaged, or no checkpoint')):
         file.write_bytes(content)
-        with pytest.raises(UserError, match='cannot be loaded as a checkpoint'):
+        with pytest.raises(UserError, match=f'^{file} {what}'):
             run.load_weights(runner, str(file))
-    torch.save(dict(state_dict={'other.weight': torch.zeros(1)}), file)
-    with pytest.raises(UserError, match='no weight of this model'):
-        run.load_weights(runner, str(file))
+    own = runner.model.state_dict()
+    for spoil, said in (
+        (
+            {f'net.{k}': v for k, v in own.items()},
+            "fills 0 of .* would fit without 'net.' in front",
+        ),
+        ({**own, 'rpn_head.rpn_cls.bias': torch.zeros(7)}, r'rpn_cls.bias \(file: \[7\]; model'),
+        ({k: v for k, v in own.items() if 'fc_reg.bias' not in k}, 'missing: .*fc_reg.bias'),
+    ):
+        torch.save(dict(state_dict=spoil), file)
+        with pytest.raises(UserError, match=f'^{file}: the checkpoint .*{said}'):
+            run.load_weights(runner, str(file))
+        lenient = run.build_runner(
+            demo('detection', project, tmp_path), loaders=('test',), min_coverage=0
+        )
+        run.load_weights(lenient, str(file))
     torch.save(dict(state_dict=runner.model.state_dict()), file)
     with torch.no_grad():
         before = runner.model.backbone.stem[0].weight.clone()

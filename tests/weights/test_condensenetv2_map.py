@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import mmdense  # noqa: F401
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
-from mmdense.weights import from_condensenetv2
+from mmdense.weights import convert
 
 # Layers, growth, groups (which are the condense factor too), width of the classifier.
 RELEASED = dict(
@@ -178,7 +178,7 @@ def test_released_models_load_and_compute_the_same(arch, form, tmp_path):
     if form == 'learned':
         worse = {k: torch.zeros_like(v) for k, v in state.items()}
         held |= dict(state_dict=parallel(worse), state_dict_ema=averaged(state))
-    mapped = from_condensenetv2(held)
+    mapped = convert(held)
     file = tmp_path / 'released.pth.tar'
     torch.save(held, file)
     net = pretrained(file, arch=arch, form=form)
@@ -198,7 +198,7 @@ def test_released_models_load_and_compute_the_same(arch, form, tmp_path):
 @pytest.mark.parametrize('form', ['learned', 'condensed'])
 def test_where_the_weights_are(form):
     first, second = released('tiny', form), released('tiny', form, seed=1)
-    expected = from_condensenetv2(first)
+    expected = convert(first)
     assert not any(k.startswith(('module.', 'fc.', 'classifier.')) for k in expected)
     for checkpoint in (
         first,
@@ -210,7 +210,7 @@ def test_where_the_weights_are(form):
         dict(state_dict=first, state_dict_ema={}, args=argparse.Namespace()),
     ):
         before = {k: id(v) for k, v in checkpoint.items()}
-        mapped = from_condensenetv2(checkpoint)
+        mapped = convert(checkpoint)
         assert list(mapped) == list(expected)
         assert all(torch.equal(mapped[k], v) for k, v in expected.items())
         assert {k: id(v) for k, v in checkpoint.items()} == before
@@ -228,7 +228,7 @@ def test_masks_are_taken_as_they_are():
         elif name.endswith(('_stage', '_count')):
             value.fill_(0)
     net = CondenseNetV2(arch=TINY, out_indices=None).eval()
-    net.load_state_dict(from_condensenetv2(state))
+    net.load_state_dict(convert(state))
     assert net.stage == 0
     check(net, state, 'tiny')
     with pytest.raises(UserError, match='stage 0 of 3'):
@@ -250,7 +250,7 @@ def test_masks_are_taken_as_they_are():
 def test_leftovers_are_refused(name, form):
     state = {**released('tiny', form), name: torch.zeros(1)}
     with pytest.raises(ValueError, match=rf"^1 keys are not .*\['{name}'\]"):
-        from_condensenetv2(state)
+        convert(state)
 
 
 def test_other_checkpoints_are_refused():
@@ -259,13 +259,13 @@ def test_other_checkpoints_are_refused():
     for checkpoint, message in (
         (learned | condensed, 'has both masks and indices'),
         (plain, 'has no masks and no indices'),
-        ({}, 'has no masks and no indices'),
+        ({}, 'no state dict: empty'),
         ([1], 'a list is no checkpoint'),
-        (dict(epoch=3, optimizer={}), r"2 keys .*\['epoch', 'optimizer'\]"),
-        (condensed | {'features.init_conv.weight': 3}, '1 keys .*init_conv'),
+        (dict(epoch=3, optimizer={}), r"no state dict: 'epoch' is of type int"),
+        (condensed | {'features.init_conv.weight': 3}, 'init_conv.weight. is of type int'),
     ):
         with pytest.raises(ValueError, match=message):
-            from_condensenetv2(checkpoint)
+            convert(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_what_is_no_choice_is_refused(spoil):
     name = 'features.denseblock_5.denselayer_2.sfr.index'
     spoil(state[name])
     with pytest.raises(ValueError, match=f'^{name} must be a matrix .* single 1 in each row'):
-        from_condensenetv2(state)
+        convert(state)
 
 
 def test_folders(tmp_path, monkeypatch):

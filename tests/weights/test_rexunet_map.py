@@ -9,7 +9,7 @@ pytest.importorskip('mmseg')
 
 from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
 from mmdense.models.heads.rexunet import ReXUNetHead  # noqa: E402
-from mmdense.weights import from_rexunet_fork  # noqa: E402
+from mmdense.weights import convert  # noqa: E402
 
 # clovaai's ReXNet 1.0: channels of the 16 blocks; those that halve the resolution.
 CHANNELS = (16, 27, 38, 50, 61, 72, 84, 95, 106, 117, 128, 140, 151, 162, 174, 185)
@@ -128,7 +128,7 @@ def test_every_key_has_one_of_ours(fork, ours):
     theirs = fork.state_dict()
     assert len(theirs) == 547
     assert sum(p.numel() for p in fork.parameters()) == 4_009_167
-    mapped = from_rexunet_fork(theirs)
+    mapped = convert(theirs)
     assert len(mapped) == 547
     expected = ours.state_dict()
     assert {k: v.shape for k, v in mapped.items()} == {k: v.shape for k, v in expected.items()}
@@ -137,7 +137,7 @@ def test_every_key_has_one_of_ours(fork, ours):
 
 @pytest.mark.filterwarnings('ignore::UserWarning')
 def test_the_same_outputs(fork, ours):
-    ours.load_state_dict(from_rexunet_fork(fork.state_dict()))
+    ours.load_state_dict(convert(fork.state_dict()))
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         found = ours['decode_head'](ours['backbone'](x))
@@ -148,6 +148,6 @@ def test_the_same_outputs(fork, ours):
 
 def test_leftovers_are_refused(fork):
     with pytest.raises(ValueError, match=r"1 keys .* \['output.1.weight'\]"):
-        from_rexunet_fork({**fork.state_dict(), 'output.1.weight': 0})
-    with pytest.raises(ValueError, match='547 keys .*module.conv0.0.weight'):
-        from_rexunet_fork({f'module.{k}': v for k, v in fork.state_dict().items()})
+        convert({**fork.state_dict(), 'output.1.weight': torch.zeros(1)})
+    with pytest.raises(ValueError, match='547 keys .*net.conv0.0.weight'):
+        convert({f'net.{k}': v for k, v in fork.state_dict().items()}, 'rexnet-unet')

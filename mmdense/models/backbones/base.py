@@ -91,6 +91,8 @@ class Backbone(BaseModule):
 
     out_channels: tuple[int, ...]
     out_strides: tuple[int, ...]
+    # Beginnings of names that no ImageNet weights have.
+    not_pretrained: tuple[str, ...] = ()
 
     def __init__(
         self,

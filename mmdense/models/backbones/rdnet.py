@@ -145,6 +145,8 @@ class RDNet(Backbone):
         ValueError: Unknown arch or field, impossible index or stage.
     """
 
+    not_pretrained = ('output_norms.',)
+
     def __init__(
         self,
         *,

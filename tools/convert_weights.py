@@ -1,0 +1,53 @@
+"""Write weights of other projects with the keys of mmdense."""
+
+from argparse import ArgumentParser
+
+from rich.console import Console
+
+from mmdense.apis import report_errors
+from mmdense.apis.config import load_config
+from mmdense.apis.convert import convert_file
+from mmdense.weights import FORMATS
+
+
+@report_errors
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument('source', help='file, URL, or a scheme such as timm://NAME')
+    parser.add_argument('target', help='new file, .pth or .safetensors')
+    parser.add_argument(
+        '--from',
+        dest='format',
+        choices=list(FORMATS),
+        help='format of the source (recognised by its keys; docs/weights.md lists them)',
+    )
+    parser.add_argument('--prefix', help="take the source's keys that begin so, without it")
+    parser.add_argument('--config', help='model, or model of the backbone, that must be filled')
+    parser.add_argument(
+        '--check',
+        action='store_true',
+        help="compare the maps with those of the source's network, where it is installed",
+    )
+    args = parser.parse_args()
+    done = convert_file(
+        args.source,
+        args.target,
+        format_name=args.format,
+        prefix=args.prefix,
+        config=load_config(args.config) if args.config else None,
+        check=args.check,
+    )
+    console = Console(soft_wrap=True)
+    console.print(
+        f'{args.target}: {done.tensors} tensors from the format {done.format}; left out: '
+        f'{", ".join(done.dropped) or "nothing"}'
+    )
+    if done.coverage:
+        console.print(f'{done.coverage.model}:\n{done.coverage.table()}', highlight=False)
+    if done.compared:
+        differences = ', '.join(f'{difference:.1e}' for difference in done.differences)
+        console.print(f'maps of {done.compared} differ by {differences} of their largest value')
+
+
+if __name__ == '__main__':
+    main()
