@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmdense
-from mmdense.engine.checkpoints import fetch, read_checkpoint, write_checkpoint
+from mmdense.engine.checkpoints import (
+    fetch,
+    new_file,
+    read_checkpoint,
+    sha256_of,
+    write_checkpoint,
+)
 from mmdense.engine.coverage import Coverage, load_into
 from mmdense.errors import UserError
 from mmdense.models import DenseNet, RDNet, ReXNet
@@ -67,8 +73,8 @@ def convert_file(
 ) -> Conversion:
     """Write weights of any known format with our keys.
 
-    The file's ``meta['mmdense']`` records the source, its sha256 (of the file, or of the tensors
-    where there is no file), the format and the version of mmdense.
+    The source's ``meta`` is kept; ``meta['mmdense']`` records the source, its sha256 (of the file,
+    or of the tensors where there is no file), the format and the version of mmdense.
 
     Args:
         source: A file, a URL, or a scheme such as ``timm://NAME``.
@@ -84,6 +90,7 @@ def convert_file(
             model that is not filled, outputs that differ, or no network to compare with. Nothing
             is written then.
     """
+    new_file(target)  # before the work
     held, digest = _read(source)
     try:
         state_dict = state_dict_of(held)
@@ -112,7 +119,9 @@ def convert_file(
         map=known.name if known else 'mmdense',
         version=mmdense.__version__,
     )
-    write_checkpoint(target, weights, dict(mmdense=record))
+    meta = held.get('meta')  # of a trained model: its classes
+    meta = meta if isinstance(meta, Mapping) else {}
+    write_checkpoint(target, weights, {**meta, 'mmdense': record})
     return Conversion(
         format=record['map'],
         tensors=len(weights),
@@ -133,9 +142,7 @@ def _read(source: str) -> tuple[dict[str, Any], str]:
             digest.update(f'{name} {value.dtype} {tuple(value.shape)}'.encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return held, digest.hexdigest()
-    held = read_checkpoint(file)
-    with file.expanduser().open('rb') as opened:
-        return held, hashlib.file_digest(opened, 'sha256').hexdigest()
+    return read_checkpoint(file), sha256_of(file)
 
 
 def _below(prefix: str, state_dict: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 import os
 import pickle
@@ -39,7 +40,9 @@ __all__ = [
     'fetch',
     'load_from_condensenetv2',
     'load_from_timm',
+    'new_file',
     'read_checkpoint',
+    'sha256_of',
     'write_checkpoint',
 ]
 
@@ -171,15 +174,8 @@ def _reason(error: Exception) -> str:
     return f'{type(error).__name__}: {line.partition(". ")[0]}'.rstrip(': .')
 
 
-def write_checkpoint(
-    file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
-) -> None:
-    """Write weights to a new file, which is there whole or not at all.
-
-    Args:
-        file: NAME.pth, or NAME.safetensors, which holds ``meta`` as JSON.
-        state_dict: The weights.
-        meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
+def new_file(file: str | Path) -> Path:
+    """Return the path of a checkpoint that can be written.
 
     Raises:
         UserError: A file that is there already, another suffix, or a folder that isn't there.
@@ -191,6 +187,23 @@ def write_checkpoint(
         raise UserError(f'{file} is there already: choose another name')
     if not file.parent.is_dir():
         raise UserError(f'no folder {file.parent} to write {file.name} to')
+    return file
+
+
+def write_checkpoint(
+    file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write weights to a new file, which is there whole or not at all.
+
+    Args:
+        file: NAME.pth, or NAME.safetensors, which holds ``meta`` as JSON.
+        state_dict: The weights.
+        meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
+
+    Raises:
+        UserError: As :func:`new_file`.
+    """
+    file = new_file(file)
     # A tensor of its own each: views would drag along what they are cut from.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     part = file.with_name(f'.{file.name}.part')
@@ -201,10 +214,20 @@ def write_checkpoint(
             text = json.dumps(
                 meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v)
             )
-            safetensors.torch.save_file(weights, part, metadata=dict(format='pt', meta=text))
+            # One entry: several would be written in an order that changes from file to file.
+            safetensors.torch.save_file(weights, part, metadata=dict(meta=text))
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def sha256_of(file: str | Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(file).expanduser().open('rb') as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _in_folder(*names: str) -> Path | None:
