@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from mmdense.engine import read_checkpoint
 from support import CONDENSED, DEMOS, ROOT, TWO_ITERATIONS
 
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'
@@ -121,6 +123,55 @@ def test_stock_tool_trains_our_config(task, run_tool, project):
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     status, said = run_tool(PY, *stock_test, DEMOS[task], checkpoint, '--work-dir', work_dir)
     assert status == 0, said
+
+
+def test_weights_behind_a_prefix_stop_the_run_at_its_start(
+    two_iterations_of_detection, run_tool, tmp_path
+):
+    config, checkpoint = two_iterations_of_detection
+    init = ['model.backbone.init_cfg.type=Pretrained']
+    init.append(f'model.backbone.init_cfg.checkpoint={checkpoint}')
+    command = [PY, TRAIN, config, '--work-dir', tmp_path, '--cfg-options']
+    command += [*TWO_ITERATIONS['detection'], *init]
+    status, said = run_tool(*command)
+    assert status == 2, said
+    last = said.splitlines()[-1]
+    assert last.startswith(f'error: {checkpoint} fills 0 of ')
+    assert "would fit without 'backbone.' in front: add prefix='backbone.' to init_cfg" in last
+    assert not list(tmp_path.glob('*.pth'))
+    status, said = run_tool(*command, 'model.backbone.init_cfg.prefix=backbone.')
+    assert status == 0, said
+    assert '100.0% of its tensors' in said
+
+
+def test_training_starts_from_a_model_of_other_classes(
+    two_iterations_of_detection, run_tool, tmp_path
+):
+    config, checkpoint = two_iterations_of_detection
+    held = read_checkpoint(checkpoint)
+    head = 'roi_head.bbox_head.fc_cls.bias'
+    held['state_dict'][head] = torch.zeros(81)
+    torch.save(held, tmp_path / 'others.pth')
+    del held['state_dict']['backbone.stem.0.bias']
+    torch.save(held, tmp_path / 'partial.pth')
+    command = [PY, TRAIN, config, '--work-dir', tmp_path]
+    options = ['--cfg-options', *TWO_ITERATIONS['detection']]
+    status, said = run_tool(*command, '--load-from', tmp_path / 'others.pth', *options)
+    assert status == 0, said
+    assert f'{head} (file: [81]; model: [11])' in said
+    status, said = run_tool(*command, '--load-from', tmp_path / 'partial.pth', *options)
+    assert status == 2, said
+    assert 'tensors of backbone of FasterRCNN: missing: backbone.stem.0.bias' in said
+    lenient = ['--min-coverage', '0.9']
+    status, said = run_tool(*command, '--load-from', tmp_path / 'partial.pth', *lenient, *options)
+    assert status == 0, said
+    # To test a model, or to go on with a run, all must be there.
+    for name in ('others.pth', 'partial.pth'):
+        status, said = run_tool(PY, TEST, config, tmp_path / name)
+        assert status == 2, said
+        status, said = run_tool(*command, '--resume', tmp_path / name, *options)
+        assert status == 2, said
+        assert 'wrong shape: roi_head.bbox_head.fc_cls.bias (file: [81]; model: [11])' in said
 
 
 def test_two_processes(run_tool, project, tmp_path):
