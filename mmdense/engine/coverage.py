@@ -193,8 +193,8 @@ def load_into(
             wrong_shape[match[1]] = f'(file: {match[2]}; model: {match[3]})'
         else:
             raise UserError(error.splitlines()[0])
-    fresh = tuple(name + part for name, net in backbones for part in net.not_pretrained)
-    missing = [name for name in missing if not name.startswith(fresh)]
+    if isinstance(module, Backbone):  # a whole model was trained with them
+        missing = [name for name in missing if not name.startswith(module.not_pretrained)]
     absent = {*missing, *wrong_shape}
     loaded = [name for name in wanted if name in weights and name not in absent]
     coverage = Coverage(

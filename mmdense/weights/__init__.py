@@ -32,7 +32,7 @@ FORMATS = {
 }
 # Where weights lie in a checkpoint: a moving average first.
 HOLDERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
-WRAPPERS = ('module.', '_orig_mod.')
+PARALLEL, COMPILED = 'module.', '_orig_mod.'  # what wrappers put into names
 
 
 def recognise(state_dict: Mapping[str, Any]) -> Format | None:
@@ -81,15 +81,15 @@ def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
         raise ValueError(f'a {type(checkpoint).__name__} is no checkpoint')
     held = checkpoint
     for holder in HOLDERS:
-        if checkpoint.get(holder) and isinstance(checkpoint[holder], Mapping):
+        if isinstance(checkpoint.get(holder), Mapping) and checkpoint[holder]:
             held = checkpoint[holder]
             break
-    strange = [key for key, value in held.items() if not isinstance(value, Tensor)]
-    if strange or not held:
-        why = f'{strange[0]!r} is of type {type(held[strange[0]]).__name__}' if strange else 'empty'
-        raise ValueError(f'no state dict: {why}')
-    state_dict = dict(held)
-    for wrapper in WRAPPERS:
-        if all(key.startswith(wrapper) for key in state_dict):
-            state_dict = {key.removeprefix(wrapper): v for key, v in state_dict.items()}
+    for key, value in held.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise ValueError(f'no state dict: {key!r} is of type {type(value).__name__}')
+    if not held:
+        raise ValueError('no state dict: empty')
+    state_dict = {key.replace(COMPILED, ''): value for key, value in held.items()}
+    while all(key.startswith(PARALLEL) for key in state_dict):
+        state_dict = {key.removeprefix(PARALLEL): v for key, v in state_dict.items()}
     return state_dict

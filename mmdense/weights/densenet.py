@@ -47,8 +47,8 @@ MMPRETRAIN = Format(
         (rf'{BACKBONE}stem\.1\.({NORM})', r'features.norm0.\1'),
         (rf'{BACKBONE}stages\.(\d+)\.block\.(\d+)\.({LAYER}[12]\.{NORM})', _layer),
         (rf'{BACKBONE}transitions\.(\d+)\.({LAYER}\.{NORM})', _transition),
-        # The last one has no convolution: it is the network's last norm, and its activation.
-        (rf'{BACKBONE}transitions\.\d+\.0\.({NORM})', r'features.norm5.\1'),
+        # The fourth has no convolution: it is the network's last norm, and its activation.
+        (rf'{BACKBONE}transitions\.3\.0\.({NORM})', r'features.norm5.\1'),
         (rf'head\.fc\.{AFFINE}', None),
     ),
 )

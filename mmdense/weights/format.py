@@ -86,10 +86,13 @@ class Format:
                 if ours in mapped:
                     raise ValueError(f'{sources[ours]} and {key} are both {ours}')
                 mapped[ours], sources[ours] = value, key
-        if self.values is not None:
+        if self.values is not None and mapped:
             mapped = self.values(mapped)
-        left = {key: state_dict[key] for key in unknown if key not in mapped}
-        return Mapped({**mapped, **left}, dropped, unknown)
+        for key in unknown:
+            if key in mapped:
+                raise ValueError(f'{sources[key]} and {key} are both {key}')
+            mapped[key] = state_dict[key]
+        return Mapped(mapped, dropped, unknown)
 
 
 def below(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
