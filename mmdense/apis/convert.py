@@ -19,14 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmdense
-from mmdense.engine.checkpoints import (
-    fetch,
-    new_file,
-    read_checkpoint,
-    sha256_of,
-    write_checkpoint,
-)
+from mmdense.engine.checkpoints import fetch
 from mmdense.engine.coverage import Coverage, load_into
+from mmdense.engine.files import new_file, read_checkpoint, sha256_of, write_checkpoint
 from mmdense.errors import UserError
 from mmdense.models import DenseNet, RDNet, ReXNet
 from mmdense.models.backbones import Backbone

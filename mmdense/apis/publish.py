@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.hub import HASH_REGEX
 
-from mmdense.engine.checkpoints import read_checkpoint, sha256_of, write_checkpoint
+from mmdense.engine.files import read_checkpoint, sha256_of, write_checkpoint
 from mmdense.errors import UserError
 
 __all__ = ['Published', 'publish']

@@ -1,15 +1,10 @@
 """What training needs around the networks: importing this package registers all of it."""
 
 from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
-from mmdense.engine.checkpoints import (
-    allow_training_state,
-    load_from_condensenetv2,
-    load_from_timm,
-    read_checkpoint,
-    write_checkpoint,
-)
+from mmdense.engine.checkpoints import load_from_condensenetv2, load_from_timm
 from mmdense.engine.condense_schedule import CondenseScheduleHook
 from mmdense.engine.coverage import Coverage, CoverageHook, PretrainedInit, load_into
+from mmdense.engine.files import allow_training_state, read_checkpoint, write_checkpoint
 from mmdense.engine.hooks import ChannelsLastHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 

@@ -187,6 +187,8 @@ def load_into(
     for name, net in backbones:
         _adapt_first_conv(net, weights, name)
     missing, unexpected, errors = _load(module, weights)
+    if not weights:  # behind that prefix
+        unexpected = list(state_dict)
     wrong_shape = {}
     for error in errors:
         if match := re.match(r'size mismatch for (\S+): .*?\((.*?)\).*\((.*?)\)\.$', error):
@@ -220,7 +222,7 @@ def _taken(
     if below := _below(prefix, state_dict):
         return to_our_keys(below, wanted)
     weights, dropped, known = to_our_keys(state_dict, [prefix + name for name in wanted])
-    return _below(prefix, weights), dropped, known  # our names have it
+    return _below(prefix, weights), dropped, known  # our names may have it
 
 
 def _below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -263,7 +265,8 @@ def _hint(
 ) -> str:
     """Return how more of the file would have fitted, if a prefix is all that is wrong."""
     best, hint = loaded, ''
-    for prefix, number in _prefixes(state_dict):
+    wanted = {name: None for name in wanted if not name.endswith('num_batches_tracked')}
+    for prefix, number in [('', len(state_dict)), *_prefixes(state_dict)]:
         if number <= best:
             break
         try:
@@ -272,11 +275,10 @@ def _hint(
             continue
         fitting = len(below.keys() & wanted.keys())
         if fitting > best:
-            best, hint = (
-                fitting,
-                f'{fitting} would fit without {prefix!r} in front: '
-                + (way_out.format(prefix=prefix)),
-            )
+            best, hint = fitting, f'{fitting} would fit without a prefix'
+            if prefix:
+                way = way_out.format(prefix=prefix)
+                hint = f'{fitting} would fit without {prefix!r} in front: {way}'
     ours = to_our_keys(state_dict, ())[0]
     for prefix, number in _prefixes(wanted):
         if number <= best:
@@ -324,8 +326,8 @@ class PretrainedInit(MMEnginePretrainedInit):
         min_coverage: float | None = None,
     ) -> None:
         super().__init__(checkpoint, prefix, map_location)
-        if min_coverage is not None and not 0 <= min_coverage <= 1:
-            raise ValueError(f'min_coverage is {min_coverage}, must be from 0 to 1')
+        if min_coverage is not None:
+            _check_share(min_coverage)
         self.min_coverage = min_coverage
 
     def __call__(self, module: nn.Module) -> None:
@@ -349,6 +351,11 @@ class PretrainedInit(MMEnginePretrainedInit):
             update_init_info(module, init_info=self._get_init_info())
 
 
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f'min_coverage is {share}, must be from 0 to 1')
+
+
 @HOOKS.register_module()
 class CoverageHook(Hook):
     """Map what a runner loads to our keys, report it, and stop the run where it is too little.
@@ -363,6 +370,7 @@ class CoverageHook(Hook):
     priority = 'VERY_HIGH'  # before averages take the weights too
 
     def __init__(self, min_coverage: float = 1.0, part: str = '') -> None:
+        _check_share(min_coverage)
         self.min_coverage = min_coverage
         self.part = part
 
@@ -372,8 +380,9 @@ class CoverageHook(Hook):
             return
         model = unwrap(runner.model)
         weights, coverage = load_into(model, checkpoint)
-        if weights.keys() != checkpoint.get('state_dict', {}).keys():
-            checkpoint['state_dict'] = weights
+        held = checkpoint.get('state_dict') or {}
+        if held.keys() != weights.keys() or any(held[k] is not v for k, v in weights.items()):
+            checkpoint['state_dict'] = weights  # averages and the runner take these
         _report(coverage, 'the checkpoint')
         part = '' if runner._resume or not hasattr(model, self.part or ' ') else f'{self.part}.'
         coverage.require(self.min_coverage, source='the checkpoint', prefix=part)

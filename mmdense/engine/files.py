@@ -1,0 +1,236 @@
+"""Reading and writing files of weights, without running what a file may hold."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from mmengine.logging import HistoryBuffer
+from torch import Tensor
+
+from mmdense.errors import UserError
+
+__all__ = [
+    'allow_training_state',
+    'new_file',
+    'read_checkpoint',
+    'reason_of',
+    'sha256_of',
+    'write_checkpoint',
+]
+
+TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own
+META = 'mmdense_meta'  # entry of a safetensors file's metadata
+# How files begin that are taken for weights by mistake.
+MISTAKEN = {
+    b'version https://git-lfs': 'a Git LFS pointer: run git lfs pull',
+    b'<': 'a web page: download the file itself',
+}
+
+
+def allow_training_state() -> None:
+    """Let torch's safe loading read what mmengine saves beside the weights: its log buffers.
+
+    Since torch 2.6 ``torch.load`` refuses objects that it doesn't know; the original mmengine can't
+    load its own checkpoints there. (The maintained one opens a list of its own for each load, and
+    takes those entries off torch's list after it, ours too.)
+    """
+    core = getattr(np, '_core', None) or np.core
+    # numpy 2 renamed the module; files of either are read under either.
+    renamed = [
+        _known_as(f'numpy.{module}.multiarray', function)
+        for function in (core.multiarray._reconstruct, core.multiarray.scalar)
+        for module in ('core', '_core')
+    ]
+    dtypes = {type(np.dtype(code)) for code in '?bhilqefd'}
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *renamed, _known_as('builtins', getattr)]
+    )
+
+
+@functools.cache  # one object each, however often they are allowed
+def _known_as(module: str, function: Callable) -> Callable:
+    """Return a function that is allowed under a name: of ``getattr`` no more than is needed."""
+
+    def named(*arguments: Any) -> Any:
+        # Log buffers name their statistics by getattr.
+        if function is getattr and arguments[0] is not HistoryBuffer:
+            raise pickle.UnpicklingError(
+                f'Unsupported global: GLOBAL builtins.getattr of {arguments[0]}'
+            )
+        return function(*arguments)
+
+    named.__module__, named.__name__, named.__qualname__ = module, *[function.__name__] * 2
+    return named
+
+
+allow_training_state()
+
+
+def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+    """Return what a .pth or .safetensors file holds, running nothing in it.
+
+    Besides tensors it may hold plain Python, numpy's and mmengine's values, and the arguments of a
+    script. For files that hold more there is torch's own way out, named in the error. Which kind of
+    file it is is read from its content.
+
+    Args:
+        file: The file.
+        map_location: Device that the tensors go to.
+
+    Returns:
+        A dict; for safetensors ``dict(state_dict=..., meta=...)``, whose ``meta`` is the file's
+        metadata.
+
+    Raises:
+        UserError: No file, an empty, damaged or foreign one, or one that would have to be
+            unpickled.
+    """
+    file = Path(file).expanduser()
+    try:
+        if not file.is_file():
+            raise UserError(f'no file {file}' + (': it is a folder' if file.is_dir() else ''))
+        with file.open('rb') as opened:
+            begin = opened.read(64)
+        if not begin:
+            raise UserError(f'{file} is empty (0 bytes): download it again')
+        if begin[8:9] == b'{' and int.from_bytes(begin[:8], 'little') < file.stat().st_size:
+            held = _read_safetensors(file, map_location)
+        else:
+            for mistaken, what in MISTAKEN.items():
+                if begin.lstrip().startswith(mistaken):
+                    raise UserError(f'{file} is no checkpoint, but {what}')
+            held = _read_torch(file, map_location)
+    except UserError:
+        raise
+    except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
+        raise UserError(f'{file} is damaged, or no checkpoint ({reason_of(error)})') from error
+    if not isinstance(held, dict):
+        raise UserError(f'{file} holds a {type(held).__name__}, not a checkpoint')
+    return held
+
+
+def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
+    with safetensors.safe_open(file, 'pt') as opened:
+        meta = dict(opened.metadata() or {})
+    if META in meta:
+        meta = json.loads(meta[META])
+    held = {k: v.to(map_location or 'cpu') for k, v in safetensors.torch.load_file(file).items()}
+    return dict(state_dict=held, meta=meta)
+
+
+def _read_torch(file: Path, map_location: Any) -> Any:
+    trusted = os.environ.get(TRUST, '').lower() in ('1', 'y', 'yes', 'true')
+    try:
+        with file.open('rb') as opened, _allowed(), warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # of old protocols, and of the variable
+            # Opened here: torch would go by the name.
+            return torch.load(opened, map_location=map_location, weights_only=not trusted)
+    except pickle.UnpicklingError as error:
+        # Its first words advise to load unsafely.
+        refused = re.search(r'(?:GLOBAL|global|class) ([a-z_][\w.]+)', str(error))
+        if refused:
+            what = f'holds more than weights ({refused[1]}), and reading that could run any code'
+        else:
+            found = re.search(r'WeightsUnpickler error: (.+)', str(error))
+            what = (
+                f'is damaged, or no checkpoint ({found[1] if found else "it cannot be unpickled"})'
+            )
+        raise UserError(
+            f'{file} {what}. If you trust where it comes from, set {TRUST}=1 once, and save its '
+            'state_dict alone'
+        ) from error
+
+
+@contextmanager
+def _allowed() -> Iterator[None]:
+    """Allow training state, and a script's arguments: those not from then on."""
+    allow_training_state()  # again: mmengine may have taken it off
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(allowed)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error of whatever library in one line, of 200 letters at most."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
+    if first.endswith(':') and more:
+        first = f'{first} {more[0]}'
+    line = f'{type(error).__name__}: {first}'.rstrip(': .')
+    return line if len(line) <= 200 else f'{line[:197]}...'
+
+
+def new_file(file: str | Path) -> Path:
+    """Return the path of a checkpoint that can be written.
+
+    Raises:
+        UserError: A file that is there already, another suffix, or a folder that isn't there.
+    """
+    file = Path(file).expanduser()
+    if file.suffix not in ('.pth', '.safetensors'):
+        raise UserError(f'{file} must end in .pth or .safetensors')
+    if file.exists():
+        raise UserError(f'{file} is there already: choose another name')
+    if not file.parent.is_dir():
+        raise UserError(f'no folder {file.parent} to write {file.name} to')
+    return file
+
+
+def write_checkpoint(
+    file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write weights to a new file, which is there whole or not at all.
+
+    Args:
+        file: NAME.pth, or NAME.safetensors, which holds ``meta`` as JSON.
+        state_dict: The weights.
+        meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
+
+    Raises:
+        UserError: As :func:`new_file`, or ``meta`` that JSON cannot hold.
+    """
+    file = new_file(file)
+    # A tensor of its own each: views would drag along what they are cut from.
+    weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
+    part = file.with_name(f'.{file.name}.part')
+    try:
+        if file.suffix == '.pth':
+            torch.save(dict(state_dict=weights, meta=dict(meta)), part)
+        else:
+            text = json.dumps(
+                meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v)
+            )
+            # One entry: several would be written in an order that changes from file to file.
+            safetensors.torch.save_file(weights, part, metadata={META: text})
+        part.replace(file)
+    except TypeError as error:
+        raise UserError(f'{file}: meta is not for JSON ({error}); write it as .pth') from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256_of(file: str | Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
+    digest = hashlib.sha256()
+    with Path(file).expanduser().open('rb') as opened:
+        while block := opened.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
