@@ -37,7 +37,7 @@ setup(
     license='Apache-2.0',
     packages=find_packages(include=['mmdense', 'mmdense.*']),
     python_requires='>=3.10',
-    install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16'],
+    install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors'],
     extras_require={
         'mm': MM,
         'openmmlab': OPENMMLAB,

@@ -42,6 +42,8 @@ def main() -> None:
         f'{args.target}: {done.tensors} tensors from the format {done.format}; left out: '
         f'{", ".join(done.dropped) or "nothing"}'
     )
+    if not done.coverage and not done.compared:
+        console.print('whether these fill a network was not checked: --config or --check does')
     if done.coverage:
         console.print(f'{done.coverage.model}:\n{done.coverage.table()}', highlight=False)
     if done.compared:

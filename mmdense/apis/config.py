@@ -143,14 +143,14 @@ def use_checkpoint(
         if resume:
             raise UserError('--resume goes on with a run, --load-from starts one: choose one')
         cfg.load_from = load_from
-    if cfg.get('load_from') and min_coverage == 1:
+    if resume:  # a first start has nothing to go on with: it begins as without
+        found = resume != 'auto' or Path(cfg.work_dir, 'last_checkpoint').is_file()
+        cfg.resume = found
+        if found:
+            cfg.load_from = None if resume == 'auto' else resume
+    if cfg.get('resume') or (cfg.get('load_from') and min_coverage == 1):
+        # The checkpoint holds all weights: those that training began with need not be there.
         cfg.model.get('backbone', {}).pop('init_cfg', None)
-    if resume:
-        cfg.resume = True
-        cfg.load_from = None if resume == 'auto' else resume
-        if resume != 'auto' or Path(cfg.work_dir, 'last_checkpoint').is_file():
-            # The checkpoint holds all weights: those that training began with need not be there.
-            cfg.model.get('backbone', {}).pop('init_cfg', None)
     start = cfg.get('load_from')
     if start and '://' not in start and not Path(start).exists():
         raise UserError(f'no checkpoint {start}')

@@ -106,6 +106,8 @@ def convert_file(
             f'{list(FORMATS)} by --from, or, if they are ours, the model by --config'
         )
     weights = mapped.weights if mapped else state_dict
+    if not weights:
+        raise UserError(f'{source}: nothing is left without {mapped.dropped}')
     coverage = _fill(config, weights, source) if config is not None else None
     compared, differences = _compare(source, state_dict, weights, known) if check else ('', ())
     record = dict(
@@ -199,11 +201,12 @@ def _source_network(
         return f'torchvision {arch}', torchvision.models.get_model(arch, weights=weights)
     for name, options in _candidates(INSTALLED[known.name][1]):
         with torch.device('meta'):
-            shapes = _shapes(timm.create_model(name, **options).state_dict())
-        # timm:// leaves out the classifier.
-        if shapes == _shapes(state_dict):
+            candidate = timm.create_model(name, **options).state_dict()
+        if state_dict.keys() <= candidate.keys() and _shapes(known.map(candidate).weights) == (
+            _shapes(known.map(state_dict).weights)
+        ):  # but for the classifier, which may be missing
             net = timm.create_model(name, **options)
-            net.load_state_dict(state_dict, strict=True)
+            net.load_state_dict(state_dict, strict=False)
             kind = 'features of ' if options.get('features_only') else ''
             return f'timm {kind}{name}', net
     raise UserError(f'--check: no network of timm takes the names and shapes of {source}')
@@ -211,7 +214,7 @@ def _source_network(
 
 def _candidates(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
     for name in timm.list_models(pattern):
-        for options in ({}, dict(num_classes=0), dict(features_only=True)):
+        for options in ({}, dict(features_only=True)):
             yield name, options
 
 

@@ -135,7 +135,8 @@ def _split(
             )
     if bare:
         return weights, {}, ()
-    meta = dict(held.get('meta') or {})
+    meta = held.get('meta')
+    meta = dict(meta) if isinstance(meta, Mapping) else {}
     left_out = [name for name in held if name not in ('state_dict', 'meta')]
     if 'hook_msgs' in meta:
         del meta['hook_msgs']
@@ -150,7 +151,9 @@ def _trained(
 
     What the average lacks was not exchanged: there ``state_dict`` holds the trained tensor.
     """
-    if not any(PREFIX + name in other for name in weights):
+    if not isinstance(other, Mapping) or not any(
+        isinstance(other.get(PREFIX + name), Tensor) for name in weights
+    ):
         raise UserError(
             f"{source} holds an ema_state_dict that is not of mmengine's EMAHook, so which weights "
             'are the average is not known: save those that you want alone, and publish that file'

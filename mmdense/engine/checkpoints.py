@@ -85,6 +85,9 @@ def fetch(url: str) -> Path:
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
+    if '://' in filename:
+        known = sorted(p for p in CheckpointLoader._schemes if re.fullmatch(r'[\w-]+://', p))
+        raise UserError(f'{filename}: no such scheme (known: {", ".join(known)})')
     return read_checkpoint(filename, map_location)
 
 

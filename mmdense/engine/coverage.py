@@ -34,6 +34,7 @@ __all__ = ['Coverage', 'CoverageHook', 'PretrainedInit', 'load_into', 'unwrap']
 
 SHOWN = 3  # names in a message
 RGB = 3
+COUNTER = 'num_batches_tracked'  # files from before torch 0.4.1 have none; none is needed
 SCRATCH = '(To train from scratch: --cfg-options model.backbone.init_cfg=None)'
 
 
@@ -186,7 +187,7 @@ def load_into(
         raise UserError(str(error)) from error
     for name, net in backbones:
         _adapt_first_conv(net, weights, name)
-    missing, unexpected, errors = _load(module, weights)
+    taken, missing, unexpected, errors = _load(module, weights)
     if not weights:  # behind that prefix
         unexpected = list(state_dict)
     wrong_shape = {}
@@ -198,7 +199,11 @@ def load_into(
     if isinstance(module, Backbone):  # a whole model was trained with them
         missing = [name for name in missing if not name.startswith(module.not_pretrained)]
     absent = {*missing, *wrong_shape}
-    loaded = [name for name in wanted if name in weights and name not in absent]
+    loaded = [
+        name
+        for name in wanted
+        if name in taken and name not in absent and (name in weights or not name.endswith(COUNTER))
+    ]
     coverage = Coverage(
         model=type(module).__name__,
         format=known,
@@ -230,23 +235,21 @@ def _below(prefix: str, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _adapt_first_conv(net: Backbone, weights: dict[str, Tensor], prefix: str) -> None:
-    convs = ((n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d))
-    name, conv = next(convs, (None, None))
-    key = f'{prefix}{name}.weight'
-    if conv is None or key not in weights or weights[key].ndim != 4:
-        return
-    if weights[key].shape[1] == RGB != conv.in_channels:
-        weights[key] = adapt_input_conv(conv.in_channels, weights[key])
-        print_log(
-            f'{key}: adapted from {RGB} to {conv.in_channels} channels of the image',
-            logger='current',
-        )
+    convs = [(n, m) for n, m in net.named_modules() if isinstance(m, nn.Conv2d)]
+    channels = convs[0][1].in_channels if convs else RGB
+    for name, conv in convs:  # a stem may have several that read the image
+        key = f'{prefix}{name}.weight'
+        shape = weights[key].shape if key in weights else ()
+        if len(shape) == 4 and shape[1] == RGB != channels == conv.in_channels:
+            weights[key] = adapt_input_conv(channels, weights[key])
+            print_log(f'{key}: adapted from {RGB} to {channels} channels of the image', 'current')
 
 
-def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list, list, list]:
-    """Load what fits as torch does, and return (missing, unexpected, errors).
+def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict, list, list, list]:
+    """Load what fits as torch does, and return (what was taken, missing, unexpected, errors).
 
-    torch's own load_state_dict raises on shapes, mmengine's only logs what it found.
+    torch's own load_state_dict raises on shapes, mmengine's only logs what it found. Models may
+    rename what they take.
     """
     state_dict, missing, unexpected, errors = dict(weights), [], [], []
 
@@ -257,7 +260,7 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[list, list,
                 load(child, f'{prefix}{name}.')
 
     load(module, '')
-    return missing, list(dict.fromkeys(unexpected)), errors
+    return state_dict, missing, list(dict.fromkeys(unexpected)), errors
 
 
 def _hint(
@@ -265,7 +268,7 @@ def _hint(
 ) -> str:
     """Return how more of the file would have fitted, if a prefix is all that is wrong."""
     best, hint = loaded, ''
-    wanted = {name: None for name in wanted if not name.endswith('num_batches_tracked')}
+    wanted = {name: None for name in wanted if not name.endswith(COUNTER)}
     for prefix, number in [('', len(state_dict)), *_prefixes(state_dict)]:
         if number <= best:
             break
@@ -312,7 +315,7 @@ class PretrainedInit(MMEnginePretrainedInit):
         map_location: Device that the tensors are read to.
         min_coverage: Least share of the module's tensors, from 0 to 1, that must be loaded. By
             default all of a backbone of ours (what was never pretrained aside, such as RDNet's
-            output norms), and of any other module anything at all.
+            output norms), also in a whole model, and of any other module anything at all.
 
     Raises:
         UserError: No such weights, or too few: raised when the module is initialised.
@@ -344,6 +347,10 @@ class PretrainedInit(MMEnginePretrainedInit):
             _report(coverage, self.checkpoint)
             least = 1.0 if ours and self.min_coverage is None else self.min_coverage
             coverage.require(least, source=self.checkpoint)
+            if self.min_coverage is None:  # of a whole model too
+                for name, net in module.named_modules():
+                    if isinstance(net, Backbone) and name:
+                        coverage.require(1.0, source=self.checkpoint, prefix=f'{name}.')
         except UserError as error:
             said = str(error) if self.checkpoint in str(error) else f'{self.checkpoint}: {error}'
             raise UserError(f'{said} {SCRATCH}' if ours else said) from error
@@ -377,6 +384,11 @@ class CoverageHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Load into the model, as the runner will do again, and see what became of it."""
         if isinstance(runner.model, FullyShardedDataParallel):  # its names are not the model's
+            print_log(
+                'under FSDP it is not checked whether the checkpoint fills the model',
+                logger='current',
+                level=logging.WARNING,
+            )
             return
         model = unwrap(runner.model)
         weights, coverage = load_into(model, checkpoint)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
 import hashlib
 import json
 import os
 import pickle
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,10 +21,16 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
 from mmdense.errors import UserError
+
+try:
+    from numpy._core import multiarray
+except ImportError:  # numpy 1
+    from numpy.core import multiarray
 
 __all__ = [
     'allow_training_state',
@@ -34,6 +42,7 @@ __all__ = [
 ]
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own
+_LOCK = threading.Lock()
 META = 'mmdense_meta'  # entry of a safetensors file's metadata
 # How files begin that are taken for weights by mistake.
 MISTAKEN = {
@@ -49,16 +58,16 @@ def allow_training_state() -> None:
     load its own checkpoints there. (The maintained one opens a list of its own for each load, and
     takes those entries off torch's list after it, ours too.)
     """
-    core = getattr(np, '_core', None) or np.core
     # numpy 2 renamed the module; files of either are read under either.
     renamed = [
         _known_as(f'numpy.{module}.multiarray', function)
-        for function in (core.multiarray._reconstruct, core.multiarray.scalar)
+        for function in (multiarray._reconstruct, multiarray.scalar)
         for module in ('core', '_core')
     ]
-    dtypes = {type(np.dtype(code)) for code in '?bhilqefd'}
+    dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefdUM'}
+    builtin = [_known_as('builtins', getattr), _known_as('_codecs', codecs.encode), bytes]
     torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, *dtypes, *renamed, _known_as('builtins', getattr)]
+        [HistoryBuffer, ConfigDict, np.ndarray, np.dtype, *dtypes, *renamed, *builtin]
     )
 
 
@@ -142,31 +151,34 @@ def _read_torch(file: Path, map_location: Any) -> Any:
             return torch.load(opened, map_location=map_location, weights_only=not trusted)
     except pickle.UnpicklingError as error:
         # Its first words advise to load unsafely.
-        refused = re.search(r'(?:GLOBAL|global|class) ([a-z_][\w.]+)', str(error))
-        if refused:
-            what = f'holds more than weights ({refused[1]}), and reading that could run any code'
-        else:
+        refused = re.search(r'(?:GLOBAL|global|class) \W*([a-z_][\w.]+)', str(error))
+        if refused is None:
             found = re.search(r'WeightsUnpickler error: (.+)', str(error))
-            what = (
-                f'is damaged, or no checkpoint ({found[1] if found else "it cannot be unpickled"})'
-            )
+            raise UserError(
+                f'{file} is damaged, or no checkpoint ({found[1] if found else "no pickle"})'
+            ) from error
         raise UserError(
-            f'{file} {what}. If you trust where it comes from, set {TRUST}=1 once, and save its '
-            'state_dict alone'
+            f'{file} holds more than weights ({refused[1]}), and reading that could run any code. '
+            f'If you trust where it comes from, set {TRUST}=1 once, and save its state_dict alone'
         ) from error
+    except RuntimeError as error:
+        if 'TorchScript' in str(error):
+            raise UserError(f'{file} is a TorchScript program, not a state dict') from error
+        raise
 
 
 @contextmanager
 def _allowed() -> Iterator[None]:
     """Allow training state, and a script's arguments: those not from then on."""
-    allow_training_state()  # again: mmengine may have taken it off
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.add_safe_globals([argparse.Namespace])
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(allowed)
+    with _LOCK:  # torch's list is one for all threads
+        allow_training_state()  # again: mmengine may have taken it off
+        allowed = [*torch.serialization.get_safe_globals()]
+        torch.serialization.add_safe_globals([argparse.Namespace])
+        try:
+            yield
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(allowed)
 
 
 def reason_of(error: Exception) -> str:
@@ -213,18 +225,21 @@ def write_checkpoint(
     part = file.with_name(f'.{file.name}.part')
     try:
         if file.suffix == '.pth':
-            torch.save(dict(state_dict=weights, meta=dict(meta)), part)
+            with part.open('wb') as opened:  # given a name, torch would write it into the file
+                torch.save(dict(state_dict=weights, meta=dict(meta)), opened)
         else:
-            text = json.dumps(
-                meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v)
-            )
             # One entry: several would be written in an order that changes from file to file.
-            safetensors.torch.save_file(weights, part, metadata={META: text})
+            safetensors.torch.save_file(weights, part, metadata={META: _json(meta, file)})
         part.replace(file)
-    except TypeError as error:
-        raise UserError(f'{file}: meta is not for JSON ({error}); write it as .pth') from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _json(meta: Mapping[str, Any], file: Path) -> str:
+    try:
+        return json.dumps(meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v))
+    except TypeError as error:  # of keys
+        raise UserError(f'{file}: meta is not for JSON ({error}); write it as .pth') from error
 
 
 def sha256_of(file: str | Path) -> str:

@@ -90,6 +90,8 @@ def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
     if not held:
         raise ValueError('no state dict: empty')
     state_dict = {key.replace(COMPILED, ''): value for key, value in held.items()}
+    if len(state_dict) < len(held):
+        raise ValueError(f'no state dict: keys with {COMPILED} and the same ones without')
     while all(key.startswith(PARALLEL) for key in state_dict):
         state_dict = {key.removeprefix(PARALLEL): v for key, v in state_dict.items()}
     return state_dict

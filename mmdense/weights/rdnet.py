@@ -33,6 +33,6 @@ PARTS = r'(?:neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_he
 MMLAB = Format(
     name='rdnet-mmlab',
     about='RDNet detectors and segmentors of mmdet 2.x and mmseg 0.x',
-    sign=r'backbone\.timm_model\.',
+    sign=r'backbone\.timm_model\.(?:stem|dense_stages)[._]',
     rules=(*below('backbone.', RULES), (rf'{PARTS}\..+', r'\g<0>'), (r'ema_\w+', None)),
 )

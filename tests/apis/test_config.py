@@ -100,14 +100,30 @@ def test_auto_scale_lr():
 def test_resume(tmp_path):
     file = tmp_path / 'x.pth'
     file.touch()
-    cfg = config.load_config(COCO)
-    config.use_checkpoint(cfg, 'auto')
-    assert cfg.resume
-    assert cfg.load_from is None
+    cfg = config.load_config(COCO, work_dir=str(tmp_path))
     config.use_checkpoint(cfg, str(file))
+    assert cfg.resume
     assert cfg.load_from == str(file)
     with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
         config.use_checkpoint(cfg, 'nowhere.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(file))
+    cfg.load_from = 'another'
+    config.use_checkpoint(cfg, 'auto')
+    assert cfg.resume
+    assert cfg.load_from is None
+
+
+@pytest.mark.parametrize('other', [None, 'x.pth'])
+def test_a_first_start_with_resume_begins_as_without(other, tmp_path):
+    cfg = config.load_config(COCO, work_dir=str(tmp_path))
+    if other:
+        (tmp_path / other).touch()
+        cfg.load_from = str(tmp_path / other)
+    config.use_checkpoint(cfg, 'auto')
+    assert not cfg.resume
+    # Weights come from one of the two: never from neither.
+    assert ('init_cfg' in cfg.model.backbone) == (other is None)
+    assert cfg.get('load_from') == (str(tmp_path / other) if other else None)
 
 
 @pytest.mark.parametrize('resume', [None, 'auto', 'latest in the work dir', 'x.pth'])

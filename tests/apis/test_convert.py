@@ -68,6 +68,8 @@ def test_check_compares_with_the_source(rexnet, tmp_path, monkeypatch):
     assert done.compared == 'timm rexnet_100'
     assert len(done.differences) == 4
     assert max(done.differences) < 1e-5
+    again = convert_file(str(tmp_path / 'a.pth'), tmp_path / 'again.pth', check=True)
+    assert again.differences == done.differences  # the classifier is not missed
     features = timm.create_model('rexnet_100', features_only=True).state_dict()
     flat = {k: state[k.replace('features_', 'features.')] for k in features}
     torch.save(flat, tmp_path / 'flat.pth')
@@ -159,6 +161,9 @@ def test_leftovers_and_wrong_formats(rexnet, tmp_path):
         convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth')
     with pytest.raises(UserError, match='411 keys are not of the format rdnet'):
         convert_file(str(file), tmp_path / 'y.pth', format_name='rdnet')
+    torch.save({'head.fc.weight': torch.zeros(1)}, tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='nothing is left'):
+        convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', format_name='rexnet')
     with pytest.raises(UserError, match='is there already'):
         convert_file(str(file), file)
     with pytest.raises(UserError, match='no file'):

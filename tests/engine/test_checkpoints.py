@@ -22,6 +22,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
@@ -441,8 +442,9 @@ def test_a_failure_leaves_nothing_behind(suffix, module, function, tmp_path, mon
     began = []
 
     def fail(what, file, **options):
-        file.write_bytes(b'the first half')
-        began.append(file)
+        begun = file.name if hasattr(file, 'name') and not isinstance(file, Path) else file
+        Path(begun).write_bytes(b'the first half')
+        began.append(begun)
         raise OSError('No space left on device')
 
     monkeypatch.setattr(module, function, fail)
@@ -450,6 +452,47 @@ def test_a_failure_leaves_nothing_behind(suffix, module, function, tmp_path, mon
         write_checkpoint(tmp_path / f'x{suffix}', tensors(), {})
     assert len(began) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_weights_give_the_same_file(tmp_path):
+    for suffix in SUFFIXES:
+        for name in ('a', 'b'):
+            write_checkpoint(tmp_path / f'{name}{suffix}', tensors(), dict(x=1, y=[2]))
+        assert (tmp_path / f'a{suffix}').read_bytes() == (tmp_path / f'b{suffix}').read_bytes()
+
+
+def test_harmless_values_are_read(tmp_path):
+    held = dict(
+        state_dict=tensors(),
+        none=np.zeros(0),
+        words=np.array(['a', 'bc']),
+        unsigned=np.uint16(3),
+        history=HistoryBuffer(),
+        meta=ConfigDict(a=dict(b=1)),
+    )
+    save_zip(held, tmp_path / 'x.pth')
+    read = read_checkpoint(tmp_path / 'x.pth')
+    assert read['none'].size == 0
+    assert list(read['words']) == ['a', 'bc']
+    assert read['unsigned'] == 3
+    assert read['meta'].a.b == 1
+
+
+def test_a_program_of_torchscript(tmp_path):
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / 'x.pt')
+    assert 'is a TorchScript program, not a state dict' in refusal(
+        read_checkpoint, tmp_path / 'x.pt'
+    )
+
+
+def test_files_that_no_flag_helps(tmp_path):
+    (tmp_path / 'x.pth').write_bytes(b'{"not": "a checkpoint"}')
+    assert TRUST not in refusal(read_checkpoint, tmp_path / 'x.pth')
+
+
+def test_unknown_schemes():
+    with pytest.raises(UserError, match=r'hf-hub://x: no such scheme .*timm://'):
+        CheckpointLoader.load_checkpoint('hf-hub://x')
 
 
 # Fetching

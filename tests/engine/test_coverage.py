@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.registry import HOOKS, MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from timm.models import adapt_input_conv
 from torch import nn
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from mmdense.engine import CoverageHook, PretrainedInit, coverage, load_into, read_checkpoint
 from mmdense.errors import UserError
+from support import DEMOS
 
 NETS = dict(
     RDNet=dict(arch=dict(stem=8, growth=(8, 8, 8), down=(1, 2), blocks=1)),
@@ -755,3 +757,53 @@ def test_a_whole_model_needs_its_output_norms(resume):
     checkpoint = dict(state_dict=classifier_weights())
     with pytest.raises(UserError, match=r'missing: backbone\.output_norms\.0\.weight'):
         load_by_hook(Classifier(output_norm=True), checkpoint, part='', resume=resume)
+
+
+def whole_model(**options):
+    init_default_scope('mmdet')
+    cfg = Config.fromfile(DEMOS['detection'])
+    return MODELS.build({**cfg.model, **options})
+
+
+def test_a_whole_model_s_init_cfg_fills_the_backbone(tmp_path):
+    torch.manual_seed(0)
+    weights = whole_model().state_dict()
+    file = save(tmp_path, weights)
+    model = whole_model(init_cfg=dict(type='Pretrained', checkpoint=file))
+    model.init_weights()
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    renamed = {k.replace('backbone.', 'bkbone.'): v for k, v in weights.items()}
+    model = whole_model(init_cfg=dict(type='Pretrained', checkpoint=save(tmp_path, renamed)))
+    with pytest.raises(UserError, match='fills 0 of .* tensors of backbone of FasterRCNN'):
+        model.init_weights()
+
+
+def test_all_that_read_the_image_are_adapted():
+    """repvgg's first block has two convolutions side by side."""
+    options = dict(type='mmdense.TimmBackbone', model_name='repvgg_a0')
+    torch.manual_seed(0)
+    weights = MODELS.build(options).state_dict()
+    net = MODELS.build(dict(**options, in_channels=1))
+    assert load_into(net, weights)[1].share() == 1
+    for kernel in ('conv_kxk', 'conv_1x1'):
+        found = net.state_dict()[f'stem.{kernel}.conv.weight']
+        torch.testing.assert_close(found, weights[f'stem.{kernel}.conv.weight'].sum(1, True))
+
+
+def test_names_that_a_model_changes_itself():
+    """mmdet's semi-supervised detectors give a detector's weights to student and teacher."""
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            for key in [k for k in state_dict if k in ('weight', 'bias')]:
+                value = state_dict.pop(key)
+                state_dict |= {f'student.{key}': value, f'teacher.{key}': value}
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    found = load_into(Twice(), nn.Linear(2, 2).state_dict())[1]
+    assert len(found.loaded) == 4
+    assert not found.missing
