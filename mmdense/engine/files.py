@@ -172,7 +172,7 @@ def _allowed() -> Iterator[None]:
     """Allow training state, and a script's arguments: those not from then on."""
     with _LOCK:  # torch's list is one for all threads
         allow_training_state()  # again: mmengine may have taken it off
-        allowed = [*torch.serialization.get_safe_globals()]
+        allowed = [*dict.fromkeys(torch.serialization.get_safe_globals())]
         torch.serialization.add_safe_globals([argparse.Namespace])
         try:
             yield

@@ -173,7 +173,7 @@ def test_training_state_after_a_load_of_mmengine(tmp_path):
     state = training_state()
     del state['args']
     save_zip(state, file)
-    allowed = torch.serialization.get_safe_globals()
+    allowed = [*torch.serialization.get_safe_globals()]
     try:
         _safe_torch_load(file)
         held = read_checkpoint(file)
@@ -480,9 +480,8 @@ def test_harmless_values_are_read(tmp_path):
 
 def test_a_program_of_torchscript(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / 'x.pt')
-    assert 'is a TorchScript program, not a state dict' in refusal(
-        read_checkpoint, tmp_path / 'x.pt'
-    )
+    said = refusal(read_checkpoint, tmp_path / 'x.pt')
+    assert 'is a TorchScript program' in said or 'not a checkpoint' in said  # torch before 2.6
 
 
 def test_files_that_no_flag_helps(tmp_path):
