@@ -131,12 +131,14 @@ def _shown(names: Iterable[str] | Mapping[str, str], before: str) -> str:
 def to_our_keys(
     state_dict: Mapping[str, Tensor], wanted: Iterable[str]
 ) -> tuple[dict[str, Tensor], list[str], Format | None]:
-    """Return a state dict with our keys if its own fit a model worse, what that dropped, and its
-    format.
+    """Map a state dict of a known format to our keys, unless its own fit the model better.
 
     Args:
         state_dict: Of any known format, or of none.
         wanted: The model's names.
+
+    Returns:
+        The state dict, the keys that the map dropped, and the format, if it was mapped.
 
     Raises:
         ValueError: Tensors that the format cannot hold.

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 pytest.importorskip('mmseg')
@@ -10,98 +9,7 @@ pytest.importorskip('mmseg')
 from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
 from mmdense.models.heads.rexunet import ReXUNetHead  # noqa: E402
 from mmdense.weights import convert  # noqa: E402
-
-# clovaai's ReXNet 1.0: channels of the 16 blocks; those that halve the resolution.
-CHANNELS = (16, 27, 38, 50, 61, 72, 84, 95, 106, 117, 128, 140, 151, 162, 174, 185)
-HALVING = (1, 3, 5, 11)
-TAPS = (16, 27, 50, 72, 140)
-
-
-class Gate(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        few = channels // 12
-        self.fc = nn.Sequential(
-            nn.Conv2d(channels, few, 1),
-            nn.BatchNorm2d(few),
-            nn.ReLU(),
-            nn.Conv2d(few, channels, 1),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, x):
-        return x * self.fc(F.adaptive_avg_pool2d(x, 1))
-
-
-class Block(nn.Module):
-    def __init__(self, inp, out, *, stride=1, expanded, gated, shortcut):
-        super().__init__()
-        layers, hidden = [], inp
-        if expanded:
-            hidden = 6 * inp
-            layers += [nn.Conv2d(inp, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.SiLU()]
-        layers += [
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-        ]
-        if gated:
-            layers.append(Gate(hidden))
-        layers += [nn.ReLU6(), nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out)]
-        self.out = nn.Sequential(*layers)
-        self.shortcut = shortcut
-
-    def forward(self, x):
-        y = self.out(x)
-        if self.shortcut:
-            y[:, : x.shape[1]] += x
-        return y
-
-
-class Fork(nn.Module):
-    """The network of the facts: slices of the encoder keep the numbers of the whole sequence."""
-
-    def __init__(self):
-        super().__init__()
-        features = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU()]
-        before = 32
-        for i, channels in enumerate(CHANNELS):
-            features.append(
-                Block(
-                    before,
-                    channels,
-                    stride=2 if i in HALVING else 1,
-                    expanded=i > 0,
-                    gated=i > 2,
-                    shortcut=i > 0 and i not in HALVING,
-                )
-            )
-            before = channels
-        features += [nn.Conv2d(185, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.SiLU()]
-        features = nn.Sequential(*features)
-        bounds = (0, 4, 5, 7, 9, 15, 22)
-        for k in range(6):
-            self.add_module(f'conv{k}', features[bounds[k] : bounds[k + 1]])
-        widths = (1280, *reversed(TAPS), 1)
-        for k in range(1, 7):
-            block = Block(*widths[k - 1 : k + 1], expanded=False, gated=True, shortcut=False)
-            self.add_module(f'decode_conv{k}', block)
-        for k in range(1, 6):
-            self.add_module(f'output_conv{k}', nn.Conv2d(TAPS[k - 1], 1, 3, 1, 1))
-
-    def forward(self, x):
-        taps = []
-        for k in range(6):
-            x = self.get_submodule(f'conv{k}')(x)
-            taps.append(x)
-        outputs = []
-        for k in range(1, 6):
-            x = self.get_submodule(f'decode_conv{k}')(x)
-            if k > 1:
-                x = F.interpolate(x, scale_factor=2, mode='bilinear', align_corners=False)
-            x = x + taps[5 - k]
-            outputs.append(self.get_submodule(f'output_conv{6 - k}')(x))
-        x = F.interpolate(self.decode_conv6(x), scale_factor=2, mode='bilinear')
-        return [x, *reversed(outputs)]
+from published import Fork  # noqa: E402
 
 
 @pytest.fixture(scope='module')
