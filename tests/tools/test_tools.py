@@ -387,7 +387,8 @@ def test_without_weights_training_stops_with_one_line(run_tool, tmp_path):
         HF_HOME=tmp_path,
     )
     assert status == 2, said
-    assert 'error: no weights from timm://rdnet_tiny.nv_in1k (model.safetensors of' in said
+    assert 'error: timm://rdnet_tiny.nv_in1k could not be downloaded (' in said
+    assert 'get model.safetensors of naver-ai/rdnet_tiny.nv_in1k' in said
     assert 'Traceback' not in said
     assert not list(tmp_path.rglob('*.pth'))
 
