@@ -302,7 +302,7 @@ def test_the_command(run_tool, tmp_path, out):
     lines = [
         f'{written}',
         f'size: {file.stat().st_size / 1e6:.2f} MB before, 0.60 MB after',
-        'tensors: 8, 1 of them float16',
+        'tensors: 7, 1 of them float16',
         'weights: as they were trained, not the average',
         'left out: optimizer, ema_state_dict',
         'too large for float16, left as they were: conv.weight',
