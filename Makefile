@@ -21,7 +21,8 @@ endif
 # (docs/decisions.md, 10).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo demo-segmentation test test-fast test-openmmlab lint format check tested
+.PHONY: help setup demo demo-segmentation test test-fast test-openmmlab benchmark lint format check
+.PHONY: tested
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /: /' | column -t -s ':'
@@ -52,6 +53,15 @@ test-openmmlab:  ## run fast tests and a short training on the original MM packa
 	$(MAKE) setup VENV=.venv-openmmlab MM=openmmlab
 	.venv-openmmlab/bin/python -m pytest -m 'not slow'
 	.venv-openmmlab/bin/python -m pytest tests/tools -k 'not two_processes'
+
+RECORD ?= benchmarks/results/cpu.json
+COMPARE = $(BIN)/python tools/benchmark.py compare --json $(RECORD)
+
+benchmark: setup  ## time what deploys beside others', for docs/performance.md (8 minutes)
+	rm -f $(RECORD)
+	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile
+	$(COMPARE) --names rexnet_100 --dtype float32 bfloat16
+	$(BIN)/python tools/benchmark.py report
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ def deploy(model: nn.Module) -> None:
     if not backbones:
         raise UserError(
             f'{type(getattr(model, "backbone", model)).__name__} has no form for deployment: '
-            'mmdense.CondenseNetV2 has'
+            'mmdense.CondenseNetV2 and mmdense.ReXNet have one'
         )
     for backbone in backbones:
         backbone.switch_to_deploy()

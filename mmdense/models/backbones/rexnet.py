@@ -22,6 +22,8 @@ import torch
 from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
 
+from mmdense.errors import UserError
+from mmdense.models.backbones._rexnet_deploy import DeployedBottleneck, DeployedConv
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import recompute
 from mmdense.registry import MODELS
@@ -32,6 +34,8 @@ __all__ = ['LinearBottleneck', 'ReXNet', 'init_convs']
 GROUPS = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (5, 2))
 EXPANDED_FROM, GATED_FROM = 1, 2
 TAPS = ('stages', 'unet')
+# What only the state dict of a form has.
+MARKS = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
 
 @dataclass(frozen=True)
@@ -232,6 +236,7 @@ class ReXNet(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        self.form = 'trained'
         self._ends = ends
         self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=True)
         built = ends[self.out_indices[-1]] + 1
@@ -251,6 +256,36 @@ class ReXNet(Backbone):
             self.features.append(_conv_norm(channels[-1], last, act=True))
         init_convs(self)
         self._freeze()
+
+    def switch_to_deploy(self) -> None:
+        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
+
+        Load weights first. ``form`` becomes 'deployed': norms are folded, shortcuts are added in
+        place, nothing is random or frozen any more, and ``train()`` changes no map. The maps stay
+        those of the evaluation, and are channels-last, for images of either memory format.
+        Gradients reach the image alone. Turned twice it stays as it is.
+        """
+        if self.form == 'deployed':
+            return
+        self.stem = DeployedConv(self.stem)
+        self.features = nn.ModuleList(
+            DeployedBottleneck(block)
+            if isinstance(block, LinearBottleneck)
+            else DeployedConv(block)
+            for block in self.features
+        )
+        self.form = 'deployed'
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # mmengine no more than warns of keys that don't fit, and some fit both forms.
+        for form, mark in MARKS.items():
+            if form != self.form and prefix + mark in state_dict:
+                raise UserError(
+                    f'the weights are those of a ReXNet of form={form!r}, the network is of '
+                    f'form={self.form!r}: load weights before switch_to_deploy()'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:

@@ -1,0 +1,80 @@
+"""How a trained ReXNet is run for inference: norms folded, activations and shortcuts in place.
+
+Maps are channels-last throughout, whatever the image is, since convolutions go by the weights'
+format: on a CPU that was the faster one. What a block writes to is its own: a map that is returned
+is read by the next block, and never written again. All operators are torch's public ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmdense.models.layers.fold import fold_norm
+
+__all__ = ['DeployedBottleneck', 'DeployedConv']
+
+
+class DeployedConv(nn.Module):
+    """A convolution with norm and SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels-last.
+
+    Args:
+        layers: ``conv``, ``bn`` and ``act``.
+    """
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.conv = fold_norm(layers.conv, layers.bn)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.conv(x), inplace=True)
+
+
+class DeployedGate(nn.Module):
+    """Squeeze and excitation: the gates [N, C, 1, 1] of a map [N, C, H, W].
+
+    Args:
+        se: timm's module, with a norm.
+    """
+
+    def __init__(self, se: nn.Module) -> None:
+        super().__init__()
+        self.fc1 = fold_norm(se.fc1, se.bn)
+        self.fc2 = se.fc2
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A 1x1 convolution of one pixel is a linear layer, which takes less time to call.
+        x = F.linear(x.mean((2, 3)), self.fc1.weight.flatten(1), self.fc1.bias).relu_()
+        x = F.linear(x, self.fc2.weight.flatten(1), self.fc2.bias).sigmoid_()
+        return x[..., None, None]
+
+
+class DeployedBottleneck(nn.Module):
+    """Map [N, C_in, H, W] to a new [N, C_out, ceil(H / stride), ceil(W / stride)].
+
+    Args:
+        block: A ``LinearBottleneck``.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.conv_exp = None if block.conv_exp is None else DeployedConv(block.conv_exp)
+        self.conv_dw = fold_norm(block.conv_dw.conv, block.conv_dw.bn)
+        self.se = None if block.se is None else DeployedGate(block.se)
+        self.conv_pwl = fold_norm(block.conv_pwl.conv, block.conv_pwl.bn)
+        self.shortcut = block.drop_path is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x if self.conv_exp is None else self.conv_exp(x)
+        y = self.conv_dw(y)
+        if self.se is not None:
+            y *= self.se(y)
+        y = self.conv_pwl(F.relu6(y, inplace=True))
+        if not self.shortcut:
+            return y
+        if torch.compiler.is_compiling():
+            # Inductor fuses this, and fails on a part written in place if it freezes weights.
+            return y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
+        y[:, : x.shape[1]] += x
+        return y
