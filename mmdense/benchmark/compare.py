@@ -106,14 +106,18 @@ class Contender:
             net.compile()
         return net
 
-    def runner(self, net: nn.Module, setting: Setting) -> Callable[[], Any]:
-        """Return what runs the network once on images of the setting."""
+    def image(self, setting: Setting) -> Tensor:
+        """Return the images of a setting, as the network takes them."""
         image = setting.image()
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
+        return image.to(DTYPES[setting.dtype]) if setting.mode == 'infer' else image
+
+    def runner(self, net: nn.Module, setting: Setting) -> Callable[[], Any]:
+        """Return what runs the network once on images of the setting."""
+        image = self.image(setting)
         dtype = DTYPES[setting.dtype]
         if setting.mode == 'infer':
-            image = image.to(dtype)
 
             def infer() -> Any:
                 with torch.inference_mode():
@@ -199,6 +203,8 @@ def compare(
         UserError: As :func:`contenders`; none of the peers could be run.
     """
     found = contenders(setting, against=against, compiled=compiled)
+    if memory and setting.device == 'cpu' and not Path('/proc/self/clear_refs').exists():
+        raise UserError('peak memory on a CPU is measured on Linux alone: add --no-memory')
     exact = _exact(setting)
     runs, rows = {}, {}
     for contender in found:
@@ -267,13 +273,7 @@ def _loss(maps: Sequence[Tensor]) -> Tensor:
 def _error(
     net: nn.Module, contender: Contender, setting: Setting, exact: Sequence[Tensor]
 ) -> float:
-    image = setting.image()
-    if contender.channels_last:
-        image = image.contiguous(memory_format=torch.channels_last)
-    dtype = DTYPES[setting.dtype]
-    if setting.mode == 'infer':
-        image = image.to(dtype)
-    found = _outputs(net, setting, image, dtype)
+    found = _outputs(net, setting, contender.image(setting), DTYPES[setting.dtype])
     distances = [
         float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, exact, strict=True)
     ]

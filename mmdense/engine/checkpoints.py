@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -74,7 +75,8 @@ def fetch(url: str) -> Path:
     if not file.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            download_url_to_file(url, str(file), checksum and checksum[1], progress=False)
+            progress = sys.stderr.isatty()
+            download_url_to_file(url, str(file), checksum and checksum[1], progress)
         except Exception as caught:  # of the network, the disk, or the checksum
             error = caught
     barrier()  # also after a failure: the others wait here

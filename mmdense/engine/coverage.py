@@ -398,8 +398,9 @@ class CoverageHook(Hook):
         if held.keys() != weights.keys() or any(held[k] is not v for k, v in weights.items()):
             checkpoint['state_dict'] = weights  # averages and the runner take these
         _report(coverage, 'the checkpoint')
-        part = '' if runner._resume or not hasattr(model, self.part or ' ') else f'{self.part}.'
-        coverage.require(self.min_coverage, source='the checkpoint', prefix=part)
+        in_part = self.part and hasattr(model, self.part) and not runner._resume
+        prefix = f'{self.part}.' if in_part else ''
+        coverage.require(self.min_coverage, source='the checkpoint', prefix=prefix)
 
 
 def _report(coverage: Coverage, source: str) -> None:
