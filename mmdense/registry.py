@@ -10,6 +10,7 @@ try:
     from mmengine.registry import HOOKS as _HOOKS
     from mmengine.registry import MODELS as _MODELS
     from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
+    from mmengine.registry import OPTIM_WRAPPERS as _OPTIM_WRAPPERS
     from mmengine.registry import Registry
 except ModuleNotFoundError:
     if find_spec('mmengine'):
@@ -20,7 +21,7 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPER_CONSTRUCTORS']
+__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
 # Building a model may load weights, whose schemes are in the engine.
 MODELS = Registry(
@@ -30,6 +31,9 @@ MODELS = Registry(
     locations=['mmdense.models', 'mmdense.models.heads', 'mmdense.engine'],
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])
+OPTIM_WRAPPERS = Registry(
+    'optimizer wrapper', parent=_OPTIM_WRAPPERS, scope='mmdense', locations=['mmdense.engine']
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=_OPTIM_WRAPPER_CONSTRUCTORS,

@@ -1,9 +1,11 @@
-"""Condense a trained CondenseNetV2 model into group convolutions, and say what that cost.
+"""Prepare a trained model for deployment, and say what its backbone costs deployed.
 
-Writes a checkpoint of the condensed form and, beside it, its config.
+Writes the weights alone, of a CondenseNetV2 condensed into group convolutions, and the config
+beside them: what `tools/test.py --deploy` and `mmdense.apis.deploy(model)` fold after loading.
 """
 
 import copy
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -11,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdense.apis import UserError, options, report_errors, run
-from mmdense.apis.deploy import condense, deployed_config
+from mmdense.apis.deployment import compare_forms, condense, deployable, deployed_config
+from mmdense.benchmark import not_counted
 from mmdense.models import CondenseNetV2
 
 
@@ -28,12 +31,14 @@ def main() -> None:
         help='of the probe image (224 224); with --tune, that of the images to come',
     )
     parser.add_argument(
-        '--allow-partial', action='store_true', help='take a model that is not fully pruned'
+        '--allow-partial',
+        action='store_true',
+        help='take a CondenseNetV2 that is not fully pruned',
     )
     parser.add_argument(
         '--tune',
         action='store_true',
-        help='time on this machine which convolutions run faster dense, for test.py --deploy',
+        help='time on this machine which convolutions of a CondenseNetV2 run faster dense',
     )
     args, cfg = options.parse_config(parser)
     out = Path(args.out)
@@ -48,10 +53,16 @@ def main() -> None:
     cfg.load_from = None
     trained = copy.deepcopy(cfg)  # before what only testing wants
     runner = run.build_runner(cfg, loaders=())
-    checkpoint = run.load_weights(runner, args.checkpoint)
     model = run.unwrap(runner.model)
-    costs = condense(model, size=(height, width), allow_partial=args.allow_partial, tune=args.tune)
-    net = next(module for module in model.modules() if isinstance(module, CondenseNetV2))
+    size, net = (height, width), deployable(model)[0]
+    checkpoint = run.load_weights(runner, args.checkpoint)
+    if isinstance(net, CondenseNetV2):
+        costs = condense(model, size=size, allow_partial=args.allow_partial, tune=args.tune)
+    elif args.allow_partial or args.tune:
+        family = type(net).__name__
+        raise UserError(f'--allow-partial and --tune are for CondenseNetV2, not for {family}')
+    else:
+        costs = compare_forms(model, size=size)
     cfg = deployed_config(trained, net, str(out))
     meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +79,9 @@ def main() -> None:
         "Parameters are the whole model's, multiply-adds those that the backbone executes, "
         "differences a share of a map's largest value."
     )
+    unknown = sum((cost.not_counted for cost in costs), Counter())
+    if unknown:
+        console.print(not_counted(unknown), soft_wrap=True)
     console.print(f'checkpoint: {out}; config: {out.with_suffix(".py")}', soft_wrap=True)
 
 

@@ -3,8 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from mmdense.apis import config, options, report_errors, run
-from mmdense.apis.deploy import deploy
+from mmdense.apis import config, deploy, options, report_errors, run
 
 
 @report_errors

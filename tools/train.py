@@ -17,15 +17,34 @@ def main() -> None:
         '--load-from', metavar='CKPT', help='start from the weights of a whole model'
     )
     options.add_min_coverage(parser, of="backbone's")
-    parser.add_argument('--amp', action='store_true', help='mixed precision (plain on a CPU)')
+    parser.add_argument(
+        '--amp', action='store_true', help="mixed precision, of the recipe's type or float16"
+    )
+    parser.add_argument(
+        '--amp-dtype',
+        choices=('float16', 'bfloat16'),
+        help='mixed precision of this type; on a CPU bfloat16 alone, else plain float32',
+    )
+    parser.add_argument(
+        '--channels-last', action='store_true', help='run the model in this memory format'
+    )
+    parser.add_argument(
+        '--compile-backbone',
+        action='store_true',
+        help='train with the backbone compiled, which takes minutes at the start',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by the real over the config's base batch size",
     )
     args, cfg = options.parse_config(parser)
-    if args.amp:
-        config.use_amp(cfg)
+    if args.amp or args.amp_dtype:
+        config.use_amp(cfg, args.amp_dtype)
+    if args.channels_last:
+        config.use_channels_last(cfg)
+    if args.compile_backbone:
+        config.use_compiled_backbone(cfg)
     if args.auto_scale_lr:
         config.use_auto_scale_lr(cfg)
     config.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)

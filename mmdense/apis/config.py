@@ -19,11 +19,16 @@ __all__ = [
     'load_config',
     'use_amp',
     'use_auto_scale_lr',
+    'use_channels_last',
     'use_checkpoint',
+    'use_compiled_backbone',
     'use_show_dir',
     'use_tta',
     'write_predictions',
 ]
+
+AMP = 'AmpOptimWrapper'
+BFLOAT16 = 'mmdense.BFloat16OptimWrapper'
 
 
 def load_config(
@@ -84,33 +89,76 @@ def _move_data(node: Any, old: str, new: str) -> Any:
     return node
 
 
-def use_amp(cfg: Config) -> None:
-    """Train in mixed precision with dynamic loss scaling, unless the config does so already.
+def use_amp(cfg: Config, dtype: str | None = None) -> None:
+    """Train in mixed precision.
+
+    Args:
+        cfg: Changed in place.
+        dtype: 'bfloat16', on a CPU too; 'float16', with the config's own or dynamic loss scaling;
+            None leaves it to the config, and is float16 where that trains in plain precision.
 
     Raises:
         UserError: The config has an optimizer wrapper of another kind.
     """
-    kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
-    if kind == 'OptimWrapper':
-        cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
-    elif kind != 'AmpOptimWrapper':
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', AMP, BFLOAT16):
         raise UserError(f'--amp cannot replace the optim_wrapper {kind} of {cfg.filename}')
+    if dtype == 'bfloat16':
+        wrapper.type = BFLOAT16
+        _pop_amp_options(wrapper)
+    elif dtype or kind == 'OptimWrapper':
+        if kind != AMP:
+            wrapper.update(type=AMP, loss_scale='dynamic')
+        if dtype:
+            wrapper.dtype = dtype
 
 
 def drop_amp(cfg: Config) -> None:
     """Replace mixed by plain precision, with a warning: mmengine's AMP refuses to run on a CPU."""
     wrapper = cfg.get('optim_wrapper')
-    if wrapper is None or wrapper.get('type') != 'AmpOptimWrapper':
+    if wrapper is None or wrapper.get('type') != AMP:
         return
     if is_main_process():
         print_log(
-            'no GPU: this run uses float32 in place of mixed precision',
+            'no GPU: this run uses float32 in place of mixed precision (a CPU can do '
+            '--amp-dtype bfloat16)',
             logger='current',
             level=logging.WARNING,
         )
     wrapper.type = 'OptimWrapper'
+    _pop_amp_options(wrapper)
+
+
+def _pop_amp_options(wrapper: ConfigDict) -> None:
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
+
+
+def use_channels_last(cfg: Config) -> None:
+    """Run the model in channels-last memory format."""
+    _use_hook(cfg, 'mmdense.ChannelsLastHook')
+
+
+def use_compiled_backbone(cfg: Config) -> None:
+    """Compile the backbone for training.
+
+    Raises:
+        UserError: The config compiles the whole model.
+    """
+    if cfg.get('compile'):
+        raise UserError(
+            f'{cfg.filename} compiles the whole model: --compile-backbone needs '
+            '--cfg-options compile=False'
+        )
+    _use_hook(cfg, 'mmdense.CompileBackboneHook')
+
+
+def _use_hook(cfg: Config, kind: str) -> None:
+    """Add the hook in front of the others, unless the config has it."""
+    hooks = cfg.get('custom_hooks') or []
+    if not any(isinstance(hook, dict) and hook['type'] == kind for hook in hooks):
+        cfg.custom_hooks = [dict(type=kind), *hooks]
 
 
 def use_auto_scale_lr(cfg: Config) -> None:

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 
 from mmdense.apis.config import load_config
 
-__all__ = ['add_min_coverage', 'config_parser', 'parse_config']
+__all__ = ['add_cfg_options', 'add_min_coverage', 'config_parser', 'parse_config']
 
 
 # A quoted element of a list, and what stands for it while mmengine parses the rest.
@@ -45,13 +45,7 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='logs and checkpoints (work_dirs/<config>)')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=_Settings,
-        metavar='KEY=VALUE',
-        help='override settings of the config; data_root=FOLDER moves all data sets',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
@@ -59,6 +53,17 @@ def config_parser(description: str | None) -> argparse.ArgumentParser:
         help='how the processes were started (%(default)s)',
     )
     return parser
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the option that overrides settings of a config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=_Settings,
+        metavar='KEY=VALUE',
+        help='override settings of the config; data_root=FOLDER moves all data sets',
+    )
 
 
 def add_min_coverage(parser: argparse.ArgumentParser, of: str) -> None:

@@ -72,7 +72,7 @@ class Contender:
 
     Attributes:
         whose: 'mmdense', or a peer's name.
-        form: How it is built, such as 'deployed' or 'with_cp'; '' is plain.
+        form: How it is built, such as 'deployed' or 'lean'; '' is plain.
         channels_last: Memory format of weights and images.
         compiled: By torch.compile.
     """
@@ -304,7 +304,7 @@ def peak_memory(contender: Contender, setting: Setting) -> int:
     """Return the bytes that a run takes above weights and images, at its peak.
 
     On a GPU they are those of torch's allocator; on a CPU the resident memory of a process of its
-    own, which runs the network once.
+    own, which runs the network once and gives freed tensors back to the system.
     """
     if setting.device == 'cuda':
         run = contender.runner(contender.build(setting), setting)
@@ -319,7 +319,8 @@ def peak_memory(contender: Contender, setting: Setting) -> int:
     threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, '-m', 'mmdense.benchmark.memory', task],
-        env={**os.environ, 'OMP_NUM_THREADS': threads},
+        # glibc would keep freed tensors of less than 32 MiB for other sizes to come.
+        env={**os.environ, 'OMP_NUM_THREADS': threads, 'MALLOC_MMAP_THRESHOLD_': str(2**20)},
         capture_output=True,
         text=True,
     )

@@ -1,19 +1,57 @@
 """Parameters and multiply-adds, by a count that needs no memory for either: on torch's meta device.
 
 Counted are convolutions and matrix products, as torch's own counter knows them; norms, activations,
-pooling, resizing and RoIAlign are not. N images, K RoIs, C channels, H x W pixels.
+pooling, resizing and RoIAlign are not. Operators that may be products and that nobody has a count
+for are named. N images, K RoIs, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torchvision  # noqa: F401  (registers its operators)
+from mmengine.logging import print_log
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['backbone_macs', 'count_parameters', 'model_macs']
+__all__ = ['backbone_macs', 'count_macs', 'count_parameters', 'model_macs', 'not_counted']
+
+
+def _sum_flop(
+    y: Sequence[int], a: Sequence[int], b: Sequence[int], *others: Any, **options: Any
+) -> int:
+    """Count the product of y + a @ b."""
+    return 2 * math.prod(a) * b[-1]
+
+
+def _deform_conv_flop(
+    x: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Sequence[int]
+) -> int:
+    """Count the product; sampling is left out, as resizing is."""
+    return 2 * math.prod(out_shape) * math.prod(weight[1:])
+
+
+# Of what torch's counter leaves out; it hands over the shapes of tensors.
+FORMULAS = {
+    torch.ops.aten.addmm_: _sum_flop,
+    torch.ops.aten.baddbmm_: _sum_flop,
+    torch.ops.torchvision.deform_conv2d: _deform_conv_flop,
+}
+# Words in the names of those of torch's operators that are products, or may be.
+PRODUCT = re.compile(
+    r'(^|_)(b?add(b?mm|mv|r)|b?mm|mv|v?dot|ger|outer|matmul|einsum|tensordot|(tri)?linear'
+    r'|conv(?!ert)\w*|cdist|attention|encoder|rnn|lstm|gru|linalg(?!_vector_norm))(_|$)'
+)
+TORCH = ('aten', 'prim', 'prims')
+# Operators of others that are none. All else that isn't torch's is taken for one.
+FREE = {f'torchvision::{name}' for name in ('nms', 'roi_align', 'roi_pool')}
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -22,14 +60,17 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3) -> int:
-    """Return the multiply-adds of one image.
+    """Return the multiply-adds of one image, and warn of operators that were not counted.
 
     Args:
         net: A network on the meta device, in eval mode.
         size: Height and width in pixels.
         in_channels: Channels of the image.
     """
-    return _count(net, torch.empty(1, in_channels, *size, device='meta'))[0]
+    unknown: Counter[str] = Counter()
+    macs, _ = count_macs(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
+    _warn(unknown)
+    return macs
 
 
 def model_macs(
@@ -38,7 +79,8 @@ def model_macs(
     """Return the multiply-adds of each part of a detector or segmentor, for one image.
 
     The heads of a two-stage detector run on a fixed number of RoIs, in each of their stages, as
-    mmdet 2.x counted them; an auxiliary head, which only training runs, is left out.
+    mmdet 2.x counted them; an auxiliary head, which only training runs, is left out. A warning
+    names operators that were not counted.
 
     Args:
         model: A model of mmdet or mmseg on the meta device, in eval mode.
@@ -52,40 +94,89 @@ def model_macs(
     Raises:
         ValueError: Neither a one- or two-stage detector nor a segmentor of the usual make.
     """
+    unknown: Counter[str] = Counter()
+    macs = _parts(model, size, num_boxes, num_masks, unknown)
+    _warn(unknown)
+    return macs
+
+
+def _parts(
+    model: nn.Module, size: tuple[int, int], num_boxes: int, num_masks: int, unknown: Counter[str]
+) -> dict[str, int]:
     macs = {}
-    macs['backbone'], maps = _count(model.backbone, torch.empty(1, 3, *size, device='meta'))
+    image = torch.empty(1, 3, *size, device='meta')
+    macs['backbone'], maps = count_macs(model.backbone, image, unknown)
     if getattr(model, 'with_neck', False):
-        macs['neck'], maps = _count(model.neck, maps)
+        macs['neck'], maps = count_macs(model.neck, maps, unknown)
     if hasattr(model, 'decode_head'):
         head, metas = model.decode_head, [dict(img_shape=size)]
-        macs['decode_head'], _ = _count(lambda x: head.predict(x, metas, {}), maps)
+        macs['decode_head'], _ = count_macs(lambda x: head.predict(x, metas, {}), maps, unknown)
         return macs
     dense = [name for name in ('rpn_head', 'bbox_head') if hasattr(model, name)]
     if not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:
-        macs[name], _ = _count(getattr(model, name), maps)
+        macs[name], _ = count_macs(getattr(model, name), maps, unknown)
     if hasattr(model, 'roi_head'):
         head = model.roi_head
-        macs['bbox_head'] = _roi_macs(head.bbox_head, head.bbox_roi_extractor, num_boxes)
+        macs['bbox_head'] = _roi_macs(head.bbox_head, head.bbox_roi_extractor, num_boxes, unknown)
         if head.with_mask:
             extractor = head.mask_roi_extractor or head.bbox_roi_extractor
-            macs['mask_head'] = _roi_macs(head.mask_head, extractor, num_masks)
+            macs['mask_head'] = _roi_macs(head.mask_head, extractor, num_masks, unknown)
     return macs
 
 
-def _roi_macs(heads: nn.Module, extractors: nn.Module, num_rois: int) -> int:
+def _roi_macs(heads: nn.Module, extractors: nn.Module, num_rois: int, unknown: Counter[str]) -> int:
     """Count the heads of all stages on RoIs of the size that their extractors cut."""
     stages = [list(m) if isinstance(m, nn.ModuleList) else [m] for m in (heads, extractors)]
     total = 0
     for head, extractor in zip(*stages, strict=True):
         side = extractor.roi_layers[0].output_size
         rois = torch.empty(num_rois, extractor.out_channels, *side, device='meta')  # [K, C, H, W]
-        total += _count(head, rois)[0]
+        total += count_macs(head, rois, unknown)[0]
     return total
 
 
-def _count(run: Callable[[Any], Any], x: Tensor | Sequence[Tensor]) -> tuple[int, Any]:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+def count_macs(
+    run: Callable[[Any], Any], x: Tensor | Sequence[Tensor], unknown: Counter[str]
+) -> tuple[int, Any]:
+    """Return the multiply-adds of ``run(x)``, which runs without gradients, and what it returns.
+
+    Args:
+        run: A network, or what runs one.
+        x: Its input, on any device.
+        unknown: Gets the calls of operators that may be products and were not counted.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with _Unknown(counter.flop_registry, unknown), counter, torch.no_grad():
         y = run(x)
     return counter.get_total_flops() // 2, y  # it counts a multiply-add as two
+
+
+def not_counted(unknown: Mapping[str, int]) -> str:
+    """Return the line that names operators and how often each was called, '' if there are none."""
+    calls = [f'{name} ({n} call{"s" * (n > 1)})' for name, n in sorted(unknown.items())]
+    return f'not counted: {", ".join(calls)}' if calls else ''
+
+
+def _warn(unknown: Mapping[str, int]) -> None:
+    if unknown:
+        print_log(not_counted(unknown), logger='current', level=logging.WARNING)
+
+
+class _Unknown(TorchDispatchMode):
+    """Record the operators that run and that a counter inside has no formula for."""
+
+    def __init__(self, known: Mapping[Any, Any], calls: Counter[str]) -> None:
+        super().__init__()
+        self.known, self.calls = known, calls
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        full = func.name().partition('.')[0]  # without the overload
+        space, _, name = full.partition('::')
+        product = PRODUCT.search(name) if space in TORCH else full not in FREE
+        if product and func.overloadpacket not in self.known:
+            self.calls[full] += 1
+        return func(*args, **(kwargs or {}))

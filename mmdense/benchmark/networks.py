@@ -36,7 +36,7 @@ class Network:
     build: Callable[..., Backbone]
     peers: Mapping[str, Callable[[Backbone], nn.Module]]
     options: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: {'': {}, 'with_cp': dict(with_cp=True)}
+        default_factory=lambda: {'': {}, **{m: dict(memory=m) for m in ('lean', 'recompute')}}
     )
 
     def create(self, **options: Any) -> Backbone:

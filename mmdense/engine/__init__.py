@@ -5,11 +5,14 @@ from mmdense.engine.checkpoints import load_from_condensenetv2, load_from_timm
 from mmdense.engine.condense_schedule import CondenseScheduleHook
 from mmdense.engine.coverage import Coverage, CoverageHook, PretrainedInit, load_into
 from mmdense.engine.files import allow_training_state, read_checkpoint, write_checkpoint
-from mmdense.engine.hooks import ChannelsLastHook
+from mmdense.engine.hooks import ChannelsLastHook, CompileBackboneHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
+from mmdense.engine.optim_wrapper import BFloat16OptimWrapper
 
 __all__ = [
+    'BFloat16OptimWrapper',
     'ChannelsLastHook',
+    'CompileBackboneHook',
     'CondenseScheduleHook',
     'Coverage',
     'CoverageHook',

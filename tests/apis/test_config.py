@@ -3,11 +3,14 @@
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 
 from mmdense.apis import UserError, config, run
 from support import DEMOS, ROOT
 
 COCO = str(ROOT / 'configs/detection/rdnet/faster-rcnn_rdnet-t_fpn_1x_coco.py')
+AMP = dict(type='AmpOptimWrapper', loss_scale=512)
+BFLOAT16 = dict(type='mmdense.BFloat16OptimWrapper')
 
 
 def test_work_dir_and_options():
@@ -86,6 +89,59 @@ def test_amp_of_the_recipe_stays():
     cfg.optim_wrapper.type = 'ApexOptimWrapper'
     with pytest.raises(UserError, match='ApexOptimWrapper'):
         config.use_amp(cfg)
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'dtype', 'expected'),
+    [
+        ({}, 'bfloat16', dict(type='mmdense.BFloat16OptimWrapper')),
+        (AMP, 'bfloat16', dict(type='mmdense.BFloat16OptimWrapper')),
+        ({}, 'float16', dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16')),
+        (AMP, 'float16', dict(type='AmpOptimWrapper', loss_scale=512, dtype='float16')),
+        (AMP, None, AMP),
+        (BFLOAT16, None, BFLOAT16),
+        (BFLOAT16, 'float16', dict(type='AmpOptimWrapper', loss_scale='dynamic', dtype='float16')),
+    ],
+)
+def test_amp_in_the_type_asked_for(recipe, dtype, expected):
+    cfg = config.load_config(COCO)
+    cfg.optim_wrapper.update(recipe)
+    rest = {k: v for k, v in cfg.optim_wrapper.items() if k not in AMP}
+    config.use_amp(cfg, dtype)
+    assert cfg.optim_wrapper.to_dict() == {**rest, **expected}
+
+
+def test_bfloat16_is_not_dropped():
+    cfg = config.load_config(COCO)
+    config.use_amp(cfg, 'bfloat16')
+    before = cfg.optim_wrapper.to_dict()
+    config.drop_amp(cfg)
+    assert cfg.optim_wrapper.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ('use', 'hook'),
+    [
+        (config.use_channels_last, dict(type='mmdense.ChannelsLastHook')),
+        (config.use_compiled_backbone, dict(type='mmdense.CompileBackboneHook')),
+    ],
+)
+def test_hooks_are_added_once_and_first(use, hook):
+    cfg = config.load_config(COCO)
+    cfg.custom_hooks = None
+    use(cfg)
+    assert cfg.custom_hooks == [hook]
+    cfg.custom_hooks = [EMAHook(), dict(type='EMAHook')]
+    use(cfg)
+    use(cfg)
+    assert cfg.custom_hooks[0] == hook
+    assert len(cfg.custom_hooks) == 3
+
+
+def test_a_compiled_model_needs_no_compiled_backbone():
+    cfg = config.load_config(COCO, options=dict(compile=True))
+    with pytest.raises(UserError, match='--compile-backbone needs --cfg-options compile=False'):
+        config.use_compiled_backbone(cfg)
 
 
 def test_auto_scale_lr():

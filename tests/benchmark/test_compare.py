@@ -64,7 +64,7 @@ def test_weights_are_not_trivial():
 def test_contenders():
     names = [c.name for c in contenders(Setting('densenet121', mode='train'))]
     assert 'mmdense' in names
-    assert 'mmdense, with_cp, channels-last' in names
+    assert 'mmdense, lean, channels-last' in names
     assert 'torchvision_memory_efficient, channels-last, compiled' in names
     names = [c.name for c in contenders(Setting('condensenetv2_a'), compiled=False)]
     assert names == [
@@ -167,8 +167,8 @@ def test_training_has_gradients_and_inference_none():
 
 
 def test_forms_are_built():
-    assert Contender('mmdense', 'with_cp').build(Setting('rexnet_100', 'train')).with_cp
-    assert not Contender('mmdense').build(Setting('rexnet_100', 'train')).with_cp
+    for form, memory in (('', 'plain'), ('lean', 'lean'), ('recompute', 'recompute')):
+        assert Contender('mmdense', form).build(Setting('rexnet_100', 'train')).memory == memory
     deployed = Contender('mmdense', 'deployed').build(Setting('condensenetv2_a'))
     assert deployed.form == 'deployed'
     last = Contender('timm', channels_last=True).build(SMALL)

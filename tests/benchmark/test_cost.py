@@ -7,10 +7,11 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.structures import InstanceData
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torchvision.ops import DeformConv2d, roi_align, roi_pool
 
 import mmdense  # noqa: F401
-from mmdense.benchmark import backbone_macs, count_parameters, model_macs
+from mmdense.benchmark import backbone_macs, cost, count_parameters, model_macs
 from support import DEMOS, ROOT
 
 
@@ -25,6 +26,13 @@ def build(path, device='meta'):
     init_default_scope(cfg.default_scope)
     with torch.device(device):
         return MODELS.build(cfg.model).eval()
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    said = []
+    monkeypatch.setattr(cost, 'print_log', lambda text, **options: said.append(text))
+    return said
 
 
 def test_by_hand():
@@ -76,3 +84,88 @@ def test_other_models_are_refused():
     model.backbone = nn.Conv2d(3, 3, 1, device='meta')
     with pytest.raises(ValueError, match='Module: no rpn_head, bbox_head or decode_head'):
         model_macs(model, (8, 8))
+
+
+class Deformed(nn.Module):
+    """A deformable 3x3 convolution with its offsets."""
+
+    def __init__(self):
+        super().__init__()
+        self.offset = nn.Conv2d(4, 18, 1, stride=2)
+        self.conv = DeformConv2d(4, 6, 3, stride=2, padding=1, groups=2)
+
+    def forward(self, x):
+        return self.conv(x, self.offset(x))
+
+
+def test_products_that_torch_leaves_out_are_counted(warnings):
+    with torch.device('meta'):
+        net = Deformed()
+    assert backbone_macs(net, (8, 12), in_channels=4) == 4 * 6 * 4 * 18 + 4 * 6 * 6 * 2 * 9
+
+    def run(x):  # [N, C, H, W]
+        y, image = x.new_zeros(5, 7), x.flatten(1)
+        y.addmm_(image.new_empty(5, 11), image.new_empty(11, 7))
+        return y[None].baddbmm_(x.new_empty(1, 5, 13), x.new_empty(1, 13, 7))
+
+    assert backbone_macs(run, (8, 8)) == 5 * 7 * (11 + 13)
+    assert not warnings
+
+
+@torch.library.custom_op('mmdense_test::mystery', mutates_args=())
+def mystery(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@mystery.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_what_is_not_counted_is_named(warnings):
+    """Neither a product that torch's counter doesn't know nor what nobody knows is passed over."""
+
+    def run(x):
+        vector = x.new_empty(9)
+        return mystery(x), torch.mv(x.new_empty(5, 9), vector), mystery(x), vector.dot(vector)
+
+    assert backbone_macs(run, (8, 8)) == 0
+    names = 'aten::dot (1 call), aten::mv (1 call), mmdense_test::mystery (2 calls)'
+    assert warnings == [f'not counted: {names}']
+
+
+def test_parts_of_a_model_are_named_together(warnings):
+    model = nn.Module()
+    model.backbone = lambda x: [mystery(x)]
+    model.decode_head = nn.Module()
+    model.decode_head.predict = lambda maps, metas, cfg: mystery(maps[0])
+    assert model_macs(model, (8, 8)) == dict(backbone=0, decode_head=0)
+    assert warnings == ['not counted: mmdense_test::mystery (2 calls)']
+
+
+def test_no_product_goes_by_another_name():
+    """The names that count as products cover all that torch has a formula for."""
+    names = [str(packet).partition('.')[2] for packet in flop_registry if '.' in str(packet)]
+    assert len(names) > 10
+    assert [name for name in names if not cost.PRODUCT.search(name)] == []
+    for name in ('mul', 'upsample_bilinear2d', 'native_layer_norm', 'linalg_vector_norm'):
+        assert not cost.PRODUCT.search(name)
+
+
+def test_layers_that_are_no_products_are_not_named(warnings):
+    with torch.device('meta'):
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.GELU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Upsample(scale_factor=2, mode='bilinear'),
+            nn.GroupNorm(2, 8),
+            nn.Softmax(1),
+        )
+    backbone_macs(net.eval(), (8, 8))
+    model_macs(build(DEMOS['detection']), (64, 64))
+    backbone_macs(
+        lambda x: (roi_align(x, x.new_empty(4, 5), 7), roi_pool(x, x.new_empty(4, 5), 7)), (64, 64)
+    )
+    assert not warnings

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
 
+from mmdense.apis import deploy
 from mmdense.engine import read_checkpoint
 from support import CONDENSED, DEMOS, ROOT, TWO_ITERATIONS
 
@@ -122,6 +125,22 @@ def test_stock_tool_trains_our_config(task, run_tool, project):
     stock_test = ['-m', 'mmdense', stock.with_name('test.py')]
     checkpoint = (work_dir / 'last_checkpoint').read_text()
     status, said = run_tool(PY, *stock_test, DEMOS[task], checkpoint, '--work-dir', work_dir)
+    assert status == 0, said
+
+
+def test_fast_training(task, run_tool, tmp_path):
+    options = ['--amp-dtype', 'bfloat16', '--channels-last', '--compile-backbone']
+    command = [PY, TRAIN, DEMOS[task], '--work-dir', tmp_path, *options]
+    status, said = run_tool(*command, '--cfg-options', *TWO_ITERATIONS[task])
+    assert status == 0, said
+    assert 'in place of mixed precision' not in said
+    assert ('coco/bbox_mAP' if task == 'detection' else 'mIoU') in said
+    used = (tmp_path / DEMOS[task].name).read_text()
+    for name in ('BFloat16OptimWrapper', 'ChannelsLastHook', 'CompileBackboneHook'):
+        assert used.count(name) == 1
+    # What was used to train it asks nothing of those who test it.
+    checkpoint = (tmp_path / 'last_checkpoint').read_text()
+    status, said = run_tool(PY, TEST, DEMOS[task], checkpoint, '--work-dir', tmp_path / 'test')
     assert status == 0, said
 
 
@@ -247,17 +266,57 @@ def test_condensed_model_is_deployed(run_tool, project, tmp_path):
     assert f'Load checkpoint from {out}' in said
 
 
+@pytest.mark.parametrize('name', ['rdnet-nano', 'densenet-nano', 'rexnet-0.5'])
+def test_model_that_needs_no_condensing_is_deployed(name, run_tool, tmp_path):
+    """The file holds the weights alone, which deploy() folds, and nobody folds again."""
+    config = DEMOS['detection'].with_name(f'faster-rcnn_{name}_fpn_8e_digits.py')
+    torch.manual_seed(0)
+    model = build(config)
+    state = model.state_dict()
+    held = dict(state_dict=state, meta=dict(epoch=3), optimizer=dict(state={}))
+    torch.save(held, tmp_path / 'trained.pth')
+    out = tmp_path / 'deployed/model.pth'
+    status, said = run_tool(
+        *(PY, DEPLOY, config, tmp_path / 'trained.pth', '--out', out, '--size', 64, 96),
+        *('--work-dir', tmp_path),
+    )
+    assert status == 0, said
+    assert 'trained' in said
+    assert 'deployed' in said
+    assert 'not counted' not in said
+    written = read_checkpoint(out)
+    assert set(written) == {'meta', 'state_dict'}
+    assert written['meta']['epoch'] == 3
+    torch.testing.assert_close(written['state_dict'], state, rtol=0, atol=0)
+    again = build(out.with_suffix('.py'))
+    again.load_state_dict(written['state_dict'])
+    deploy(again)
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for x, y in zip(model.eval().backbone(image), again.eval().backbone(image), strict=True):
+            assert (x - y).abs().max() < 1e-4 * x.abs().max()
+
+
+def build(config):
+    """Build a detector with the defaults of its layers for weights."""
+    cfg = Config.fromfile(config)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model)
+
+
 def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_path):
     config, checkpoint = two_iterations_of_detection
-    for tool, more, message in (
-        (DEPLOY, ['--out', tmp_path / 'out.pth'], 'one CondenseNetV2'),
-        (DEPLOY, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
-        (DEPLOY, ['--out', checkpoint], 'would overwrite'),
-        (DEPLOY, ['--out', tmp_path / 'out.pth', '--tune'], 'needs --size'),
-        (TEST, ['--deploy'], 'RDNet has no form for deployment'),
+    shuffle = ROOT / 'configs/detection/baselines/faster-rcnn_shufflenetv2-0.5_fpn_1x_coco.py'
+    out = ['--out', tmp_path / 'out.pth']
+    for path, more, message in (
+        (shuffle, out, 'error: ShuffleNetV2 has no form for deployment: '),
+        (config, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
+        (config, ['--out', checkpoint], 'would overwrite'),
+        (config, [*out, '--tune'], 'needs --size'),
+        (config, [*out, '--allow-partial'], 'are for CondenseNetV2, not for RDNet'),
     ):
-        status, said = run_tool(PY, tool, config, checkpoint, *more)
-        assert status == 2
+        status, said = run_tool(PY, DEPLOY, path, checkpoint, *more, '--work-dir', tmp_path)
+        assert status == 2, said
         assert message in said.splitlines()[-1]
     assert not (tmp_path / 'out.pth').exists()
 

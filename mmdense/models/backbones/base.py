@@ -82,15 +82,21 @@ class Backbone(BaseModule):
             returns all.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
         norm_eval: Keep batch norms in eval mode while training.
-        with_cp: Recompute activations in backward to save memory.
+        memory: What training keeps for the backward pass, one of ``memory_modes``: 'plain' what
+            autograd keeps; 'lean' what convolutions put out, while what lies between them
+            (concatenations, norms, activations, gates) is made again; 'recompute' the inputs of
+            blocks alone. Outputs, gradients and running statistics are the same.
+        with_cp: The old name of ``memory='recompute'``.
         init_cfg: mmengine's initialisation config.
 
     Raises:
-        ValueError: An index or stage that does not exist, or indices that don't increase.
+        ValueError: An index, stage or memory mode that does not exist, or indices that don't
+            increase.
     """
 
     out_channels: tuple[int, ...]
     out_strides: tuple[int, ...]
+    memory_modes: tuple[str, ...] = ('plain', 'lean', 'recompute')
     # Beginnings of names that no ImageNet weights have.
     not_pretrained: tuple[str, ...] = ()
 
@@ -102,6 +108,7 @@ class Backbone(BaseModule):
         out_indices: Sequence[int] | None,
         frozen_stages: int,
         norm_eval: bool,
+        memory: str,
         with_cp: bool,
         init_cfg: dict | list[dict] | None,
     ) -> None:
@@ -123,7 +130,11 @@ class Backbone(BaseModule):
         self._coarsest = max(map_strides)
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
-        self.with_cp = with_cp
+        if memory not in self.memory_modes:
+            raise ValueError(f'memory is {memory!r}, must be one of {self.memory_modes}')
+        if with_cp and memory == 'lean':
+            raise ValueError("with_cp=True is memory='recompute': set memory='lean' alone")
+        self.memory = 'recompute' if with_cp else memory
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         """Return the modules of one stage; stage 0 is the stem."""

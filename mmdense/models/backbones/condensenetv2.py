@@ -30,6 +30,8 @@ from mmdense.models.layers import (
     CondensedReactivation,
     LearnedGroupConv,
     SparseReactivation,
+    lean_conv,
+    plain_conv,
     recompute,
 )
 from mmdense.registry import MODELS
@@ -130,6 +132,7 @@ class DenseLayer(nn.Module):
         kept: Channels that each group keeps in the condensed form; None for the learned form.
         norm_cfg: mmcv's config of the norms.
         drop_rate: Dropout before each 1x1 convolution.
+        memory: What training keeps, as of the whole network; recomputation is up to the block.
     """
 
     def __init__(
@@ -141,13 +144,18 @@ class DenseLayer(nn.Module):
         kept: int | None,
         norm_cfg: Mapping[str, Any],
         drop_rate: float,
+        memory: str,
     ) -> None:
         super().__init__()
         growth = arch.growth[block]
         wide = BOTTLENECK * growth
         activation = nn.Hardswish if block >= arch.hard_swish_from else nn.ReLU
         options = dict(
-            groups=arch.groups, norm_cfg=norm_cfg, activation=activation, drop_rate=drop_rate
+            groups=arch.groups,
+            norm_cfg=norm_cfg,
+            activation=activation,
+            drop_rate=drop_rate,
+            memory=memory,
         )
         if kept is None:
             options['condense_factor'] = arch.factor
@@ -164,25 +172,27 @@ class DenseLayer(nn.Module):
             )
         )
         self.se = SqueezeExcite(growth) if block >= arch.gated_from else nn.Identity()
+        self.conv = lean_conv if memory == 'lean' else plain_conv
 
     def forward(self, x: Tensor) -> Tensor:
-        new = self.se(self.conv_2(self.conv_1(x)))
+        norm, activation, conv = self.conv_2
+        new = self.se(self.conv((norm, activation), conv, self.conv_1(x)))
         return torch.cat([self.sfr(x, new), new], 1)
 
 
 class DenseBlock(nn.Sequential):
     """Dense layers, behind the pool that halves the map of the block before it."""
 
-    def __init__(self, layers: Sequence[DenseLayer], *, pool: bool, with_cp: bool) -> None:
+    def __init__(self, layers: Sequence[DenseLayer], *, pool: bool, memory: str) -> None:
         super().__init__(OrderedDict((f'denselayer_{i}', m) for i, m in enumerate(layers, 1)))
         self.pool = pool
-        self.with_cp = with_cp
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool:
             x = F.avg_pool2d(x, 2)
         for layer in self:
-            x = recompute(layer, x) if self.with_cp else layer(x)
+            x = recompute(layer, x) if self.memory == 'recompute' else layer(x)
         return x
 
 
@@ -209,8 +219,9 @@ class CondenseNetV2(Backbone):
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
         norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        with_cp: Recompute each layer in backward: less memory, same results and running statistics,
-            more time.
+        memory: 'plain', 'lean' (about half the memory of training, at about the same time) or
+            'recompute' (each layer again in backward: the least memory).
+        with_cp: The old name of ``memory='recompute'``.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -230,6 +241,7 @@ class CondenseNetV2(Backbone):
         norm_cfg: Mapping[str, Any] = BN,
         norm_eval: bool = False,
         in_channels: int = 3,
+        memory: str = 'plain',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -249,6 +261,7 @@ class CondenseNetV2(Backbone):
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            memory=memory,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
@@ -274,10 +287,11 @@ class CondenseNetV2(Backbone):
                         kept=channels // arch.factor * left if form == 'condensed' else None,
                         norm_cfg=norm_cfg,
                         drop_rate=drop_rate,
+                        memory=self.memory,
                     )
                 )
             self.features[f'denseblock_{block + 1}'] = DenseBlock(
-                layers, pool=block > 0, with_cp=with_cp
+                layers, pool=block > 0, memory=self.memory
             )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -21,9 +21,18 @@ import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdense.errors import UserError
+from mmdense.models.backbones._densenet_deploy import (
+    DeployedBlock,
+    DeployedNorm,
+    DeployedStem,
+    DeployedTransition,
+)
+from mmdense.models.backbones._densenet_lean import lean_block
 from mmdense.models.backbones.base import Backbone, resolve_arch
-from mmdense.models.layers import recompute
+from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 
 __all__ = ['DenseNet']
@@ -31,6 +40,8 @@ __all__ = ['DenseNet']
 STEMS = ('imagenet', 'deep', 'cifar')
 TAPS = ('block', 'activated')
 BN = dict(type='BN')
+# What only the state dict of a form has, at its first layer.
+MARKS = dict(trained=('running_mean',), deployed=('low', 'scale'))
 
 
 @dataclass(frozen=True)
@@ -122,15 +133,19 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Sequential):
     """Dense layers, each reading the block's input and what all earlier layers made."""
 
-    def __init__(self, layers: Sequence[DenseLayer], *, with_cp: bool) -> None:
+    def __init__(self, layers: Sequence[DenseLayer], *, memory: str) -> None:
         super().__init__(OrderedDict((f'denselayer{i}', m) for i, m in enumerate(layers, 1)))
-        self.with_cp = with_cp
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
+        lean = self.memory == 'lean' and not torch.compiler.is_compiling()
+        if lean and torch.is_grad_enabled():
+            return lean_block(self, x)
         features = [x]
         for layer in self:
             # Recomputing keeps the features alone: the concatenation is made again in backward.
-            features.append(recompute(layer, features[:]) if self.with_cp else layer(features))
+            again = self.memory == 'recompute'
+            features.append(recompute(layer, features[:]) if again else layer(features))
         return torch.cat(features, 1)
 
 
@@ -158,8 +173,9 @@ class DenseNet(Backbone):
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
         norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        with_cp: Recompute each layer in backward: less memory, same results and running statistics,
-            more time.
+        memory: 'plain', 'lean' (a quarter of the memory of training, in about the same time) or
+            'recompute' (each layer again in backward: the least memory).
+        with_cp: The old name of ``memory='recompute'``.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -181,6 +197,7 @@ class DenseNet(Backbone):
         norm_cfg: Mapping[str, Any] = BN,
         norm_eval: bool = False,
         in_channels: int = 3,
+        memory: str = 'plain',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -200,9 +217,11 @@ class DenseNet(Backbone):
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            memory=memory,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        self.form = 'trained'
         self.tap = tap
         self._layers = arch.layers
         self.features = nn.ModuleDict(_stem(arch, in_channels, norm_cfg))
@@ -214,7 +233,9 @@ class DenseNet(Backbone):
                 DenseLayer(inputs[i] + j * arch.growth_rate, arch, norm_cfg, drop_rate)
                 for j in range(arch.layers[i])
             ]
-            self.features[f'denseblock{i + 1}'] = DenseBlock(layers, with_cp=with_cp)
+            if memory == 'lean' and not isinstance(layers[0].norm1, _BatchNorm):
+                raise ValueError(f"memory='lean' needs batch norms, not {dict(norm_cfg)}")
+            self.features[f'denseblock{i + 1}'] = DenseBlock(layers, memory=self.memory)
             if i == len(outputs) - 1:
                 self.features['norm5'] = _norm(norm_cfg, outputs[i])
             elif i + 1 < self._built or tap == 'activated':
@@ -227,6 +248,47 @@ class DenseNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         self._freeze()
+
+    def switch_to_deploy(self) -> None:
+        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
+
+        Load weights first, and turn to half precision behind it, so that they are rounded once.
+        ``form`` becomes 'deployed': norms are folded, blocks concatenate nothing, transitions pool
+        first, nothing is random or frozen any more, and ``train()`` changes no map. The maps stay
+        those of the evaluation, and are channels-last, for images of either memory format.
+        Gradients reach the image alone. Turned twice it stays as it is.
+
+        Raises:
+            ValueError: Norms without running statistics.
+        """
+        if self.form == 'deployed':
+            return
+        features = dict(stem=DeployedStem([self.features[name] for name in self._stem]))
+        for block in range(1, self._built + 1):
+            features[f'denseblock{block}'] = DeployedBlock(self.features[f'denseblock{block}'])
+            norm = self._norm_behind(block)
+            if block - 1 in self.out_indices and self._norm_belongs_to_map(block):
+                features[f'norm{block}'] = DeployedNorm(norm)
+                norm = None
+            if block < self._built:
+                conv = self.features[f'transition{block}']['conv']
+                features[f'transition{block}'] = DeployedTransition(norm, conv)
+        self.features = nn.ModuleDict(features)
+        self._stem = ['stem']
+        self.form = 'deployed'
+        self.frozen_stages = -1
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # mmengine no more than warns of keys that don't fit, and some fit both forms.
+        first = f'{prefix}features.denseblock1.denselayer1.norm1'
+        for form, marks in MARKS.items():
+            if form != self.form and any(f'{first}.{mark}' in state_dict for mark in marks):
+                raise UserError(
+                    f'the weights are those of a DenseNet of form={form!r}, the network is of '
+                    f'form={self.form!r}: load weights before switch_to_deploy()'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _norm_behind(self, block: int) -> nn.Module | None:
         """Return the norm that reads a block's output, counted from 1, if it is built."""
@@ -268,6 +330,17 @@ class DenseNet(Backbone):
                 depths[f'features.transition{block}.norm'] = last
         return {**depths, 'features.norm5': last}, last + 2
 
+    def _run_stem(self, modules: list[nn.Module], x: Tensor) -> Tensor:
+        if self.memory != 'lean':
+            return nn.Sequential(*modules)(x)
+        chain: list[nn.Module] = []
+        for module in modules:
+            if isinstance(module, nn.Conv2d):
+                x, chain = lean_conv(chain, module, x), []
+            else:
+                chain.append(module)
+        return recompute(nn.Sequential(*chain), x)
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
 
@@ -275,18 +348,35 @@ class DenseNet(Backbone):
             ValueError: An image smaller than the coarsest stride.
         """
         self._check_size(x)
-        for name in self._stem:
-            x = self.features[name](x)
+        if self.form == 'deployed':
+            return self._forward_deployed(x)
+        x = self._run_stem([self.features[name] for name in self._stem], x)
         maps = []
         for block in range(1, self._built + 1):
             x = self.features[f'denseblock{block}'](x)
             norm = self._norm_behind(block)
-            normed = x if norm is None else F.relu(norm(x))
+            chain = (norm, F.relu_)
             if block - 1 in self.out_indices:
-                maps.append(normed if self._norm_belongs_to_map(block) else x)
+                if self._norm_belongs_to_map(block):
+                    x, chain = F.relu_(norm(x)), ()
+                maps.append(x)
             if block < self._built:
                 transition = self.features[f'transition{block}']
-                x = F.avg_pool2d(transition['drop'](transition['conv'](normed)), 2)
+                run = lean_conv if self.memory == 'lean' else plain_conv
+                x = F.avg_pool2d(transition['drop'](run(chain, transition['conv'], x)), 2)
+        return tuple(maps)
+
+    def _forward_deployed(self, x: Tensor) -> tuple[Tensor, ...]:
+        x = self.features['stem'](x)
+        maps = []
+        for block in range(1, self._built + 1):
+            x = self.features[f'denseblock{block}'](x)
+            if f'norm{block}' in self.features:
+                x = self.features[f'norm{block}'](x)
+            if block - 1 in self.out_indices:
+                maps.append(x)
+            if block < self._built:
+                x = self.features[f'transition{block}'](x)
         return tuple(maps)
 
 

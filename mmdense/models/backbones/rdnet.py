@@ -19,11 +19,25 @@ import torch
 from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
 from torch import Tensor, nn
 
+from mmdense.errors import UserError
+from mmdense.models.backbones._rdnet_deploy import DeployedDenseStage, DeployedTransition
 from mmdense.models.backbones.base import Backbone, resolve_arch
-from mmdense.models.layers import recompute
+from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 
 __all__ = ['RDNet']
+
+# What only the state dict of a form has, in its first block.
+MARKS = dict(trained='gamma', deployed='scale')
+
+
+# With memory='lean' the hidden maps of blocks with fewer channels are made again too: the products
+# are small for the memory that they take. By measurement.
+REMAKE_BELOW = 400
+
+
+def _concatenate(*features: Tensor) -> Tensor:
+    return torch.cat(features, 1)
 
 
 def _eighths(channels: float) -> int:
@@ -80,7 +94,14 @@ class MixBlock(nn.Module):
     """Map all features of the dense stage, [N, C, H, W] together, to ``growth`` new channels."""
 
     def __init__(
-        self, channels: int, growth: int, *, gated: bool, layer_scale: float, drop_path: float
+        self,
+        channels: int,
+        growth: int,
+        *,
+        gated: bool,
+        layer_scale: float,
+        drop_path: float,
+        memory: str,
     ) -> None:
         super().__init__()
         hidden = _eighths(channels * 4)
@@ -97,27 +118,36 @@ class MixBlock(nn.Module):
         self.layers = nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
         self.gamma = nn.Parameter(torch.full((growth,), layer_scale))
         self.drop_path = DropPath(drop_path)
+        self.conv = lean_conv if memory == 'lean' else plain_conv
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        x = self.layers(torch.cat(features, 1))
+        depthwise, norm, widen, activation, narrow, *gate = self.layers.layers
+        x = self.conv((_concatenate,), depthwise, *features)
+        if widen.in_channels < REMAKE_BELOW:
+            x = self.conv((norm, widen, activation), narrow, x)
+        else:
+            x = self.conv((activation,), narrow, self.conv((norm,), widen, x))
+        scale = self.gamma.view(1, -1, 1, 1)
+        for module in gate:  # both scales in one product: what is between would be kept
+            scale = scale * module.gate(module.fc(x.mean((2, 3), keepdim=True)))
         # Autocast multiplies in float32; the features, which all later blocks read, go on as narrow
         # as they came.
-        x = (x * self.gamma.view(1, -1, 1, 1)).to(x.dtype)
-        return self.drop_path(x)
+        return self.drop_path((x * scale).to(x.dtype))
 
 
 class DenseStage(nn.Sequential):
     """Mix blocks, each reading the stage's input and what all earlier blocks made."""
 
-    def __init__(self, blocks: Sequence[MixBlock], *, with_cp: bool) -> None:
+    def __init__(self, blocks: Sequence[MixBlock], *, memory: str) -> None:
         super().__init__(OrderedDict((f'dense_block{i}', b) for i, b in enumerate(blocks)))
-        self.with_cp = with_cp
+        self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for block in self:
             # Recomputing keeps the features alone: the concatenation is made again in backward.
-            features.append(recompute(block, features[:]) if self.with_cp else block(features))
+            again = self.memory == 'recompute'
+            features.append(recompute(block, features[:]) if again else block(features))
         return torch.cat(features, 1)
 
 
@@ -138,7 +168,9 @@ class RDNet(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem, i also the dense stages up to map i - 1.
         norm_eval: Accepted for the common contract; RDNet's norms keep no statistics.
         in_channels: Channels of the image.
-        with_cp: Recompute each block in backward: less memory, same results, more time.
+        memory: 'plain', 'lean' (about half the memory of training, at about the same time) or
+            'recompute' (each block again in backward: the least memory).
+        with_cp: The old name of ``memory='recompute'``.
         init_cfg: mmengine's initialisation config.
 
     Raises:
@@ -157,6 +189,7 @@ class RDNet(Backbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         in_channels: int = 3,
+        memory: str = 'plain',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -170,9 +203,11 @@ class RDNet(Backbone):
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            memory=memory,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        self.form = 'trained'
         self._taps = taps
         self._blocks = arch.blocks
         self.stem = nn.Sequential(
@@ -197,10 +232,11 @@ class RDNet(Backbone):
                     gated=i >= arch.gate_from,
                     layer_scale=arch.layer_scale,
                     drop_path=rates[i * arch.blocks + b],
+                    memory=self.memory,
                 )
                 for b in range(arch.blocks)
             ]
-            layers.append(DenseStage(blocks, with_cp=with_cp))
+            layers.append(DenseStage(blocks, memory=self.memory))
             self.dense_stages.append(nn.Sequential(*layers))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -210,6 +246,32 @@ class RDNet(Backbone):
             for index, channels in zip(self.out_indices, self.out_channels, strict=True):
                 self.output_norms[str(index)] = nn.GroupNorm(1, channels)
         self._freeze()
+
+    def switch_to_deploy(self) -> None:
+        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
+
+        Load weights first. ``form`` becomes 'deployed': norms' weights are folded, hidden maps are
+        made in strips on a CPU, nothing is random or frozen any more, and ``train()`` changes no
+        map. The maps stay those of the evaluation, and are channels-last, for images of either
+        memory format. Gradients reach the image alone. Turned twice it stays as it is.
+        """
+        if self.form == 'deployed':
+            return
+        for i, (*between, blocks) in enumerate(self.dense_stages):
+            transition = [DeployedTransition(*between)] if between else []
+            self.dense_stages[i] = nn.Sequential(*transition, DeployedDenseStage(blocks))
+        self.form = 'deployed'
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # mmengine no more than warns of keys that don't fit, and some fit both forms.
+        for form, mark in MARKS.items():
+            if form != self.form and f'{prefix}dense_stages.0.0.dense_block0.{mark}' in state_dict:
+                raise UserError(
+                    f'the weights are those of an RDNet of form={form!r}, the network is of '
+                    f'form={self.form!r}: load weights before switch_to_deploy()'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:

@@ -102,13 +102,16 @@ class ShuffleNetV2(Backbone):
             pooling of stage 1 has no parameters.
         norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        with_cp: Recompute each unit in backward: less memory, same results, more time.
+        memory: 'plain', or 'recompute': each unit again in backward, for less memory.
+        with_cp: The old name of ``memory='recompute'``.
         init_cfg: mmengine's initialisation config; torchvision's weights are at
             ``torchvision://shufflenet_v2_x1_0.imagenet1k_v1``.
 
     Raises:
         ValueError: Unknown arch or field, impossible number, index or stage.
     """
+
+    memory_modes = ('plain', 'recompute')
 
     def __init__(
         self,
@@ -118,6 +121,7 @@ class ShuffleNetV2(Backbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         in_channels: int = 3,
+        memory: str = 'plain',
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
@@ -129,6 +133,7 @@ class ShuffleNetV2(Backbone):
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            memory=memory,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
@@ -170,7 +175,7 @@ class ShuffleNetV2(Backbone):
         maps = []
         for i, name in enumerate(self._parts):
             part = self.get_submodule(name)
-            if self.with_cp and name.startswith('stage'):
+            if self.memory == 'recompute' and name.startswith('stage'):
                 for unit in part:
                     x = recompute(unit, x)
             else:

@@ -48,8 +48,8 @@ class TimmBackbone(Backbone):
         frozen_stages: -1 freezes nothing, 0 the stem, i what map i - 1 is made of.
         norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        with_cp: Recompute each block in backward: less memory, same results and running statistics,
-            more time.
+        memory: 'plain', or 'recompute': each block again in backward, for less memory.
+        with_cp: The old name of ``memory='recompute'``.
         model_kwargs: What else ``timm.create_model`` gets, such as ``drop_path_rate``.
         init_cfg: mmengine's initialisation config.
 
@@ -59,6 +59,8 @@ class TimmBackbone(Backbone):
             impossible index or stage.
     """
 
+    memory_modes = ('plain', 'recompute')
+
     def __init__(
         self,
         *,
@@ -67,6 +69,7 @@ class TimmBackbone(Backbone):
         frozen_stages: int = -1,
         norm_eval: bool = False,
         in_channels: int = 3,
+        memory: str = 'plain',
         with_cp: bool = False,
         model_kwargs: Mapping[str, Any] | None = None,
         init_cfg: dict | list[dict] | None = None,
@@ -81,6 +84,7 @@ class TimmBackbone(Backbone):
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
+            memory=memory,
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
@@ -101,7 +105,7 @@ class TimmBackbone(Backbone):
         self._activated = [
             name for name, module in net.named_modules() if isinstance(module, BatchNormAct2d)
         ]
-        if with_cp:
+        if self.memory == 'recompute':
             # Not by timm's set_grad_checkpointing, which counts each batch twice.
             for depth, block in _largest(net, self._depths['layer']):
                 if 0 < depth < self._depths['layer'][HEAD]:

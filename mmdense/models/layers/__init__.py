@@ -7,6 +7,7 @@ from mmdense.models.layers.condense import (
     SparseReactivation,
     pruning_stage,
 )
+from mmdense.models.layers.lean import lean_conv, plain_conv
 from mmdense.models.layers.recompute import recompute
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     'CondensedReactivation',
     'LearnedGroupConv',
     'SparseReactivation',
+    'lean_conv',
+    'plain_conv',
     'pruning_stage',
     'recompute',
 ]

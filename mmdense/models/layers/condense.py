@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmdense.models.layers.lean import lean_conv, plain_conv
+
 __all__ = [
     'CondensedGroupConv',
     'CondensedReactivation',
@@ -59,6 +61,7 @@ class _Layer(nn.Module):
         norm_cfg: Mapping[str, Any],
         activation: type[nn.Module],
         drop_rate: float,
+        memory: str,
     ) -> None:
         super().__init__()
         self.groups = groups
@@ -68,9 +71,11 @@ class _Layer(nn.Module):
         self.activation = activation()
         self.drop = nn.Dropout(drop_rate)
         self.conv = conv
+        self.memory = memory
+        self._run = lean_conv if memory == 'lean' else plain_conv
 
-    def _activate(self, x: Tensor) -> Tensor:
-        return self.drop(self.activation(self.norm(x)))
+    def _activated(self) -> tuple[nn.Module, ...]:
+        return self.norm, self.activation, self.drop
 
 
 class _Learned(_Layer):
@@ -87,6 +92,7 @@ class _Learned(_Layer):
         norm_cfg: mmcv's config of the norm.
         activation: Class of the activation.
         drop_rate: Dropout before the convolution.
+        memory: 'lean' keeps the input alone for the backward pass.
 
     Raises:
         ValueError: Channels that are no multiple of what divides them, or another norm.
@@ -104,6 +110,7 @@ class _Learned(_Layer):
         norm_cfg: Mapping[str, Any] = BN,
         activation: type[nn.Module] = nn.ReLU,
         drop_rate: float = 0.0,
+        memory: str = 'plain',
     ) -> None:
         sides = (out_channels, in_channels)
         if sides[self.grouped] % groups or sides[self.chosen] % condense_factor:
@@ -117,6 +124,7 @@ class _Learned(_Layer):
             norm_cfg=norm_cfg,
             activation=activation,
             drop_rate=drop_rate,
+            memory=memory,
         )
         self.channels = sides[self.chosen]
         self.condense_factor = condense_factor
@@ -192,6 +200,7 @@ class _Condensed(_Layer):
         norm_cfg: mmcv's config of the norm.
         activation: Class of the activation.
         drop_rate: Dropout before the convolution.
+        memory: 'lean' keeps the input alone for the backward pass.
     """
 
     chosen: int  # as of what is learned
@@ -205,6 +214,7 @@ class _Condensed(_Layer):
         norm_cfg: Mapping[str, Any] = BN,
         activation: type[nn.Module] = nn.ReLU,
         drop_rate: float = 0.0,
+        memory: str = 'plain',
     ) -> None:
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False),
@@ -212,6 +222,7 @@ class _Condensed(_Layer):
             norm_cfg=norm_cfg,
             activation=activation,
             drop_rate=drop_rate,
+            memory=memory,
         )
         kept = (out_channels, in_channels)[self.chosen] // groups
         self.register_buffer('index', torch.arange(kept).repeat(groups))
@@ -226,6 +237,7 @@ class _Condensed(_Layer):
             groups=learned.groups,
             activation=type(learned.activation),
             drop_rate=learned.drop.p,
+            memory=learned.memory,
         )
         layer.norm = norm
         layer.conv.weight = nn.Parameter(
@@ -248,7 +260,7 @@ class LearnedGroupConv(_Learned):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, C_in, H, W] to [N, C_out, H, W]."""
-        return F.conv2d(self._activate(x), self.weight)
+        return self._run(self._activated(), self.conv, x, weight=self.weight)
 
     def condensed(self) -> CondensedGroupConv:
         """Return a group convolution that maps the same to the same, in evaluation."""
@@ -271,7 +283,7 @@ class SparseReactivation(_Learned):
 
     def forward(self, x: Tensor, new: Tensor) -> Tensor:
         """Return x [N, C_out, H, W] with what new [N, C_in, H, W] adds to it."""
-        return x + F.conv2d(self._activate(new), self.weight)
+        return x + self._run(self._activated(), self.conv, new, weight=self.weight)
 
     def condensed(self) -> CondensedReactivation:
         """Return a group convolution that maps the same to the same, in evaluation."""
@@ -288,8 +300,11 @@ class CondensedGroupConv(_Condensed):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the features of a block, [N, C, H, W], to [N, C_out, H, W]."""
-        x = self.conv(self._activate(x.index_select(1, self.index)))
-        return F.channel_shuffle(x, self.groups)
+        chain = (self._gathered, *self._activated())
+        return F.channel_shuffle(self._run(chain, self.conv, x), self.groups)
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
 
 
 class CondensedReactivation(_Condensed):
@@ -299,8 +314,11 @@ class CondensedReactivation(_Condensed):
 
     def forward(self, x: Tensor, new: Tensor) -> Tensor:
         """Return the features of a block, x [N, C, H, W], with what new [N, C_in, H, W] adds."""
-        new = F.channel_shuffle(self._activate(new), new.shape[1] // self.groups)
-        return x.index_add(1, self.index, self.conv(new))
+        chain = (*self._activated(), self._shuffled)
+        return x.index_add(1, self.index, self._run(chain, self.conv, new))
+
+    def _shuffled(self, x: Tensor) -> Tensor:
+        return F.channel_shuffle(x, x.shape[1] // self.groups)
 
 
 def _gather(norm: nn.Module, index: Tensor) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['recompute']
+__all__ = ['StatisticsUntouched', 'recompute']
 
 
 def recompute(module: nn.Module, *inputs: Any) -> Any:
@@ -31,18 +32,19 @@ def recompute(module: nn.Module, *inputs: Any) -> Any:
         module,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), _StatisticsUntouched(module)),
+        context_fn=lambda: (nullcontext(), StatisticsUntouched([module])),
     )
 
 
-class _StatisticsUntouched:
+class StatisticsUntouched:
     """Let batch norms record into copies: the batch was counted in the forward pass.
 
     torch enters it once for each backward pass through the same graph.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self.norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        within = [norm for module in modules for norm in module.modules()]
+        self.norms = [m for m in within if isinstance(m, _BatchNorm) and m.training]
         self.records: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:

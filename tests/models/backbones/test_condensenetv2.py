@@ -485,8 +485,9 @@ def test_frozen_stages_survive_condensing(form):
     assert not any(m.training for m in net.modules() if isinstance(m, _BatchNorm))
 
 
-def test_with_cp_when_condensed():
-    plain, recomputing = build(), build(with_cp=True)
+@pytest.mark.parametrize('memory', ['recompute', 'lean'])
+def test_memory_when_condensed(memory):
+    plain, recomputing = build(), build(memory=memory)
     grads = []
     for net in (plain, recomputing):
         net.condense()

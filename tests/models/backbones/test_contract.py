@@ -1,5 +1,7 @@
 """The contract of mmdense/models/backbones/base.py, run over every family with tiny networks."""
 
+import statistics
+
 import mmengine
 import pytest
 import torch
@@ -176,29 +178,109 @@ def _names(net, modules):
     return [n for n, p in net.named_parameters() if id(p) in ids]
 
 
-def test_with_cp_changes_memory_alone(family):
-    plain, recomputing = active(build(family)), active(build(family, with_cp=True))
-    sizes, grads = [], []
-    for net in (plain, recomputing):
-        saved = {}
+def held_bytes(net, x, amp=False):
+    """Return the maps of a training step, and how many bytes wait for its backward pass."""
+    held = {}
 
-        def pack(tensor, saved=saved):
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
 
-        x = image().requires_grad_()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            maps = net(x)
-            held = dict(saved)
-        sizes.append(sum(held.values()))
-        sum(m.square().sum() for m in maps).backward()
-        grads.append([x.grad, *(p.grad for p in net.parameters())])
-    for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(plain.buffers(), recomputing.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
-    assert sizes[1] < 0.6 * sizes[0]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast('cpu', torch.bfloat16, enabled=amp),
+    ):
+        maps = net(x)
+    for parameter in net.parameters():
+        held.pop(parameter.data_ptr(), None)
+    return maps, sum(held.values())
+
+
+def train_step(net, x, amp=False):
+    """Return what a step leaves behind, by name, and the bytes that waited for its backward."""
+    x = x.clone().requires_grad_()
+    torch.manual_seed(3)
+    maps, size = held_bytes(net, x, amp)
+    generator = torch.Generator().manual_seed(4)
+    sum((m * torch.randn(m.shape, generator=generator).to(m)).sum() for m in maps).backward()
+    left = {f'map {i}': m.detach() for i, m in enumerate(maps)} | {'image': x.grad}
+    left |= {name: p.grad for name, p in net.named_parameters()}
+    return left | dict(net.named_buffers()), size
+
+
+def modes():
+    for family in FAMILIES:
+        baseline = family in ('ShuffleNetV2', 'TimmBackbone')
+        for memory in ('recompute',) if baseline else ('recompute', 'lean'):
+            yield pytest.param(family, memory, id=f'{family}-{memory}')
+
+
+@pytest.mark.parametrize(
+    ('options', 'layout'),
+    [
+        ({}, torch.contiguous_format),
+        ({}, torch.channels_last),
+        (dict(norm_eval=True), torch.channels_last),
+        (dict(frozen_stages=2), torch.contiguous_format),
+        (dict(random=True), torch.channels_last),
+    ],
+    ids=['plain', 'channels-last', 'norm_eval', 'frozen', 'random'],
+)
+@pytest.mark.parametrize(('family', 'memory'), modes())
+def test_memory_modes_change_memory_alone(family, memory, options, layout):
+    if 'random' in options:
+        options = random(family, 0.5)
+    found = []
+    for mode in ('plain', memory):
+        net = active(build(family, memory=mode, **options)).double().to(memory_format=layout)
+        found.append(train_step(net.train(), image().double().to(memory_format=layout)))
+    (plain, plain_size), (thrifty, size) = found
+    for name, expected in plain.items():
+        if expected is None:
+            assert thrifty[name] is None, name
+        else:  # a bias in front of a norm has no gradient but rounding
+            torch.testing.assert_close(thrifty[name], expected, rtol=1e-9, atol=1e-9, msg=name)
+    assert size < 0.65 * plain_size
+
+
+@pytest.mark.parametrize(('family', 'memory'), modes())
+def test_memory_modes_under_autocast(family, memory):
+    exact, _ = train_step(active(build(family)).double().train(), image(batch=4).double())
+    errors = {}
+    for mode in ('plain', memory):
+        net = active(build(family, memory=mode)).train()
+        left, size = train_step(net, image(batch=4), amp=True)
+        assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+        errors[mode] = statistics.median(
+            float((left[name] - value).norm() / value.norm())
+            for name, value in exact.items()
+            if value.is_floating_point() and value.norm() > 1e-9  # else it is rounding alone
+        )
+        for name, buffer in net.named_buffers():
+            assert left[name] is buffer
+    assert 0 < errors[memory] < 1.5 * errors['plain']
+
+
+def test_memory_of_a_network_in_eval_mode(family):
+    nets = [active(build(family, memory=mode)).eval() for mode in ('plain', 'recompute')]
+    with torch.no_grad():
+        for a, b in zip(*(net(image()) for net in nets), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_with_cp_is_an_old_name(family):
+    assert build(family).memory == 'plain'
+    assert build(family, with_cp=True).memory == 'recompute'
+    assert build(family, with_cp=True, memory='recompute').memory == 'recompute'
+    with pytest.raises(ValueError, match="memory is 'none', must be one of"):
+        build(family, memory='none')
+    if 'lean' in build(family).memory_modes:
+        with pytest.raises(ValueError, match="with_cp=True is memory='recompute'"):
+            build(family, memory='lean', with_cp=True)
+    else:
+        with pytest.raises(ValueError, match="memory is 'lean', must be one of"):
+            build(family, memory='lean')
 
 
 def test_in_channels(family):
@@ -238,9 +320,11 @@ def test_init_cfg_loads_a_checkpoint(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options', [{}, dict(with_cp=True)], ids=['plain', 'with_cp'])
-def test_compiles_without_graph_break(family, options):
-    net = active(build(family, **options))
+@pytest.mark.parametrize('memory', ['plain', 'recompute', 'lean'])
+def test_compiles_without_graph_break(family, memory):
+    if memory == 'lean' and family in ('ShuffleNetV2', 'TimmBackbone'):
+        return
+    net = active(build(family, memory=memory))
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
     grads = []
     for run in (net, compiled):

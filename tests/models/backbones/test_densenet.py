@@ -169,13 +169,74 @@ def test_norm_cfg():
     assert all(m.eps == 1e-3 and not m.weight.requires_grad for m in norms)
 
 
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(bottleneck=False),
+        dict(bottleneck=False, drop_rate=0.3),
+        dict(tap='activated'),
+        dict(tap='activated', out_indices=(0, 2)),
+        dict(out_indices=(1,)),
+        dict(stem='deep', drop_rate=0.3),
+        dict(stem='cifar', frozen_stages=0),
+        dict(norm_cfg=dict(type='BN', momentum=None, affine=False)),
+        dict(norm_cfg=dict(type='BN', track_running_stats=False), norm_eval=True),
+        dict(norm_cfg=dict(type='BN', requires_grad=False)),
+        dict(one_norm='norm1'),
+        dict(one_norm='norm2'),
+    ],
+)
+def test_lean_blocks_equal_plain_ones(options):
+    """One norm alone in evaluation, too: the others of its block share statistics without it."""
+    options = dict(options)
+    one_norm = options.pop('one_norm', None)
+    found = []
+    for memory in ('plain', 'lean'):
+        torch.manual_seed(0)
+        net = randomised(DenseNet(arch=SMALL, memory=memory, **options)).double().train()
+        if one_norm:
+            net.features['denseblock2'][1].get_submodule(one_norm).eval()
+        x = torch.randn(2, 3, 32, 48, dtype=torch.float64, requires_grad=True)
+        maps = net(x)
+        sum((m * torch.randn_like(m)).sum() for m in maps).backward()
+        grads = [p.grad for p in net.parameters()]
+        found.append([*(m.detach() for m in maps), x.grad, *grads, *net.buffers()])
+    for plain, lean in zip(*found, strict=True):
+        if plain is None:
+            assert lean is None
+        else:
+            torch.testing.assert_close(lean, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_lean_blocks_keep_what_is_linear_in_their_depth():
+    """The features, once, and what each 1x1 convolution puts out."""
+    growth, layers = 8, 6
+    net = DenseNet(arch=dict(growth_rate=growth, layers=(layers,)), memory='lean')
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.shape
+        return tensor
+
+    x = torch.randn(2, 2 * growth, 8, 8)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        net.features['denseblock1'](x)
+    shapes = sorted(shape[1] for shape in kept.values() if shape[2:] == (8, 8))
+    assert shapes == sorted([2 * growth + layers * growth, *[4 * growth] * layers])
+
+
+def test_lean_blocks_need_batch_norms():
+    with pytest.raises(ValueError, match="memory='lean' needs batch norms"):
+        DenseNet(arch=SMALL, memory='lean', norm_cfg=dict(type='GN', num_groups=4))
+
+
 @pytest.mark.parametrize('options', [{}, dict(tap='activated'), dict(drop_rate=0.3)])
 def test_recomputing_counts_each_batch_once(options):
     """Bit for bit on a CPU, where torchvision's memory_efficient counts twice."""
     results = []
-    for with_cp in (False, True):
+    for memory in ('plain', 'recompute'):
         torch.manual_seed(0)
-        net = randomised(DenseNet(arch=SMALL, with_cp=with_cp, **options))
+        net = randomised(DenseNet(arch=SMALL, memory=memory, **options))
         for i in range(2):
             torch.manual_seed(i)
             sum(m.square().mean() for m in net(torch.randn(2, 3, 32, 32))).backward()

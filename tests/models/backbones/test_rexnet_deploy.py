@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmdense.apis.deploy import deploy
+from mmdense.apis import deploy
 from mmdense.errors import UserError
 from mmdense.models import ReXNet
 from mmdense.models.layers.fold import fold_norm

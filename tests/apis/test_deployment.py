@@ -8,10 +8,11 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmdense.apis import UserError
-from mmdense.apis.deploy import condense, deploy, deployed_config, faster_dense
-from mmdense.benchmark import count_parameters
-from mmdense.models import CondenseNetV2, DenseNet
+import mmdense
+from mmdense.apis import UserError, deploy
+from mmdense.apis.deployment import compare_forms, condense, deployed_config, faster_dense
+from mmdense.benchmark import backbone_macs, count_parameters
+from mmdense.models import CondenseNetV2, DenseNet, ReXNet, ShuffleNetV2
 
 ARCH = dict(layers=(1, 1, 1, 2, 1), growth=(4, 4, 4, 8, 8), groups=4)
 
@@ -124,7 +125,7 @@ def test_tuning_of_a_network_that_was_trained_condensed(monkeypatch):
     norm = net.features['denseblock_2'].denselayer_1.conv_1.norm
     with torch.no_grad():
         norm.bias.copy_(torch.arange(len(norm.bias)))
-    monkeypatch.setattr('mmdense.apis.deploy._seconds', lambda run, device: -_runs_dense(run))
+    monkeypatch.setattr('mmdense.apis.deployment._seconds', lambda run, device: -_runs_dense(run))
     names = set(net.one_by_ones()) - {'denseblock_2.denselayer_1.conv_1'}
     assert set(faster_dense(net, (64, 64))) == names
 
@@ -154,7 +155,7 @@ def test_tuning_takes_the_faster_way(way, monkeypatch):
     def seconds(run, device):
         return 1 + (-0.5 if type(run.func).__name__ == kind else 0.5) * run.func.dense
 
-    monkeypatch.setattr('mmdense.apis.deploy._seconds', seconds)
+    monkeypatch.setattr('mmdense.apis.deployment._seconds', seconds)
     names = [name for name in net.one_by_ones() if name.endswith(way)]
     assert faster_dense(net, (64, 64)) == names
 
@@ -172,9 +173,92 @@ def test_deploy_turns_the_backbone_of_a_model():
 
 
 def test_deploy_needs_a_network_that_can():
-    message = 'DenseNet has no form for deployment: .*CondenseNetV2 and .*ReXNet have one'
-    with pytest.raises(UserError, match=message):
-        deploy(Model(backbone=DenseNet(arch=dict(growth_rate=4, layers=(1, 1)))))
+    message = 'ShuffleNetV2 has no form for deployment: CondenseNetV2, .*and ReXNet have one'
+    for command in (deploy, compare_forms):
+        with pytest.raises(UserError, match=message):
+            command(Model(backbone=ShuffleNetV2(arch='0.5')))
+
+
+def test_deploy_is_imported_when_it_is_asked_for():
+    assert mmdense.apis.deploy is deploy
+    with pytest.raises(AttributeError, match="'mmdense.apis' has no attribute 'undeploy'"):
+        mmdense.apis.undeploy  # noqa: B018
+
+
+def rexnet():
+    """A small network whose norms have seen images."""
+    torch.manual_seed(0)
+    net = ReXNet(arch=dict(width=0.25, depth=0.5), out_indices=(0, 1))
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(4, 3, 64, 64))
+    return net
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_forms_are_compared_and_the_model_is_left_alone(dtype):
+    model = Model(backbone=rexnet()).to(dtype)
+    before = copy.deepcopy(model.state_dict())
+    trained, deployed = compare_forms(model, size=(64, 96))
+    assert (trained.form, deployed.form) == ('trained', 'deployed')
+    assert (trained.parameters, deployed.parameters) == (count_parameters(model), None)
+    assert trained.difference == 0
+    assert 0 < deployed.difference < 1e-5
+    assert trained.macs == backbone_macs(copy.deepcopy(model.backbone).to('meta').eval(), (64, 96))
+    assert 0 < deployed.macs <= trained.macs
+    assert not trained.not_counted
+    assert model.backbone.form == 'trained'
+    assert model.backbone.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_comparing_forms_needs_one_that_is_not_deployed():
+    model = Model(backbone=rexnet())
+    with pytest.raises(UserError, match='at least 32'):
+        compare_forms(model, size=(4, 4))
+    both = r'ReXNet \(trained\), CondenseNetV2 \(learned\)$'
+    with pytest.raises(UserError, match=f'one backbone to deploy is needed, not {both}'):
+        compare_forms(nn.ModuleList([model, Model()]))
+    deploy(model)
+    with pytest.raises(UserError, match=r'not ReXNet \(deployed\)$'):
+        compare_forms(model)
+
+
+def test_a_form_that_differs_is_reported(monkeypatch):
+    folded = ReXNet.switch_to_deploy
+
+    def wrong(self):
+        folded(self)
+        next(p for p in self.parameters() if p.dim() == 1).data.add_(0.1)
+
+    monkeypatch.setattr(ReXNet, 'switch_to_deploy', wrong)
+    with pytest.raises(RuntimeError, match="'deployed' differs from 'trained' by"):
+        compare_forms(Model(backbone=rexnet()), size=(64, 64))
+
+
+def test_products_that_a_form_hides_are_named(monkeypatch):
+    forward = ReXNet.forward
+
+    def hidden(self, x):
+        torch.mv(x[0, 0], x[0, 0, 0])
+        return forward(self, x)
+
+    monkeypatch.setattr(ReXNet, 'forward', hidden)
+    costs = compare_forms(Model(backbone=rexnet()), size=(64, 64))
+    assert [cost.not_counted for cost in costs] == [{'aten::mv': 1}] * 2
+
+
+def test_deployed_config_of_a_network_that_needs_no_condensing():
+    hooks = [dict(type='mmdense.ChannelsLastHook')]
+    init = dict(type='Pretrained', checkpoint='nowhere.pth')
+    model = dict(backbone=dict(arch='0.5', init_cfg=init))
+    cfg = Config(dict(model=model, custom_hooks=hooks, work_dir='old', launcher='none'))
+    new = deployed_config(cfg, ReXNet(), 'out.pth')
+    assert new.to_dict() == dict(
+        model=dict(backbone=dict(arch='0.5', init_cfg=None)),
+        custom_hooks=hooks,
+        load_from='out.pth',
+    )
 
 
 def test_deployed_config_describes_the_condensed_model():

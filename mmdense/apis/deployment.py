@@ -7,21 +7,30 @@ import functools
 import random
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from mmdense.benchmark import count_parameters
+from mmdense import models
+from mmdense.benchmark import count_macs, count_parameters
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import Backbone
 from mmdense.models.backbones._condensenetv2_deploy import Workspace, can_run_dense
 
-__all__ = ['FormCost', 'condense', 'deploy', 'deployed_config', 'faster_dense']
+__all__ = [
+    'FormCost',
+    'compare_forms',
+    'condense',
+    'deploy',
+    'deployable',
+    'deployed_config',
+    'faster_dense',
+]
 
 TOLERANCE = 1e-4  # of the largest value of a map, in float32
 ROUNDS = 15
@@ -37,12 +46,14 @@ class FormCost:
         macs: Executed multiply-adds of the backbone for the probe image.
         difference: Largest difference of any map from the first form's, as a share of the map's
             largest value.
+        not_counted: Calls of operators that may be products and are not among those.
     """
 
     form: str
     parameters: int | None
     macs: int
     difference: float
+    not_counted: Counter[str] = field(default_factory=Counter)
 
 
 def deploy(model: nn.Module) -> None:
@@ -51,18 +62,90 @@ def deploy(model: nn.Module) -> None:
     Raises:
         UserError: No backbone with such a form, or one that is not ready for it.
     """
-    backbones = [
-        module
-        for module in model.modules()
-        if isinstance(module, Backbone) and hasattr(module, 'switch_to_deploy')
-    ]
-    if not backbones:
+    for backbone in deployable(model):
+        backbone.switch_to_deploy()
+
+
+def deployable(model: nn.Module) -> list[Backbone]:
+    """Return the backbones of a model that have a form for deployment.
+
+    Raises:
+        UserError: There is none.
+    """
+    found = [m for m in model.modules() if isinstance(m, Backbone) and _can_deploy(m)]
+    if not found:
+        able = [name for name in models.__all__ if _can_deploy(getattr(models, name))]
         raise UserError(
             f'{type(getattr(model, "backbone", model)).__name__} has no form for deployment: '
-            'mmdense.CondenseNetV2 and mmdense.ReXNet have one'
+            f'{", ".join(able[:-1])} and {able[-1]} have one'
         )
-    for backbone in backbones:
-        backbone.switch_to_deploy()
+    return found
+
+
+def _can_deploy(network: object) -> bool:
+    return hasattr(network, 'switch_to_deploy')
+
+
+class _Forms:
+    """The costs of a network's forms on one image, in float32; they must agree."""
+
+    def __init__(self, net: Backbone, size: tuple[int, int]) -> None:
+        self.first = copy.deepcopy(net).float().eval()
+        weight = next(p for p in net.parameters() if p.dim() == 4)  # [C, 3, h, w], of the stem
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(1, weight.shape[1], *size, generator=generator)
+        self.image = image.to(weight.device)
+        self.expected: tuple[Tensor, ...] = ()
+        self.costs: list[FormCost] = []
+
+    def measure(self, form: str, net: Backbone) -> None:
+        """Run a form and note its cost; the first one is what the others are compared with.
+
+        Raises:
+            UserError: The image is too small.
+            RuntimeError: The maps are not those of the first form.
+        """
+        unknown: Counter[str] = Counter()
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                macs, maps = count_macs(net, self.image, unknown)
+        except ValueError as error:  # too small an image
+            raise UserError(str(error)) from error
+        self.expected = self.expected or maps
+        difference = max(map(_difference, maps, self.expected))
+        self.costs.append(FormCost(form, None, macs, difference, unknown))
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f'the form {form!r} differs from {self.costs[0].form!r} by {difference:.1e} '
+                'of the largest value, which is more than rounding: please report this'
+            )
+
+
+def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:
+    """Compare a model's backbone as it was trained with its form for deployment, in float32.
+
+    Args:
+        model: A trained detector, segmentor, classifier or backbone; left alone.
+        size: Height and width of the probe image, in pixels.
+
+    Returns:
+        The costs as it was trained and deployed.
+
+    Raises:
+        UserError: No backbone with such a form, more than one, one that is in it already, or an
+            image that is too small for it.
+        RuntimeError: The forms don't agree.
+    """
+    found = deployable(model)
+    if len(found) != 1 or found[0].form == 'deployed':
+        listed = [f'{type(net).__name__} ({net.form})' for net in found]
+        raise UserError(f'a model with one backbone to deploy is needed, not {", ".join(listed)}')
+    forms = _Forms(found[0], size)
+    forms.measure(found[0].form, forms.first)
+    forms.first.switch_to_deploy()
+    forms.measure('deployed', forms.first)
+    trained, deployed = forms.costs
+    return [replace(trained, parameters=count_parameters(model)), deployed]
 
 
 def condense(
@@ -96,41 +179,22 @@ def condense(
         forms = [net.form for net in networks]
         raise UserError(f'a model with one CondenseNetV2 to condense is needed, not {forms}')
     net = networks[0]
-    probed = copy.deepcopy(net).float().eval()
-    weight = probed.features['init_conv'].weight
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight.device)
-    expected: tuple[Tensor, ...] = ()
-    costs: list[FormCost] = []
-
-    def measure(form: str, probed: CondenseNetV2) -> None:
-        nonlocal expected
-        try:
-            macs, maps = _run(probed, image)
-        except ValueError as error:  # too small an image
-            raise UserError(str(error)) from error
-        expected = expected or maps
-        costs.append(FormCost(form, None, macs, max(map(_difference, maps, expected))))
-        if not costs[-1].difference < TOLERANCE:
-            raise RuntimeError(
-                f'the form {form!r} differs from {costs[0].form!r} by {costs[-1].difference:.1e} '
-                'of the largest value, which is more than rounding: please report this'
-            )
-
-    measure(net.form, probed)
+    forms = _Forms(net, size)
+    probed = forms.first
+    forms.measure(net.form, probed)
     parameters = {net.form: count_parameters(model)}
     if net.form != 'condensed':
         probed.condense(allow_partial=allow_partial)
-        measure('condensed', probed)
+        forms.measure('condensed', probed)
     dense = faster_dense(probed, size) if tune else net.dense
     for form, names in (('deployed', dense), ('deployed, all grouped', ())):
         deployed = copy.deepcopy(probed)
         deployed.switch_to_deploy(names)
-        measure(form, deployed)
+        forms.measure(form, deployed)
     net.condense(allow_partial=allow_partial)
     net.dense = dense
     parameters['condensed'] = count_parameters(model)
-    return [replace(cost, parameters=parameters.get(cost.form)) for cost in costs]
+    return [replace(cost, parameters=parameters.get(cost.form)) for cost in forms.costs]
 
 
 def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
@@ -172,23 +236,22 @@ def faster_dense(net: CondenseNetV2, size: tuple[int, int]) -> list[str]:
     return faster
 
 
-def deployed_config(cfg: Config, net: CondenseNetV2, checkpoint: str) -> Config:
-    """Return the config of a model whose CondenseNetV2 was condensed.
+def deployed_config(cfg: Config, net: Backbone, checkpoint: str) -> Config:
+    """Return the config of a model that is to be deployed, or trained on.
 
     Args:
         cfg: Of the model as it was trained; left alone.
-        net: The condensed network.
-        checkpoint: File of the condensed model, which training would start from.
+        net: Its backbone; a CondenseNetV2 was condensed.
+        checkpoint: File of the model's weights, which training would start from.
     """
     cfg = copy.deepcopy(cfg)
-    backbone = cfg.model.backbone
-    backbone.update(form='condensed', dense=net.dense, init_cfg=None)
-    if net.stage != net.last_stage:
-        backbone.stage = net.stage
-    hooks = [
-        h for h in cfg.get('custom_hooks') or [] if h['type'] != 'mmdense.CondenseScheduleHook'
-    ]
-    cfg.custom_hooks = hooks
+    cfg.model.backbone.init_cfg = None
+    if isinstance(net, CondenseNetV2):
+        cfg.model.backbone.update(form='condensed', dense=net.dense)
+        if net.stage != net.last_stage:
+            cfg.model.backbone.stage = net.stage
+        hooks = cfg.get('custom_hooks') or []
+        cfg.custom_hooks = [h for h in hooks if h['type'] != 'mmdense.CondenseScheduleHook']
     cfg.load_from = checkpoint
     for key in ('work_dir', 'launcher', 'resume'):  # of the run that is over
         cfg.pop(key, None)
@@ -197,13 +260,6 @@ def deployed_config(cfg: Config, net: CondenseNetV2, checkpoint: str) -> Config:
 
 def _may_run_dense(net: CondenseNetV2, name: str) -> bool:
     return name.endswith('.sfr') or can_run_dense(net.features.get_submodule(name))
-
-
-def _run(net: nn.Module, image: Tensor) -> tuple[int, tuple[Tensor, ...]]:
-    exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), exact:
-        maps = net(image)
-    return counter.get_total_flops() // 2, maps  # it counts a multiply-add as two
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

@@ -1,0 +1,188 @@
+"""How a dense block trains in little memory: one buffer, shared statistics, norms made again.
+
+A block's features lie in one buffer [N, C, H, W]; each layer reads its first channels. For backward
+the buffer and what the 1x1 convolutions put out are kept; norms and ReLUs are made again.
+
+A batch's statistics of a channel are the same for all layers that read it, so they are taken once,
+when the channel is made. In backward the gradient that reaches a channel x through the norms of the
+layers j, with weights w_j, is, summed over them,
+
+    sum_j (w_j g_j) / s - (sum_j w_j mean(g_j) + x' sum_j w_j mean(g_j x')) / s
+
+where x' is the normed channel, s its deviation and g_j what reaches the norm's output: the means
+are those of the gradients of w_j and of the bias, and the second part waits until the first is
+complete. So statistics cost, and SyncBN exchanges, what is linear in the depth.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mmdense.models.layers import lean
+
+__all__ = ['lean_block']
+
+
+def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
+    """Return the features [N, C, H, W] of a dense block for its input [N, C_in, H, W].
+
+    Results are those of the plain block. There are no second derivatives.
+
+    Args:
+        block: Of ``DenseLayer``, whose norms are batch norms of equal ``eps``.
+        x: The block's input.
+    """
+    steps = [step for layer in block for step in _steps(layer)]
+    assert len({norm.eps for norm, _ in steps}) == 1
+    parameters = [p for norm, conv in steps for p in (norm.weight, norm.bias, conv.weight)]
+    return _LeanBlock.apply(block, x, *parameters)
+
+
+def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
+    first = [(layer.norm1, layer.conv1)]
+    return [*first, (layer.norm2, layer.conv2)] if layer.bottleneck else first
+
+
+class _Step(NamedTuple):
+    """A norm, ReLU, a convolution and dropout, as they ran.
+
+    Attributes:
+        norm: Batch norm.
+        conv: Convolution.
+        statistics: Of the norm's input, if it used those of the batch.
+        kept: Which values dropout kept, bool like the convolution's output, if it ran.
+    """
+
+    norm: nn.Module
+    conv: nn.Conv2d
+    statistics: lean.Statistics | None
+    kept: Tensor | None
+
+
+class _LeanBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, block: nn.Sequential, x: Tensor, *parameters: Tensor) -> Tensor:
+        first, form = x.shape[1], lean.format_of(x)
+        growth = _steps(block[0])[-1][1].out_channels
+        size = (len(x), first + len(block) * growth, *x.shape[2:])
+        buffer = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
+        buffer[:, :first] = x
+        shared, layers, hidden = None, [], []
+        with lean.Autocast.of(x.device.type).entered():
+            for start in range(first, size[1], growth):
+                layer = block[len(layers)]
+                x = buffer[:, :start].contiguous(memory_format=form)
+                if lean.norms_by_batch(layer.norm1):
+                    shared = _extended(shared, layer.norm1, x)
+                steps = []
+                for i, (norm, conv) in enumerate(_steps(layer)):
+                    statistics = None
+                    if lean.norms_by_batch(norm):
+                        statistics = lean.batch_statistics(norm, x) if i else shared
+                        lean.record(norm, statistics)
+                    if i:
+                        hidden.append(x)
+                    x, kept = _dropped(layer.drop, conv(_activated(norm, x, statistics)))
+                    steps.append(_Step(norm, conv, statistics, kept))
+                buffer[:, start : start + growth] = x
+                layers.append(steps)
+        ctx.layers, ctx.shared, ctx.growth, ctx.rate = layers, shared, growth, block[0].drop.p
+        ctx.save_for_backward(buffer, *hidden)
+        return buffer
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        buffer, *hidden = ctx.saved_tensors
+        form, end = lean.format_of(buffer), buffer.shape[1]
+        # Of all features, completed from the last to the first.
+        grad = grad.clone(memory_format=form)
+        eps = ctx.layers[0][0].norm.eps
+        # What waits for statistics: of each channel, the sums over the layers that read it.
+        sums = None if ctx.shared is None else torch.zeros_like(ctx.shared.mean).repeat(2, 1)
+
+        def complete(begin: int, end: int) -> Tensor:
+            """Return the gradient of channels whose readers are all done."""
+            part = slice(begin, end)
+            if sums is None or begin >= sums.shape[1]:
+                return grad[:, part].contiguous(memory_format=form)
+            known = ctx.shared.part(part)
+            return lean.through_statistics(
+                grad[:, part], buffer[:, part], sums[:, part], known, eps
+            )
+
+        grads: list[Tensor | None] = []
+        for steps in reversed(ctx.layers):
+            begin = end - ctx.growth
+            d = complete(begin, end)
+            end = begin
+            for i, (norm, conv, statistics, kept) in reversed(list(enumerate(steps))):
+                if kept is not None:
+                    d = d * kept / (1 - ctx.rate)
+                x = hidden.pop() if i else buffer[:, :end].contiguous(memory_format=form)
+                d, d_conv = _conv_backward(norm, conv, statistics, x, d)
+                if i and statistics is not None:
+                    d, d_weight, d_bias = lean.norm_backward(d, x, norm.weight, statistics, eps)
+                else:
+                    used = _used(norm, statistics)
+                    d, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                        d, x, norm.weight, *used, None, None, False, eps, [True, True, True]
+                    )
+                    if statistics is not None:
+                        scale = (used[1] + eps).rsqrt()
+                        scale = scale if norm.weight is None else scale * norm.weight
+                        sums[:, :end] += scale * torch.stack([d_bias, d_weight])
+                grads += [d_conv, d_bias, d_weight]
+            grad[:, :end] += d
+        dx = complete(0, end)
+        needed = ctx.needs_input_grad[2:]
+        grads = [g if need else None for g, need in zip(reversed(grads), needed, strict=True)]
+        return None, dx, *grads
+
+
+def _extended(shared: lean.Statistics | None, norm: nn.Module, x: Tensor) -> lean.Statistics:
+    """Add the statistics of those channels of x whose are not known yet."""
+    if shared is None:
+        return lean.batch_statistics(norm, x)
+    new = x[:, len(shared.mean) :].contiguous(memory_format=lean.format_of(x))
+    new = lean.batch_statistics(norm, new)
+    mean, var = torch.cat([shared.mean, new.mean]), torch.cat([shared.var, new.var])
+    return new._replace(mean=mean, var=var)
+
+
+def _used(norm: nn.Module, statistics: lean.Statistics | None) -> tuple[Tensor, Tensor]:
+    if statistics is None:
+        return norm.running_mean, norm.running_var
+    return statistics.mean, statistics.var
+
+
+def _activated(norm: nn.Module, x: Tensor, statistics: lean.Statistics | None) -> Tensor:
+    return F.relu_(lean.apply_norm(norm, x, *_used(norm, statistics)))
+
+
+def _dropped(drop: nn.Dropout, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    if not (drop.training and drop.p):
+        return x, None
+    kept = drop(torch.ones_like(x))
+    return x * kept, kept.bool()
+
+
+def _conv_backward(
+    norm: nn.Module,
+    conv: nn.Conv2d,
+    statistics: lean.Statistics | None,
+    x: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the gradients of the norm's output and of the convolution's weight."""
+    x = _activated(norm, x, statistics)
+    wanted = (True, conv.weight.requires_grad, False)
+    dx, d_weight, _ = lean.conv_backward(conv, grad, x, conv.weight, wanted)
+    dx = dx.to(x.dtype)
+    d_weight = None if d_weight is None else d_weight.to(conv.weight.dtype)
+    return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx), d_weight

@@ -1,0 +1,150 @@
+"""How a trained RDNet is run for inference: norms' weights folded, hidden maps in strips.
+
+Maps are channels-last throughout, whatever the image is, so a norm over channels and a 1x1
+convolution need no copy. On a CPU the four times wider hidden map of a block is made strip by strip
+and activated in place: whole, it would fall out of the cache, and its memory would come from the
+system, which fills it with zeros, in each block anew. All operators are torch's public ones.
+
+N images, C channels, P = N * H * W pixels.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ['DeployedDenseStage', 'DeployedMixBlock', 'DeployedTransition']
+
+STRIP = 12 * 2**20  # bytes of a strip of the hidden map: by measurement
+
+
+class DeployedTransition(nn.Module):
+    """The norm and the convolution between dense stages: [N, C, H, W] to [N, C', H / s, W / s].
+
+    Args:
+        norm: timm's LayerNorm2d.
+        conv: Without padding, which would be another value than the norm's shift.
+    """
+
+    def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.eps, self.stride = norm.eps, conv.stride
+        self.weight, self.bias = _fold(norm, conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _normed(x.permute(0, 2, 3, 1), self.eps).permute(0, 3, 1, 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class DeployedMixBlock(nn.Module):
+    """Map all features of the dense stage, [N, C, H, W] together, to new channels.
+
+    Args:
+        block: A ``MixBlock``.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.conv_dw, norm, fc1, _, fc2, *gate = block.layers.layers
+        self.eps = norm.eps
+        self.fc1, self.fc2 = _linear(*_fold(norm, fc1)), _linear(fc2.weight, fc2.bias)
+        self.gate = _linear(gate[0].fc.weight, gate[0].fc.bias) if gate else None
+        self.growth = len(block.gamma)
+        self.scale = nn.Parameter(block.gamma.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_dw(x).permute(0, 2, 3, 1)
+        x = _product(F.gelu(_product(_normed(x, self.eps), self.fc1)), self.fc2)
+        return (x * self._scale(x)).permute(0, 3, 1, 2)
+
+    def write(self, x: Tensor, out: Tensor) -> None:
+        """Do the same strip by strip, into out [N, H, W, growth]."""
+        x = self.conv_dw(x).permute(0, 2, 3, 1)
+        length = max(1, STRIP // (self.fc1.out_features * x.element_size()))
+        strips = []
+        for strip in x.flatten(0, 2).split(length):
+            hidden = _product(_normed(strip, self.eps), self.fc1)
+            strips.append(_product(torch.ops.aten.gelu_(hidden), self.fc2))
+        x = strips[0] if len(strips) == 1 else torch.cat(strips)
+        x = x.view(out.shape)
+        torch.mul(x, self._scale(x), out=out)
+
+    def _scale(self, x: Tensor) -> Tensor:
+        """Return what [N, H, W, growth] are multiplied by, [growth] or [N, 1, 1, growth]."""
+        if self.gate is None:
+            return self.scale.to(x.dtype)  # autocast's products are narrower
+        gate = F.hardsigmoid(self.gate(x.mean((1, 2), keepdim=True)))
+        return (gate * self.scale).to(x.dtype)
+
+
+class DeployedDenseStage(nn.Sequential):
+    """Mix blocks, each reading the stage's input and what all earlier blocks made.
+
+    Args:
+        blocks: ``MixBlock``s.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+        deployed = (DeployedMixBlock(block) for block in blocks)
+        super().__init__(OrderedDict((f'dense_block{i}', b) for i, b in enumerate(deployed)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A compiler plans the memory itself, and gradients need what would be written over.
+        plain = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        if plain or x.device.type != 'cpu':
+            for block in self:
+                x = torch.cat([x, block(x)], 1)
+            return x
+        number, channels, height, width = x.shape
+        total = channels + sum(block.growth for block in self)
+        rows = x.new_empty(number, height, width, total)
+        features = rows.permute(0, 3, 1, 2)
+        features[:, :channels] = x
+        for block in self:
+            block.write(x, rows[..., channels : channels + block.growth])
+            channels += block.growth
+            x = features[:, :channels]
+        return x
+
+
+def _fold(norm: nn.LayerNorm, conv: nn.Conv2d) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return weight and bias of a convolution that does what the norm's weights do before it.
+
+    W * (s y + t) + b = (s W) * y + (b + W t), in float64: the result is rounded once.
+    """
+    dtype, weight = conv.weight.dtype, conv.weight.detach().double()
+    bias = conv.bias.detach().double() + weight.sum((2, 3)) @ norm.bias.detach().double()
+    weight = weight * norm.weight.detach().double()[:, None, None]
+    return nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """Return the linear layer of a 1x1 convolution's weight [C', C, 1, 1] and bias."""
+    layer = nn.Linear(*weight.shape[1::-1], device='meta')
+    layer.weight = nn.Parameter(weight.detach().flatten(1).clone())
+    layer.bias = nn.Parameter(bias.detach().clone())
+    return layer
+
+
+def _normed(x: Tensor, eps: float) -> Tensor:
+    """Return maps [..., C] of mean 0 and variance 1 over the channels."""
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def _product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """Return [..., C'] for [..., C]; on a CPU, in float32, by oneDNN's convolution.
+
+    It was the faster there: products of float32 matrices go to the BLAS, those of narrower ones to
+    oneDNN as well. With one thread torch gives 1x1 convolutions to the BLAS too, by way of copies.
+    """
+    threads = torch.compiler.is_compiling() or torch.get_num_threads() > 1
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or not threads or not x.numel():
+        return layer(x)  # a convolution refuses maps without pixels
+    rows = x.flatten(0, -2)
+    image = rows[None, :, None].permute(0, 3, 1, 2)  # [1, C, P, 1], channels-last
+    image = F.conv2d(image, layer.weight[..., None, None], layer.bias)
+    return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)

@@ -1,0 +1,295 @@
+"""Training in channels-last format, and with the backbone compiled."""
+
+import itertools
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmengine.dataset import InfiniteSampler
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import EMAHook, Hook
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.registry import HOOKS, MODELS, DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+import mmdense  # noqa: F401
+from mmdense.errors import UserError
+
+RDNET = dict(type='mmdense.RDNet', arch=dict(stem=8, growth=(8, 8), down=(1,), blocks=1))
+DENSENET = dict(type='mmdense.DenseNet', arch=dict(growth_rate=4, layers=(1, 2, 1)))
+SIDES = (32, 64, 96)
+NUMBERS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    """Leave out the report on the machine, which takes longer than the runs."""
+    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+class Tiny(nn.Module):
+    out_channels = (8,)
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, stride=4), nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return (self.norm(self.conv(x)).relu(),)
+
+
+class Classifier(BaseModel):
+    def __init__(self, backbone=None):
+        super().__init__()
+        self.backbone = MODELS.build(backbone) if backbone else Tiny()
+        self.head = nn.Linear(self.backbone.out_channels[-1], 2)
+
+    def forward(self, images, labels, mode):
+        logits = self.head(self.backbone(images)[-1].mean((2, 3)))
+        if mode == 'loss':
+            return dict(loss=nn.functional.cross_entropy(logits, labels))
+        return list(logits)
+
+
+class Data(torch.utils.data.Dataset):
+    """Two images of each size, again and again, with heights unlike widths."""
+
+    def __len__(self):
+        return 2 * len(SIDES)
+
+    def __getitem__(self, i):
+        side = SIDES[i // 2]
+        return torch.randn(3, side, 160, generator=torch.Generator().manual_seed(i)), i % 2
+
+
+class Metric(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results.extend(data_samples)
+
+    def compute_metrics(self, results):
+        return dict(number=len(results))
+
+
+def build_runner(folder, model, *, hooks=(), iters=3, **options):
+    loader = dict(
+        dataset=Data(),
+        sampler=dict(type=InfiniteSampler, shuffle=False),
+        batch_size=2,
+        collate_fn=dict(type='default_collate'),
+    )
+    return Runner(
+        model=model,
+        work_dir=str(folder),
+        experiment_name=f'{folder.name}-{next(NUMBERS)}',
+        train_dataloader=loader,
+        train_cfg=dict(by_epoch=False, max_iters=iters, val_interval=2),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
+        custom_hooks=list(hooks),
+        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
+        log_processor=dict(by_epoch=False),
+        randomness=dict(seed=0),
+        **options,
+    )
+
+
+def validation():
+    data = [Data()[i] for i in range(2)]
+    loader = dict(
+        dataset=data,
+        sampler=dict(type='DefaultSampler', shuffle=False),
+        batch_size=2,
+        collate_fn=dict(type='default_collate'),
+    )
+    return dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type=Metric))
+
+
+def train(folder, *, backbone=None, **options):
+    torch.manual_seed(0)
+    runner = build_runner(folder, Classifier(backbone), **options)
+    runner.train()
+    return runner
+
+
+def in_channels_last(model):
+    """Return whether all weights whose strides show the format have it."""
+    weights = [p for p in model.parameters() if p.ndim == 4 and p[0, 0].numel() > 1 < p.shape[1]]
+    assert weights
+    return all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
+CHANNELS_LAST = dict(type='mmdense.ChannelsLastHook')
+COMPILE = dict(type='mmdense.CompileBackboneHook')
+
+
+def test_channels_last_survives_resuming_and_averaging(tmp_path):
+    plain = train(tmp_path)
+    assert not in_channels_last(plain.model)
+    average = EMAHook()
+    hooks = [CHANNELS_LAST, average]
+    checkpoint = str(tmp_path / 'iter_3.pth')
+    for resume in (False, True):
+        options = dict(load_from=checkpoint, resume=resume, iters=5, hooks=hooks, **validation())
+        runner = train(tmp_path / str(resume), **options)
+        assert in_channels_last(runner.model)
+        assert in_channels_last(average.ema_model)
+
+
+@pytest.fixture
+def process():
+    """A group of one process."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group('gloo', store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def step(model, images, labels):
+    return model(images, labels, mode='loss')['loss']
+
+
+def test_buckets_of_ddp_follow_channels_last_from_the_second_iteration(process):
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    gradients, strides = {}, {}
+    always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        for converted in ('before wrapping', 'by the hook'):
+            torch.manual_seed(0)
+            model = Classifier()
+            if converted == 'before wrapping':
+                model.to(memory_format=torch.channels_last)
+            wrapped = MMDistributedDataParallel(model)
+            HOOKS.build(CHANNELS_LAST).before_run(SimpleNamespace(model=wrapped))
+            assert in_channels_last(model)
+            strides[converted] = []
+            for _ in range(3):
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter('always')
+                    model.zero_grad()
+                    step(wrapped, images, labels).backward()
+                said = ['Grad strides do not match' in str(c.message) for c in caught]
+                strides[converted].append(any(said))
+            gradients[converted] = [p.grad for p in model.parameters()]
+    finally:
+        torch.set_warn_always(always)
+    assert strides == {
+        'before wrapping': [False, False, False],
+        'by the hook': [True, False, False],
+    }
+    for a, b in zip(*gradients.values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Make compiling fast; return a list that grows by a graph whenever one runs forward."""
+    from torch._dynamo.backends.debugging import aot_eager
+
+    ran = []
+
+    def backend(graph, inputs):
+        made = aot_eager(graph, inputs)
+
+        def run(*args):
+            ran.append(graph)
+            return made(*args)
+
+        return run
+
+    compile = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module,
+        'compile',
+        lambda self, **options: compile(self, backend=backend, **options),
+    )
+    torch._dynamo.reset()
+    return ran
+
+
+class Watch(Hook):
+    """Count the graphs that ran in each phase."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, ran):
+        self.ran, self.count = ran, dict(train=[], val=[])
+
+    def _begin(self, runner, **_):
+        self.before = len(self.ran)
+
+    before_train_iter = before_val_epoch = _begin
+
+    def after_train_iter(self, runner, **_):
+        self.count['train'].append(len(self.ran) - self.before)
+
+    def after_val_epoch(self, runner, **_):
+        self.count['val'].append(len(self.ran) - self.before)
+
+
+def check_compiled(folder, runs, backbone=None):
+    watch = Watch(runs)
+    options = dict(backbone=backbone, iters=5, **validation())
+    compiled = train(folder, hooks=[COMPILE, watch, EMAHook()], **options)
+    assert watch.count == dict(train=[1] * 5, val=[0] * 3)
+    assert len(set(map(id, runs))) == 2  # one for the first size, one for all others
+    plain = train(folder / 'plain', hooks=[EMAHook()], **options)
+    assert len(runs) == 5
+    expected = plain.model.state_dict()
+    assert compiled.model.state_dict().keys() == expected.keys()
+    for name, value in compiled.model.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    return compiled, plain
+
+
+def test_compiled_backbone_trains_as_the_plain_one(runs, tmp_path):
+    compiled, plain = check_compiled(tmp_path, runs)
+    checkpoint = torch.load(tmp_path / 'iter_5.pth', weights_only=False)
+    plain.model.load_state_dict(checkpoint['state_dict'])
+    compiled.model(*next(iter(compiled.train_dataloader)), mode='loss')
+    assert len(runs) == 5  # training has ended
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('backbone', [RDNET, DENSENET], ids=lambda b: b['type'])
+@pytest.mark.parametrize('with_cp', [False, True], ids=['', 'with_cp'])
+def test_compiled_backbones_count_batches_once(backbone, with_cp, runs, tmp_path):
+    check_compiled(tmp_path, runs, {**backbone, 'with_cp': with_cp})
+
+
+def test_teacher_and_student_are_compiled(runs):
+    model = nn.ModuleDict(dict(teacher=Classifier(), student=Classifier()))
+    hook = HOOKS.build(COMPILE)
+    hook.before_train(SimpleNamespace(model=model))
+    for part in model.values():
+        part.backbone(torch.randn(1, 3, 32, 64))
+    assert len(runs) == 2
+
+
+def test_compiled_backbone_in_ddp(process, runs):
+    wrapped = MMDistributedDataParallel(Classifier())
+    HOOKS.build(COMPILE).before_train(SimpleNamespace(model=wrapped))
+    for side in SIDES:
+        wrapped.zero_grad()
+        step(wrapped, torch.randn(2, 3, side, 160), torch.tensor([0, 1])).backward()
+        assert all(p.grad is not None for p in wrapped.parameters())
+    assert len(runs) == len(SIDES)
+
+
+def test_nothing_to_compile():
+    with pytest.raises(UserError, match='^Linear has no backbone to compile$'):
+        HOOKS.build(COMPILE).before_train(SimpleNamespace(model=nn.Linear(2, 2)))
+
+
+@pytest.mark.slow
+def test_compiled_code_trains_as_the_plain_one(tmp_path):
+    torch._dynamo.reset()
+    made = [
+        train(tmp_path / str(len(hooks)), backbone=RDNET, hooks=hooks, iters=2)
+        for hooks in ([COMPILE], [])
+    ]
+    losses = [r.message_hub.get_scalar('train/loss')._log_history for r in made]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
