@@ -51,8 +51,8 @@ class DeployedMixBlock(nn.Module):
         super().__init__()
         self.conv_dw, norm, fc1, _, fc2, *gate = block.layers.layers
         self.eps = norm.eps
-        self.fc1, self.fc2 = _linear(*_fold(norm, fc1)), _linear(fc2.weight, fc2.bias)
-        self.gate = _linear(gate[0].fc.weight, gate[0].fc.bias) if gate else None
+        self.fc1, self.fc2 = _conv(*_fold(norm, fc1)), _conv(fc2.weight, fc2.bias)
+        self.gate = _conv(gate[0].fc.weight, gate[0].fc.bias) if gate else None
         self.growth = len(block.gamma)
         self.scale = nn.Parameter(block.gamma.detach().clone())
 
@@ -64,7 +64,7 @@ class DeployedMixBlock(nn.Module):
     def write(self, x: Tensor, out: Tensor) -> None:
         """Do the same strip by strip, into out [N, H, W, growth]."""
         x = self.conv_dw(x).permute(0, 2, 3, 1)
-        length = max(1, STRIP // (self.fc1.out_features * x.element_size()))
+        length = max(1, STRIP // (self.fc1.out_channels * x.element_size()))
         strips = []
         for strip in x.flatten(0, 2).split(length):
             hidden = _product(_normed(strip, self.eps), self.fc1)
@@ -77,7 +77,7 @@ class DeployedMixBlock(nn.Module):
         """Return what [N, H, W, growth] are multiplied by, [growth] or [N, 1, 1, growth]."""
         if self.gate is None:
             return self.scale.to(x.dtype)  # autocast's products are narrower
-        gate = F.hardsigmoid(self.gate(x.mean((1, 2), keepdim=True)))
+        gate = F.hardsigmoid(_linear(x.mean((1, 2), keepdim=True), self.gate))
         return (gate * self.scale).to(x.dtype)
 
 
@@ -122,12 +122,16 @@ def _fold(norm: nn.LayerNorm, conv: nn.Conv2d) -> tuple[nn.Parameter, nn.Paramet
     return nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
 
 
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """Return the linear layer of a 1x1 convolution's weight [C', C, 1, 1] and bias."""
-    layer = nn.Linear(*weight.shape[1::-1], device='meta')
-    layer.weight = nn.Parameter(weight.detach().flatten(1).clone())
-    layer.bias = nn.Parameter(bias.detach().clone())
-    return layer
+def _conv(weight: Tensor, bias: Tensor) -> nn.Conv2d:
+    """Return a 1x1 convolution of copies of a weight [C', C, 1, 1] and a bias."""
+    conv = nn.Conv2d(*weight.shape[1::-1], 1, device='meta')
+    conv.weight = nn.Parameter(weight.detach().clone())
+    conv.bias = nn.Parameter(bias.detach().clone())
+    return conv
+
+
+def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
@@ -135,16 +139,15 @@ def _normed(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
-def _product(x: Tensor, layer: nn.Linear) -> Tensor:
-    """Return [..., C'] for [..., C]; on a CPU, in float32, by oneDNN's convolution.
+def _product(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """Return [..., C'] for [..., C], by a convolution where that was the faster.
 
-    It was the faster there: products of float32 matrices go to the BLAS, those of narrower ones to
-    oneDNN as well. With one thread torch gives 1x1 convolutions to the BLAS too, by way of copies.
+    So it was on a CPU in float32, where matrices go to the BLAS and convolutions to oneDNN (with
+    one thread both go to the BLAS, convolutions by way of copies), and wherever it is compiled.
     """
-    threads = torch.compiler.is_compiling() or torch.get_num_threads() > 1
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or not threads or not x.numel():
-        return layer(x)  # a convolution refuses maps without pixels
-    rows = x.flatten(0, -2)
-    image = rows[None, :, None].permute(0, 3, 1, 2)  # [1, C, P, 1], channels-last
-    image = F.conv2d(image, layer.weight[..., None, None], layer.bias)
-    return image.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    slower = x.device.type != 'cpu' or x.dtype != torch.float32 or torch.get_num_threads() == 1
+    if not torch.compiler.is_compiling() and (slower or not x.numel()):
+        return _linear(x, conv)  # a convolution refuses maps without pixels
+    image = x if x.ndim == 4 else x[None, :, None]  # a strip is an image one pixel high
+    image = conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return image.view(*x.shape[:-1], conv.out_channels)

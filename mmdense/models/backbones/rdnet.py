@@ -33,7 +33,7 @@ MARKS = dict(trained='gamma', deployed='scale')
 
 # With memory='lean' the hidden maps of blocks with fewer channels are made again too: the products
 # are small for the memory that they take. By measurement.
-REMAKE_BELOW = 400
+REMAKE_BELOW = 250
 
 
 def _concatenate(*features: Tensor) -> Tensor:
