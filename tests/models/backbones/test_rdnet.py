@@ -139,6 +139,30 @@ def test_features_stay_narrow_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
+def test_lean_makes_hidden_maps_again_where_there_are_few_channels(monkeypatch):
+    grads, kept = [], []
+    for memory, below in (('plain', 0), ('lean', 0), ('lean', 1000)):
+        monkeypatch.setattr('mmdense.models.backbones.rdnet.REMAKE_BELOW', below)
+        torch.manual_seed(0)
+        net = RDNet(arch={**TINY, 'layer_scale': 1.0}, memory=memory).double()
+        widths = []
+
+        def pack(tensor, widths=widths):
+            widths.append(tensor.shape[1] if tensor.ndim == 4 else 0)
+            return tensor
+
+        x = torch.ones(2, 3, 32, 32, dtype=torch.float64).cumsum(3).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            maps = net(x)
+        sum(m.square().mean() for m in maps).backward()
+        grads.append([x.grad, *(p.grad for p in net.parameters())])
+        kept.append(widths.count(4 * TINY['stem']))  # of the first block's hidden map
+    assert kept[0] > kept[1] > kept[2] == 0
+    for found in grads[1:]:
+        for expected, grad in zip(grads[0], found, strict=True):
+            torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
