@@ -94,7 +94,7 @@ def test_what_is_unknown(setting, against, said):
     [('infer', 'float32', 1e-4), ('infer', 'bfloat16', 0.2), ('train', 'float32', 1e-2)],
 )
 def test_compare_measures_all(mode, dtype, tolerance):
-    setting = Setting('rexnet_100', mode, (64, 96), 2, dtype)
+    setting = Setting('rexnet_100', mode, (64, 96), 4, dtype)  # gates norm one value per image
     told = []
     result = compare(setting, compiled=False, rounds=2, memory=False, progress=told.append)
     assert told[-1] == 'round 2 of 2'
@@ -191,10 +191,36 @@ def test_the_summary_names_the_fastest():
     )
     text = markdown([{**machine(), 'results': [result]}])
     assert (
-        '| rexnet_100 | infer | float32 | deployed | timm, channels-last | 1.30 | 1.20 to 1.40 | '
+        '| rexnet_100 | float32 | deployed | timm, channels-last | 1.30 | 1.20 to 1.40 | '
         '1.1 (met) |'
     ) in text
     assert '| mmdense | 0.90 | 0.80 to 1.00 | 1.0e-07 | 2 |' in text
+
+
+def test_the_summary_of_training_goes_by_each_peer():
+    rows = {
+        'mmdense': dict(ratio=0.9, memory=100),
+        'mmdense, lean': dict(ratio=0.8, memory=40),
+        'mmdense, lean, channels-last': dict(ratio=1.1, memory=30),
+        'torchvision': dict(ratio=1.0, memory=100),
+        'torchvision, channels-last': dict(ratio=0.7, memory=90),
+        'torchvision_memory_efficient': dict(ratio=0.5, memory=50),
+        'timm': dict(failed='RuntimeError: none'),
+    }
+    for row in rows.values():
+        if 'ratio' in row:
+            row.update(interval=[row['ratio']] * 2, error=1e-7)
+    setting = dict(network='densenet121', mode='train', size=[512, 512], batch=2, dtype='float32')
+    result = dict(setting=setting, rounds=6, peer='torchvision', inexact=[], contenders=rows)
+    text = markdown([{**machine(), 'results': [result]}])
+    assert '| densenet121 | float32 | plain | torchvision | 0.90 | 1.00 |  |' in text
+    lean = '| densenet121 | float32 | lean | torchvision'
+    assert f'{lean} | 1.10 | 0.30 | 0.333 at 1.0 (met) |' in text
+    assert f'{lean}_memory_efficient | 2.20 | 0.60 | 0.65 at 1.0 (met) |' in text
+    assert '### Inference' not in text
+    rows['mmdense, lean, channels-last']['memory'] = 34
+    text = markdown([{**machine(), 'results': [result]}])
+    assert f'{lean} | 1.10 | 0.34 | 0.333 at 1.0 (not met) |' in text
 
 
 def test_intervals_hold_the_median():

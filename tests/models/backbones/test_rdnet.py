@@ -148,7 +148,8 @@ def test_lean_makes_hidden_maps_again_where_there_are_few_channels(monkeypatch):
         widths = []
 
         def pack(tensor, widths=widths):
-            widths.append(tensor.shape[1] if tensor.ndim == 4 else 0)
+            if tensor.shape[2:] == (8, 8):
+                widths.append(tensor.shape[1])
             return tensor
 
         x = torch.ones(2, 3, 32, 32, dtype=torch.float64).cumsum(3).requires_grad_()

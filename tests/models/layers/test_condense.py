@@ -199,7 +199,8 @@ def test_pruned_weights_get_no_gradient(kind):
     with torch.no_grad():
         dense.conv.weight *= dense._mask
     dense.conv.weight.grad = None
-    F.conv2d(dense._activate(x[-1]), dense.conv.weight).mul(direction).sum().backward()
+    activated = dense.drop(dense.activation(dense.norm(x[-1])))
+    F.conv2d(activated, dense.conv.weight).mul(direction).sum().backward()
     mask = layer._mask.bool()
     assert not layer.conv.weight.grad[~mask].any()
     assert layer.conv.weight.grad[mask].all()
