@@ -140,14 +140,21 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def _product(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return [..., C'] for [..., C], by a convolution where that was the faster.
-
-    So it was on a CPU in float32, where matrices go to the BLAS and convolutions to oneDNN (with
-    one thread both go to the BLAS, convolutions by way of copies), and wherever it is compiled.
-    """
-    slower = x.device.type != 'cpu' or x.dtype != torch.float32 or torch.get_num_threads() == 1
-    if not torch.compiler.is_compiling() and (slower or not x.numel()):
-        return _linear(x, conv)  # a convolution refuses maps without pixels
+    """Return [..., C'] for [..., C]."""
+    if not _convolves(x):
+        return _linear(x, conv)
     image = x if x.ndim == 4 else x[None, :, None]  # a strip is an image one pixel high
     image = conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     return image.view(*x.shape[:-1], conv.out_channels)
+
+
+def _convolves(x: Tensor) -> bool:
+    """Return whether a convolution is the faster one: by measurement.
+
+    So it is when compiled, and on a CPU in float32, where matrices go to the BLAS and convolutions
+    to oneDNN. With one thread both go to the BLAS, convolutions by way of copies.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    wide = x.device.type == 'cpu' and x.dtype == torch.float32
+    return wide and torch.get_num_threads() > 1 and x.numel() > 0
