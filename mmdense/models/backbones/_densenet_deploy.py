@@ -22,7 +22,7 @@ from mmdense.models.layers.fold import fold_norm
 __all__ = ['DeployedBlock', 'DeployedNorm', 'DeployedStem', 'DeployedTransition']
 
 HALF_MAX = torch.finfo(torch.float16).max
-UNREACHED = 1000  # standard deviations
+UNREACHED = 30  # standard deviations
 
 
 class DeployedStem(nn.Module):
@@ -141,7 +141,7 @@ class DeployedBlock(nn.Sequential):
                 features.append(layer(torch.cat(features, 1)))
             return torch.cat(features, 1)
         end = x.shape[1]
-        size = (len(x), end + self.added, *x.shape[2:])
+        size = (x.shape[0], end + self.added, *x.shape[2:])
         buffer = torch.empty(
             size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
@@ -195,13 +195,13 @@ def _fold(norm: _BatchNorm, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Clamp,
     """
     scale, shift = _affine(norm)
     bound = torch.where(scale == 0, torch.inf, -shift / scale)
-    # A bound that overflows in float16, and that no feature comes near: the sign of the shift says
-    # what ReLU does. So it does where the scale is zero.
+    # A bound that overflows in float16, and that no feature comes near: the sign of the norm at the
+    # mean says what ReLU does. So it does where the scale is zero.
     distance = (bound - norm.running_mean) * (norm.running_var.double() + norm.eps).rsqrt()
     decided = (bound.abs() > HALF_MAX) & (distance.abs() > UNREACHED)
     low = torch.where(decided | (scale < 0), -torch.inf, bound)
     high = torch.where(decided | (scale > 0), torch.inf, bound)
-    off = decided & (shift <= 0)
+    off = decided & (scale * norm.running_mean + shift <= 0)
     scale, shift = scale.masked_fill(off, 0), shift.masked_fill(off, 0)
     weight = conv.weight.detach().double()
     bias = weight.flatten(1) @ shift

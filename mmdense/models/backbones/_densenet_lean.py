@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.layers import lean
 
-__all__ = ['lean_block']
+__all__ = ['can_be_lean', 'lean_block']
 
 
 def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
@@ -34,13 +35,20 @@ def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
     Results are those of the plain block. There are no second derivatives.
 
     Args:
-        block: Of ``DenseLayer``, whose norms are batch norms of equal ``eps``.
+        block: Of ``DenseLayer``, such as :func:`can_be_lean`.
         x: The block's input.
     """
     steps = [step for layer in block for step in _steps(layer)]
-    assert len({norm.eps for norm, _ in steps}) == 1
     parameters = [p for norm, conv in steps for p in (norm.weight, norm.bias, conv.weight)]
     return _LeanBlock.apply(block, x, *parameters)
+
+
+def can_be_lean(block: nn.Sequential) -> bool:
+    """Return whether a block's norms are torch's, of equal ``eps``, and nothing has hooks."""
+    steps = [step for layer in block for step in _steps(layer)]
+    plain = all(isinstance(norm, _BatchNorm) for norm, _ in steps)
+    plain = plain and all(lean.is_plain(module) for step in steps for module in step)
+    return plain and len({norm.eps for norm, _ in steps}) == 1
 
 
 def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
@@ -55,13 +63,13 @@ class _Step(NamedTuple):
         norm: Batch norm.
         conv: Convolution.
         statistics: Of the norm's input, if it used those of the batch.
-        kept: Which values dropout kept, bool like the convolution's output, if it ran.
+        mask: Number of the mask of what dropout kept, if it ran.
     """
 
     norm: nn.Module
     conv: nn.Conv2d
     statistics: lean.Statistics | None
-    kept: Tensor | None
+    mask: int | None
 
 
 class _LeanBlock(torch.autograd.Function):
@@ -72,7 +80,7 @@ class _LeanBlock(torch.autograd.Function):
         size = (len(x), first + len(block) * growth, *x.shape[2:])
         buffer = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
         buffer[:, :first] = x
-        shared, layers, hidden = None, [], []
+        shared, layers, hidden, masks = None, [], [], []
         with lean.Autocast.of(x.device.type).entered():
             for start in range(first, size[1], growth):
                 layer = block[len(layers)]
@@ -88,17 +96,25 @@ class _LeanBlock(torch.autograd.Function):
                     if i:
                         hidden.append(x)
                     x, kept = _dropped(layer.drop, conv(_activated(norm, x, statistics)))
-                    steps.append(_Step(norm, conv, statistics, kept))
+                    mask = None
+                    if kept is not None:
+                        mask = len(masks)
+                        masks.append(kept)
+                    steps.append(_Step(norm, conv, statistics, mask))
                 buffer[:, start : start + growth] = x
                 layers.append(steps)
         ctx.layers, ctx.shared, ctx.growth, ctx.rate = layers, shared, growth, block[0].drop.p
-        ctx.save_for_backward(buffer, *hidden)
+        ctx.numbers = len(hidden), len(masks)
+        # Parameters too: torch sees if they change.
+        ctx.save_for_backward(buffer, *hidden, *masks, *parameters)
         return buffer
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        buffer, *hidden = ctx.saved_tensors
+        number, number_of_masks = ctx.numbers
+        buffer, *kept = ctx.saved_tensors
+        hidden, masks = kept[:number], kept[number : number + number_of_masks]
         form, end = lean.format_of(buffer), buffer.shape[1]
         # Of all features, completed from the last to the first.
         grad = grad.clone(memory_format=form)
@@ -121,21 +137,22 @@ class _LeanBlock(torch.autograd.Function):
             begin = end - ctx.growth
             d = complete(begin, end)
             end = begin
-            for i, (norm, conv, statistics, kept) in reversed(list(enumerate(steps))):
-                if kept is not None:
-                    d = d * kept / (1 - ctx.rate)
+            for i, (norm, conv, statistics, mask) in reversed(list(enumerate(steps))):
+                if mask is not None:
+                    d = d * masks[mask] / (1 - ctx.rate)
                 x = hidden.pop() if i else buffer[:, :end].contiguous(memory_format=form)
                 d, d_conv = _conv_backward(norm, conv, statistics, x, d)
                 if i and statistics is not None:
                     d, d_weight, d_bias = lean.norm_backward(d, x, norm.weight, statistics, eps)
                 else:
                     used = _used(norm, statistics)
+                    weight = lean.as_wide(norm.weight, used[0])
                     d, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                        d, x, norm.weight, *used, None, None, False, eps, [True, True, True]
+                        d, x, weight, *used, None, None, False, eps, [True, True, True]
                     )
                     if statistics is not None:
                         scale = (used[1] + eps).rsqrt()
-                        scale = scale if norm.weight is None else scale * norm.weight
+                        scale = scale if weight is None else scale * weight
                         sums[:, :end] += scale * torch.stack([d_bias, d_weight])
                 grads += [d_conv, d_bias, d_weight]
             grad[:, :end] += d

@@ -30,9 +30,10 @@ from mmdense.models.backbones._densenet_deploy import (
     DeployedStem,
     DeployedTransition,
 )
-from mmdense.models.backbones._densenet_lean import lean_block
+from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import lean_conv, plain_conv, recompute
+from mmdense.models.layers.lean import saves_memory
 from mmdense.registry import MODELS
 
 __all__ = ['DenseNet']
@@ -138,8 +139,7 @@ class DenseBlock(nn.Sequential):
         self.memory = memory
 
     def forward(self, x: Tensor) -> Tensor:
-        lean = self.memory == 'lean' and not torch.compiler.is_compiling()
-        if lean and torch.is_grad_enabled():
+        if self.memory == 'lean' and saves_memory() and can_be_lean(self):
             return lean_block(self, x)
         features = [x]
         for layer in self:

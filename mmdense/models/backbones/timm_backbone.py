@@ -227,8 +227,13 @@ class _Plain(nn.Module):
         self.block = block
 
     def forward(self, inputs: tuple, options: dict) -> Any:
-        return type(self.block).forward(self.block, *inputs, **options)
+        return type(self.block).forward(self.block, *_copied(inputs), **options)
+
+
+def _copied(inputs: tuple) -> tuple:
+    """Copy lists: blocks write into them (HRNet), or append to them later (DenseNet)."""
+    return tuple(x[:] if isinstance(x, list) else x for x in inputs)
 
 
 def _recomputed(plain: _Plain, *inputs: Any, **options: Any) -> Any:
-    return recompute(plain, inputs, options)
+    return recompute(plain, _copied(inputs), options)

@@ -26,16 +26,23 @@ __all__ = [
     'Autocast',
     'Statistics',
     'apply_norm',
+    'as_wide',
     'batch_statistics',
     'conv_backward',
     'format_of',
+    'is_plain',
     'lean_conv',
     'norm_backward',
     'norms_by_batch',
     'plain_conv',
     'record',
+    'saves_memory',
     'through_statistics',
 ]
+
+
+# What of torch's is done here by its operator.
+FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward)
 
 
 class Statistics(NamedTuple):
@@ -60,11 +67,20 @@ class Statistics(NamedTuple):
 
 def norms_by_batch(module: nn.Module) -> bool:
     """Return whether a module is torch's batch norm, in use with the statistics of the batch."""
-    plain = isinstance(module, _BatchNorm) and type(module).forward in (
-        _BatchNorm.forward,
-        nn.SyncBatchNorm.forward,
-    )
+    plain = isinstance(module, _BatchNorm) and is_plain(module)
     return plain and (module.training or module.running_mean is None)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Return whether calling torch's norm or convolution does nothing else than its operator."""
+    own = type(module).forward not in FORWARDS
+    return not (own or module._forward_hooks or module._forward_pre_hooks)
+
+
+def saves_memory() -> bool:
+    """Return whether a backward pass of ours may follow: not if torch compiles or traces."""
+    special = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not special
 
 
 def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
@@ -98,7 +114,7 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
 
 def record(norm: _BatchNorm, statistics: Statistics) -> None:
     """Count a batch in the running statistics of a norm, if it keeps some and is in training."""
-    if not norm.training or norm.running_mean is None:
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
     share = norm.momentum
@@ -111,7 +127,13 @@ def record(norm: _BatchNorm, statistics: Statistics) -> None:
 
 def apply_norm(norm: _BatchNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
     """Return x [N, C, H, W] normed by given statistics [C], as ``norm`` does by its own."""
-    return F.batch_norm(x, mean, var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    weight, bias = as_wide(norm.weight, mean), as_wide(norm.bias, mean)
+    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
+
+
+def as_wide(parameter: Tensor | None, statistic: Tensor) -> Tensor | None:
+    """Return a norm's parameter in its statistics' precision, if it has it."""
+    return None if parameter is None else parameter.to(statistic.dtype)
 
 
 def norm_backward(
@@ -120,6 +142,7 @@ def norm_backward(
     """Return the gradients of x, weight and bias; that of x goes through the statistics too."""
     mean, var, count, group = statistics
     inverse = (var + eps).rsqrt()
+    weight = as_wide(weight, mean)
     grad = grad.contiguous(memory_format=format_of(x))
 
     def backward(wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,8 +216,10 @@ def lean_conv(
 ) -> Tensor:
     """Return ``conv`` of what ``chain`` makes of the inputs, keeping the inputs alone for backward.
 
-    Outputs, gradients, random numbers and running statistics are those of plain calls. When
-    compiling it is the plain call: torch's compiler chooses itself what to make again.
+    Outputs, gradients, random numbers and running statistics are those of plain calls. There are no
+    second derivatives, and hooks of what the chain holds run twice. It is the plain call when
+    compiling, as torch's compiler chooses itself what to make again, and for a convolution with
+    hooks or a forward of its own.
 
     Args:
         chain: What is called on the inputs and then on one another's results; cheap. The last
@@ -203,7 +228,7 @@ def lean_conv(
         *inputs: Tensors.
         weight: In place of the convolution's.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if not (saves_memory() and is_plain(conv)):
         return plain_conv(chain, conv, *inputs, weight=weight)
     weight = conv.weight if weight is None else weight
     return _LeanConv.apply(chain, conv, len(inputs), weight, conv.bias, *inputs, *_of(chain))
@@ -220,8 +245,18 @@ def plain_conv(
     return conv(x) if weight is None else conv._conv_forward(x, weight, conv.bias)
 
 
-def _of(chain: Sequence[Callable[..., Tensor]]) -> list[nn.Parameter]:
-    return [p for step in chain if isinstance(step, nn.Module) for p in step.parameters()]
+def _modules(chain: Sequence[Callable[..., Tensor]]) -> list[nn.Module]:
+    return [m for step in chain if isinstance(step, nn.Module) for m in step.modules()]
+
+
+def _of(chain: Sequence[Callable[..., Tensor]]) -> list[Tensor]:
+    """Return the parameters of a chain, once each, in the same order at any time."""
+    found: dict[int, Tensor] = {}
+    for module in _modules(chain):
+        # FSDP and DataParallel turn parameters into plain attributes.
+        named = {**module._parameters, **vars(module)}
+        found |= {id(named[k]): named[k] for k in sorted(named) if isinstance(named[k], Tensor)}
+    return list(found.values())
 
 
 class _LeanConv(torch.autograd.Function):
@@ -243,14 +278,17 @@ class _LeanConv(torch.autograd.Function):
         with ctx.autocast.entered():
             x = _run(chain, inputs, measured=ctx.statistics)
             y = conv._conv_forward(x, weight, bias)
-        ctx.save_for_backward(weight, *inputs)
+        ctx.number, ctx.modes = number, [module.training for module in _modules(chain)]
+        ctx.save_for_backward(weight, *tensors)  # parameters too: torch sees if they change
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
+        weight, *inputs = ctx.saved_tensors[: 1 + ctx.number]
         needed = ctx.needs_input_grad[5:]
+        if ctx.modes != [module.training for module in _modules(ctx.chain)]:
+            raise RuntimeError("memory='lean': the mode was changed between forward and backward")
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=False)]
         others = [
             step
@@ -322,8 +360,7 @@ class _Random(NamedTuple):
 
     @classmethod
     def of(cls, chain: Sequence[Callable[..., Tensor]], device: torch.device) -> _Random:
-        modules = (m for step in chain if isinstance(step, nn.Module) for m in step.modules())
-        drops = [m for m in modules if isinstance(m, _DropoutNd) and m.training and m.p]
+        drops = [m for m in _modules(chain) if isinstance(m, _DropoutNd) and m.training and m.p]
         if not drops:
             return cls()
         there = None

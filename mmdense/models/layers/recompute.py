@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['StatisticsUntouched', 'recompute']
@@ -44,7 +43,8 @@ class StatisticsUntouched:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         within = [norm for module in modules for norm in module.modules()]
-        self.norms = [m for m in within if isinstance(m, _BatchNorm) and m.training]
+        # By what they keep: mmcv's own synchronised norm is of another class.
+        self.norms = [m for m in within if m.training and hasattr(m, 'running_mean')]
         self.records: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:

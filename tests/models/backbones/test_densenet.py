@@ -225,6 +225,23 @@ def test_lean_blocks_keep_what_is_linear_in_their_depth():
     assert shapes == sorted([2 * growth + layers * growth, *[4 * growth] * layers])
 
 
+def test_lean_blocks_with_norms_of_others_are_plain():
+    class Scaled(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    found = []
+    for memory in ('plain', 'lean'):
+        torch.manual_seed(0)
+        net = DenseNet(arch=SMALL, memory=memory)
+        net.features['denseblock1'][0].norm1 = Scaled(16)
+        net.features['denseblock2'][1].norm2.eps = 0.1
+        sum(m.square().mean() for m in net(torch.randn(2, 3, 32, 32))).backward()
+        found.append([p.grad for p in net.parameters()] + list(net.buffers()))
+    for plain, lean in zip(*found, strict=True):
+        torch.testing.assert_close(lean, plain, rtol=1e-3, atol=1e-5)
+
+
 def test_lean_blocks_need_batch_norms():
     with pytest.raises(ValueError, match="memory='lean' needs batch norms"):
         DenseNet(arch=SMALL, memory='lean', norm_cfg=dict(type='GN', num_groups=4))

@@ -8,6 +8,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from mmdense.models import DenseNet
 from mmdense.models.layers import lean_conv, plain_conv
@@ -149,7 +150,8 @@ def test_inputs_alone_are_kept():
     steps = [lambda *xs: torch.cat(xs, 1), *chain()]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         lean_conv(steps, convolution, *parts)
-    expected = {t.data_ptr() for t in (*parts, convolution.weight)}
+    parameters = [convolution.weight, *steps[1].parameters()]  # in use by others anyway
+    expected = {t.data_ptr() for t in (*parts, *parameters)}
     assert kept.keys() == expected
 
 
@@ -222,6 +224,94 @@ def test_subclasses_with_a_forward_of_their_own_are_called():
     for run in BOTH:
         found.append(step(run, chain(Activated(6)), conv(), batch().requires_grad_()))
     same(found)
+
+
+def test_norms_that_are_not_recorded():
+    found = []
+    for run in BOTH:
+        steps = chain()
+        steps[0].track_running_stats = False  # of a norm that has statistics
+        found.append(step(run, steps, conv(), batch().requires_grad_()))
+        assert steps[0].num_batches_tracked == 0
+    same(found)
+
+
+def test_parameters_that_became_plain_attributes():
+    """So FSDP has them, and the replicas of DataParallel."""
+    found = []
+    for run in BOTH:
+        steps = chain()
+        (weight, bias), norm = steps[0].parameters(), steps[0]._replicate_for_data_parallel()
+        norm.weight, norm.bias = weight * 2, bias * 2
+        run([norm, steps[1]], conv(), batch()).square().sum().backward()
+        assert weight.grad.abs().sum() > 0
+        found.append([weight.grad, bias.grad])
+    same(found)
+
+
+def test_a_module_that_comes_twice():
+    scale = nn.PReLU(6).double()
+    found = []
+    for run in BOTH:
+        scale.zero_grad()
+        run([scale, nn.Tanh(), scale], conv(), batch()).square().sum().backward()
+        found.append([scale.weight.grad.clone()])
+    same(found)
+
+
+def test_half_precision_weights():
+    for run in BOTH:
+        steps, convolution = chain(), conv()
+        x = batch().bfloat16().requires_grad_()
+        run([s.bfloat16() for s in steps], convolution.bfloat16(), x).float().sum().backward()
+        assert steps[0].weight.grad.dtype == x.grad.dtype == torch.bfloat16
+        assert steps[0].weight.grad.isfinite().all()
+
+
+def test_convolutions_of_others_are_called():
+    class Half(nn.Conv2d):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    pruned = conv()
+    prune.l1_unstructured(pruned, 'weight', 0.5)
+    torch.manual_seed(0)
+    for convolution in (Half(6, 4, 3).double(), pruned):
+        found = []
+        for run in BOTH:
+            convolution.zero_grad()
+            x = batch().requires_grad_()
+            run(chain(), convolution, x).square().sum().backward()
+            found.append([x.grad, *(p.grad.clone() for p in convolution.parameters())])
+        same(found)
+
+
+def test_changes_before_backward_are_noticed():
+    for part in (0, 1, 2):
+        steps, convolution, x = chain(), conv(), batch().requires_grad_().clone()
+        y = lean_conv(steps, convolution, x)
+        with torch.no_grad():
+            (steps[0].weight, convolution.weight, x)[part].mul_(2)
+        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+            y.sum().backward()
+    steps = chain()
+    y = lean_conv(steps, conv(), batch())
+    steps[0].eval()
+    with pytest.raises(RuntimeError, match='the mode was changed'):
+        y.sum().backward()
+
+
+def test_tracing_takes_the_plain_call():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.steps, self.conv = nn.ModuleList(chain()).eval(), conv()
+
+        def forward(self, x):
+            return lean_conv(self.steps, self.conv, x)
+
+    net = Net()
+    torch.testing.assert_close(torch.jit.trace(net, batch())(batch()), net(batch()))
 
 
 def test_there_are_no_second_derivatives():
