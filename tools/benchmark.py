@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from mmdense.benchmark.plan import (
     usable,
 )
 from mmdense.benchmark.report import markdown
+from mmdense.engine.files import check_writable
 from mmdense.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -84,26 +86,31 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
 
 
 def run_memory(args: argparse.Namespace) -> None:
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        raise UserError('--device cuda: there is no GPU')
+    if args.json:
+        check_writable(args.json)
     cfg = load_config(args.config, options=args.cfg_options)
     if args.amp_dtype:
         use_amp(cfg, args.amp_dtype)
     size = tuple(args.size or training_size(cfg))
     here = torch.cuda.get_device_properties(0).total_memory if args.device == 'cuda' else 24 * GB
-    gpu_bytes = args.gpu_gb * GB if args.gpu_gb else here
+    gpu_bytes = here if args.gpu_gb is None else args.gpu_gb * GB
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells of each start and stop
     MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
     console = Console()
     with console.status('') as status:
         costs = plan(cfg, size=size, modes=args.modes, device=args.device, progress=status.update)
     if args.json:
-        figures = dict(size=size, device=args.device, modes=[*map(asdict, costs)])
-        args.json.parent.mkdir(parents=True, exist_ok=True)
+        modes = [{**asdict(cost), 'seconds': cost.seconds if cost.ran else None} for cost in costs]
+        figures = dict(size=size, device=args.device, modes=modes)
         args.json.write_text(json.dumps(figures, indent=1) + '\n')
     table = Table('memory mode', 'fixed (GB)', 'GB per image', 'largest batch', 'relative time')
+    first = next((cost.seconds for cost in costs if cost.ran), math.inf)
     for cost in costs:
         values = (cost.fixed, cost.per_image)
         figures = ('' if value is None else f'{value / GB:.3g}' for value in values)
-        time = f'{cost.seconds / costs[0].seconds:.2f}'
+        time = f'{cost.seconds / first:.2f}' if cost.ran else ''
         table.add_row(cost.mode, *figures, str(cost.largest(gpu_bytes)), time)
     console.print(table)
     notes = [
@@ -119,17 +126,17 @@ def run_memory(args: argparse.Namespace) -> None:
             'in it.'
         )
     console.print(' '.join(notes))
-    batch = batch_size(cfg)
+    batch = max(batch_size(cfg), costs[0].smallest)
     cost = best(costs, gpu_bytes, batch)
     if cost is None:
         smallest = costs[0].smallest
         sys.exit(
             f'not even a batch of {smallest} fits: try --amp-dtype bfloat16, or a smaller --size'
         )
-    largest = cost.largest(gpu_bytes)
-    changes = ' '.join(settings(cfg, cost.mode, largest))
+    batch = min(batch, cost.largest(gpu_bytes))
+    changes = ' '.join(settings(cfg, cost.mode, batch))
     how = f'with --cfg-options {changes}' if changes else 'with the config as it is'
-    console.print(f'A batch of {min(batch, largest)} per GPU fits {how}.', soft_wrap=True)
+    console.print(f'A batch of {batch} per GPU fits {how}.', soft_wrap=True)
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from rich.table import Table
 from mmdense.apis import UserError, options, report_errors, run
 from mmdense.apis.deployment import compare_forms, condense, deployable, deployed_config
 from mmdense.benchmark import not_counted
+from mmdense.engine.files import check_writable
 from mmdense.models import CondenseNetV2
 
 
@@ -50,6 +51,9 @@ def main() -> None:
     if args.tune and not args.size:
         raise UserError('--tune needs --size HEIGHT WIDTH: which way is faster depends on it')
     height, width = args.size or (224, 224)
+    if min(height, width) < 1:
+        raise UserError(f'--size {height} {width}: must be positive')
+    check_writable(out)
     cfg.load_from = None
     trained = copy.deepcopy(cfg)  # before what only testing wants
     runner = run.build_runner(cfg, loaders=())
@@ -65,7 +69,6 @@ def main() -> None:
         costs = compare_forms(model, size=size)
     cfg = deployed_config(trained, net, str(out))
     meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
-    out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
     cfg.dump(out.with_suffix('.py'))
 

@@ -66,7 +66,7 @@ class ModeCost:
             was too little memory for a second batch.
         per_image: Bytes for each image, or None.
         update: Bytes while the optimizer updates the weights.
-        seconds: A step's, for each image, without the update.
+        seconds: A step's, for each image, without the update; infinite if none was run.
     """
 
     mode: str
@@ -112,6 +112,8 @@ def plan(
     """
     if 'backbone' not in cfg.model:
         raise UserError(f'{cfg.model.type} has no backbone in its config to plan for')
+    if not cfg.get('optim_wrapper'):
+        raise UserError(f'{cfg.filename} has no optim_wrapper to train with')
     name = cfg.model.backbone.type
     with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
         known = getattr(registry.get(name), 'memory_modes', ())
@@ -145,19 +147,19 @@ def best(costs: Sequence[ModeCost], gpu_bytes: float, batch: int) -> ModeCost | 
 
 def batch_size(cfg: Config) -> int:
     """Return the config's own number of training images per GPU."""
-    return cfg.get('train_dataloader', {}).get('batch_size', 1)
+    return (cfg.get('train_dataloader') or {}).get('batch_size', 1)
 
 
-def settings(cfg: Config, mode: str, largest: int) -> list[str]:
-    """Return what to change in a config, as KEY=VALUE, to train in a mode with no larger batch."""
+def settings(cfg: Config, mode: str, batch: int) -> list[str]:
+    """Return what to change in a config, as KEY=VALUE, to train in a mode with a batch."""
     backbone, changes = cfg.model.backbone, []
     own = 'recompute' if backbone.get('with_cp') else backbone.get('memory', 'plain')
     if mode not in (own, AS_IT_IS):
         changes.append(f'model.backbone.memory={mode}')
         if backbone.get('with_cp'):
             changes.append('model.backbone.with_cp=False')
-    if largest < batch_size(cfg):
-        changes.append(f'train_dataloader.batch_size={largest}')
+    if batch != batch_size(cfg):
+        changes.append(f'train_dataloader.batch_size={batch}')
     return changes
 
 
@@ -168,12 +170,12 @@ def training_size(cfg: Config) -> tuple[int, int]:
         UserError: The config doesn't tell.
     """
     size = cfg.model.get('data_preprocessor', {}).get('size')  # what crops are padded to
-    if not size and 'train_dataloader' in cfg:
+    if not size and cfg.get('train_dataloader'):
         data = cfg.train_dataloader.dataset
         while 'dataset' in data:
             data = data.dataset
         size = _last_size(data.get('pipeline', ()))
-    if not size:
+    if not size or min(size) < 1:
         raise UserError(f'{cfg.filename} does not tell the size of its images: give --size H W')
     return tuple(-(-side // DIVISOR) * DIVISOR for side in sorted(size))
 
@@ -183,16 +185,26 @@ def _last_size(pipeline: Sequence[dict]) -> tuple[int, int] | None:
     size = None
     for step in pipeline:
         if 'transforms' in step:  # branches, or the steps that a wrapper takes
-            branches = [b if isinstance(b, list) else [b] for b in step['transforms']]
+            inner = step['transforms']
+            branches = [inner] if isinstance(inner, dict) else inner
+            branches = [b if isinstance(b, list) else [b] for b in branches]
             sizes = [found for found in map(_last_size, branches) if found]
             size = max(sizes, key=np.prod, default=size)
         elif 'crop_size' in step and step.get('crop_type', 'absolute') == 'absolute':
-            size = step['crop_size']
-        elif 'scale' in step or 'scales' in step:
+            size = _pair(step['crop_size'])
+        elif step.get('scales') or step.get('scale'):
             scales = step.get('scales') or step['scale']
-            scales = [scales] if isinstance(scales[0], int) else scales
-            size = max(scales, key=np.prod)
+            short = step.get('resize_type') == 'ResizeShortestEdge'  # each a shorter side
+            if isinstance(scales, int) or (isinstance(scales[0], int) and not short):
+                scales = [scales]
+            size = max(map(_pair, scales), key=np.prod)
+        elif step.get('type') == 'Pad' and step.get('size'):
+            size = _pair(step['size'])
     return size
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _prepared(cfg: Config, mode: str | None, size: tuple[int, int], device: str) -> Config:
@@ -232,6 +244,8 @@ def _cost(
         except torch.cuda.OutOfMemoryError:
             break
         except ValueError as error:
+            if 'needs at least' in str(error):  # too small an image
+                raise UserError(str(error)) from error
             if batch > 1 or 'more than 1 value per channel' not in str(error):
                 raise
             smallest = 2  # a batch norm of one value for each image, as in UperNet
@@ -260,12 +274,17 @@ def _bytes(values: Iterable[Any]) -> int:
 
 
 def _make_states(model: nn.Module, wrapper: OptimWrapper) -> None:
-    """Update once by gradients of zero: the optimizer makes its states in its first step."""
+    """Update once: the optimizer makes its states in its first step."""
+    _make_gradients(model)
+    wrapper.optimizer.step()
+    wrapper.zero_grad()
+
+
+def _make_gradients(model: nn.Module) -> None:
+    """Give each parameter a gradient of zero."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-    wrapper.optimizer.step()
-    wrapper.zero_grad()
 
 
 def _train(
@@ -280,6 +299,8 @@ def _train(
     device = next(model.parameters()).device.type
     for _ in range(STEPS[device]):
         data = _batch(model, batch, size, segments=cfg.get('default_scope') == 'mmseg')
+        # They come while activations go: only if all are there is a peak linear in the batch.
+        _make_gradients(model)
         begin = time.perf_counter()
         with wrapper.optim_context(model):
             losses = model(**model.data_preprocessor(data, training=True), mode='loss')

@@ -34,6 +34,7 @@ except ImportError:  # numpy 1
 
 __all__ = [
     'allow_training_state',
+    'check_writable',
     'new_file',
     'read_checkpoint',
     'reason_of',
@@ -188,6 +189,20 @@ def reason_of(error: Exception) -> str:
         first = f'{first} {more[0]}'
     line = f'{type(error).__name__}: {first}'.rstrip(': .')
     return line if len(line) <= 200 else f'{line[:197]}...'
+
+
+def check_writable(file: Path) -> None:
+    """Find out before the work whether its result can be written; make the folder.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'cannot write {file}: {error.strerror}') from error
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f'cannot write {file}')
 
 
 def new_file(file: str | Path) -> Path:

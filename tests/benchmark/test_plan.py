@@ -87,15 +87,18 @@ def test_fixed_part_holds_weights_gradients_and_states(costs):
     assert costs[0].fixed - without.fixed == 2 * weights + 4 * len(parameters)  # and step numbers
 
 
-def test_larger_batches_are_predicted(costs):
-    cfg = demo()
+@pytest.mark.parametrize('width', [None, 1024], ids=['', 'more weights than activations'])
+def test_larger_batches_are_predicted(width):
+    cfg = demo(**({'model.roi_head.bbox_head.fc_out_channels': width} if width else {}))
+    cost = plan(cfg, size=(64, 96), modes=['lean'])[0]
+    cfg.model.backbone.memory = 'lean'
     model, wrapper = planner._build(cfg, 'cpu')
     planner._make_states(model, wrapper)
     held = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
     for state in wrapper.optimizer.state.values():
         held += sum(x.numel() * x.element_size() for x in state.values())
     measured = held + peak_bytes(partial(planner._train, cfg, model, wrapper, 6, (64, 96), []))
-    assert abs((costs[0].fixed + 6 * costs[0].per_image) / measured - 1) < 0.05
+    assert abs((cost.fixed + 6 * cost.per_image) / measured - 1) < 0.05
 
 
 def test_largest_batch_fits_and_one_more_does_not():
@@ -151,6 +154,8 @@ def test_backbone_of_others_is_taken_as_it_is():
 def test_mistakes_are_told(monkeypatch):
     with pytest.raises(UserError, match="RDNet has no memory mode 'less'"):
         plan(demo(), size=(64, 64), modes=['less'])
+    with pytest.raises(UserError, match='has no optim_wrapper'):
+        plan(demo(optim_wrapper=None), size=(64, 64))
     with pytest.raises(UserError, match='SoftTeacher has no backbone'):
         plan(Config(dict(model=dict(type='SoftTeacher'))), size=(64, 64))
 
@@ -201,6 +206,7 @@ def test_settings_that_the_best_mode_needs():
     memory, batch = 'model.backbone.memory=lean', 'train_dataloader.batch_size=3'
     assert settings(cfg, 'lean', 8) == [memory]
     assert settings(cfg, 'lean', 3) == [memory, batch]
+    assert settings(cfg, 'plain', 9) == ['train_dataloader.batch_size=9']
     cfg.model.backbone.with_cp = True
     assert settings(cfg, 'recompute', 8) == []
     assert settings(cfg, 'lean', 8) == [memory, 'model.backbone.with_cp=False']
@@ -233,6 +239,13 @@ def test_size_of_a_recipe(config, size):
         ([dict(transforms=[[dict(scale=(33, 33))], [dict(scales=[(9, 9), (65, 65)])]])], (96, 96)),
         ([dict(scale=(64, 64)), dict(transforms=[dict(type='RandomFlip')])], (64, 64)),
         ([dict(type='RandomFlip')], None),
+        ([dict(crop_size=512)], (512, 512)),
+        ([dict(scale=(99, 99)), dict(scale=640)], (640, 640)),
+        ([dict(scale=(64, 64)), dict(scale=None, scale_factor=2.0)], (64, 64)),
+        ([dict(scale=(-1, 512))], None),
+        ([dict(scales=[480, 512, 640], resize_type='ResizeShortestEdge')], (640, 640)),
+        ([dict(scale=(64, 64)), dict(transforms=dict(scale=(96, 96)))], (96, 96)),
+        ([dict(scale=(64, 64)), dict(type='Pad', size=(128, 96))], (96, 128)),
     ],
 )
 def test_size_of_a_pipeline(steps, size):

@@ -313,6 +313,8 @@ def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_pat
         (config, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
         (config, ['--out', checkpoint], 'would overwrite'),
         (config, [*out, '--tune'], 'needs --size'),
+        (config, [*out, '--size', 0, -5], 'must be positive'),
+        (config, ['--out', config / 'out.pth'], f'cannot write {config / "out.pth"}: '),
         (config, [*out, '--allow-partial'], 'are for CondenseNetV2, not for RDNet'),
     ):
         status, said = run_tool(PY, DEPLOY, path, checkpoint, *more, '--work-dir', tmp_path)
