@@ -25,6 +25,7 @@ TRAINING_GOALS = {
     ('densenet121', 'torchvision_memory_efficient'): (0.65, 1.0),
     ('rdnet_tiny', 'timm'): (0.5, 0.95),
 }
+DOUBT = ' (further from float64 than the peers)'
 SUMMARY = ('network', 'type', 'ours', 'fastest peer', 'times as fast', '95 %', 'goal')
 TRAINING = ('network', 'type', 'ours', 'peer', 'times as fast', 'share of its memory', 'goal')
 DETAIL = ('contender', 'times as fast', '95 %', 'error', 'memory (MB)')
@@ -71,7 +72,7 @@ def _summary(result: Mapping[str, Any]) -> list[str]:
     best = max(ours, key=lambda name: ours[name]['ratio'])
     goal = GOALS.get((setting['network'], setting['dtype']))
     reached = '' if goal is None else f'{goal} ({_met(ours[best]["ratio"] >= goal)})'
-    doubt = ' (further from float64 than the peers)' if best in result['inexact'] else ''
+    doubt = DOUBT if best in result['inexact'] else ''
     return [
         setting['network'],
         setting['dtype'],
@@ -87,11 +88,14 @@ def _training(result: Mapping[str, Any]) -> list[list[str]]:
     """Return a line for each way to save memory and each peer, both in their faster formats."""
     setting = result['setting']
     faster: dict[tuple[str, str], Mapping[str, Any]] = {}
+    doubts = set()
     for name, row in result['contenders'].items():
         whose, *form = [w for w in name.split(', ') if w not in ('channels-last', 'compiled')]
         at = (whose, *form, '')[:2]
         if 'memory' in row and row['ratio'] > faster.get(at, row)['ratio'] - 1e-9:
             faster[at] = row
+        if name in result['inexact']:
+            doubts.add(at)
     lines = []
     for (whose, form), ours in faster.items():
         if whose != 'mmdense':
@@ -106,7 +110,7 @@ def _training(result: Mapping[str, Any]) -> list[list[str]]:
                 most, least = goal
                 met = _met(share <= most and speed >= least)
                 reached = f'{most} at {least} ({met})'
-            name = form or 'plain'
+            name = (form or 'plain') + (DOUBT if (whose, form) in doubts else '')
             cells = [f'{speed:.2f}', f'{share:.2f}', reached]
             lines.append([setting['network'], setting['dtype'], name, peer, *cells])
     return lines

@@ -219,8 +219,10 @@ def test_the_summary_of_training_goes_by_each_peer():
     assert f'{lean}_memory_efficient | 2.20 | 0.60 | 0.65 at 1.0 (met) |' in text
     assert '### Inference' not in text
     rows['mmdense, lean, channels-last']['memory'] = 34
+    result['inexact'] = ['mmdense, recompute', 'mmdense']
     text = markdown([{**machine(), 'results': [result]}])
     assert f'{lean} | 1.10 | 0.34 | 0.333 at 1.0 (not met) |' in text
+    assert '| plain (further from float64 than the peers) | torchvision | 0.90 | 1.00 |  |' in text
 
 
 def test_intervals_hold_the_median():
