@@ -58,7 +58,7 @@ RECORD ?= benchmarks/results/cpu.json
 COMPARE = $(BIN)/python tools/benchmark.py compare --json $(RECORD)
 TRAIN = $(COMPARE) --mode train --batch 2 --no-compile
 
-benchmark: setup  ## time backbones beside others', for docs/performance.md (20 minutes)
+benchmark: setup  ## time backbones beside others', for docs/performance.md (35 minutes)
 	rm -f $(RECORD)
 	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile
 	$(COMPARE) --names rexnet_100 --dtype float32 bfloat16
