@@ -133,7 +133,7 @@ def test_mixed_precision_and_synchronised_norms_on_a_cpu(costs):
 @pytest.mark.slow
 def test_segmentor_needs_two_images_and_takes_the_size():
     cfg = demo('segmentation')
-    small, large = (plan(cfg, size=size, modes=['plain'])[0] for size in ((64, 64), (64, 128)))
+    small, large = (plan(cfg, size=size, modes=['plain'])[0] for size in ((128, 128), (128, 256)))
     assert small.smallest == 2  # its pooling norms one value per image
     assert 1.8 < large.per_image / small.per_image < 2.2
     assert cfg.model.data_preprocessor.size == (192, 192)
@@ -294,7 +294,7 @@ def test_recipes(config, smallest):
     cfg = load_config(str(ROOT / f'configs/{config}.py'))
     if 'mask-rcnn' in config:  # masks of 512 regions take a minute
         cfg.model.train_cfg.rcnn.sampler.num = 32
-    found = plan(cfg, size=(96, 96), modes=['plain', 'recompute'])
+    found = plan(cfg, size=(160, 160), modes=['plain', 'recompute'])
     assert [cost.smallest for cost in found] == [smallest] * 2
     plain, recompute = (cost.per_image for cost in found)
     assert plain > recompute > 0
