@@ -241,7 +241,7 @@ def test_memory_modes_change_memory_alone(family, memory, options, layout):
             assert thrifty[name] is None, name
         else:  # a bias in front of a norm has no gradient but rounding
             torch.testing.assert_close(thrifty[name], expected, rtol=1e-9, atol=1e-9, msg=name)
-    assert size < 0.65 * plain_size
+    assert size < (0.6 if memory == 'recompute' else 0.65) * plain_size
 
 
 @pytest.mark.parametrize(('family', 'memory'), modes())
