@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from mmdense.benchmark import compare as harness
-from mmdense.benchmark.compare import Contender, Setting, compare, contenders, machine, peak_memory
+from mmdense.benchmark.compare import (
+    OURS,
+    Contender,
+    Setting,
+    compare,
+    contenders,
+    machine,
+    peak_memory,
+)
 from mmdense.benchmark.networks import NETWORKS
 from mmdense.benchmark.report import markdown
 from mmdense.errors import UserError
@@ -68,10 +76,14 @@ def test_contenders():
     assert 'torchvision_memory_efficient, channels-last, compiled' in names
     names = [c.name for c in contenders(Setting('condensenetv2_a'), compiled=False)]
     assert names == [
-        f'{who}{layout}'
-        for who in ('mmdense', 'mmdense, deployed', 'official')
-        for layout in ('', ', channels-last')
+        'mmdense',
+        'mmdense, channels-last',
+        'mmdense, deployed, channels-last',
+        'official',
+        'official, channels-last',
     ]
+    names = [c.name for c in contenders(Setting('densenet121')) if c.compiled and c.whose == OURS]
+    assert names == ['mmdense, deployed, channels-last, compiled']
     names = [c.name for c in contenders(Setting('densenet121'), against=['torchvision'])]
     assert not any(name.startswith(('timm', 'torchvision_')) for name in names)
 
