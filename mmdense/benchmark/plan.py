@@ -1,7 +1,8 @@
 """How much memory training takes in each memory mode of a config's backbone, and what fits a GPU.
 
 A training step is run at two batch sizes; memory is taken as a fixed part and a part for each
-image. N images, H x W pixels; GB are 2 ** 30 bytes, as on a card's label.
+image. Of small images it is run at larger ones, until activations make the peak. N images, H x W
+pixels; GB are 2 ** 30 bytes, as on a card's label.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import OptimWrapper, build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -38,10 +39,14 @@ __all__ = [
     'ModeCost',
     'batch_size',
     'best',
+    'build_training',
     'peak_bytes',
     'plan',
+    'random_batch',
     'settings',
+    'tensor_bytes',
     'training_size',
+    'training_step',
     'usable',
 ]
 
@@ -51,6 +56,7 @@ FRAGMENTS, CONTEXT = 0.1, 0.6 * GB  # what a card cannot give: a share of it, an
 OBJECTS = 16  # to an image
 DIVISOR = 32
 NOISE = 1.1  # of the times of single steps
+SLACK, MOST = 0.05, 16  # how far bytes for an image may be off; how many images show it
 STEPS = dict(cpu=1, cuda=3)  # on a GPU the first one prepares the libraries; the last one is timed
 
 
@@ -229,37 +235,59 @@ def _cost(
     progress: Callable[[str], None],
 ) -> ModeCost:
     progress(f'{mode}: building the model')
-    model, wrapper = _build(cfg, device)
-    held = _bytes(chain(model.parameters(), model.buffers()))
+    model, wrapper = build_training(cfg, device)
+    held = tensor_bytes(chain(model.parameters(), model.buffers()))
     update = held + peak_bytes(lambda: _make_states(model, wrapper), device)
-    held += _bytes(x for state in wrapper.optimizer.state.values() for x in state.values())
-    smallest, peaks, seconds = 1, [], inf
-    while len(peaks) < 2:
-        batch = smallest + len(peaks)
+    held += tensor_bytes(x for state in wrapper.optimizer.state.values() for x in state.values())
+    gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
+    smallest, batches, peaks, seconds = 1, [1, 2], {}, inf
+    while batches:
+        batch = batches.pop(0)
         progress(f'{mode}: a step with a batch of {batch}, {size[0]} x {size[1]}')
         times: list[float] = []
         step = partial(_train, cfg, model, wrapper, batch, size, times)
         try:
-            peaks.append(held + peak_bytes(step, device))
+            peaks[batch] = held + peak_bytes(step, device)
         except torch.cuda.OutOfMemoryError:
             break
+        except AttributeError as error:
+            if not isinstance(error.obj, BaseDataElement):
+                raise
+            raise UserError(
+                f'{type(model).__name__} learns from {error.name.strip("_")}, which random images '
+                'come without here: the log of a training on a GPU tells its memory'
+            ) from error
         except ValueError as error:
             if 'needs at least' in str(error):  # too small an image
                 raise UserError(str(error)) from error
             if batch > 1 or 'more than 1 value per channel' not in str(error):
                 raise
-            smallest = 2  # a batch norm of one value for each image, as in UperNet
+            smallest, batches = 2, [2, 3]  # a batch norm of one value for each image, as in UperNet
             continue
-        seconds = min(seconds, times[-1] / batch)
+        if len(peaks) <= 2:
+            seconds = min(seconds, times[-1] / batch)
+        if len(peaks) >= 2:
+            fixed, per_image = _line(peaks)
+            # Activations aside a step holds gradients, and copies of weights of half the size under
+            # AMP. Where more is fixed, the copy of a gradient, say, makes the peak, until a larger
+            # batch leaves it behind.
+            excess = fixed - held - 1.5 * gradients
+            if excess > SLACK * batch * per_image and batch < MOST:
+                batches.append(2 * batch)
     if len(peaks) < 2:
-        ran = smallest if peaks else 0
-        return ModeCost(mode, smallest, ran, None, None, update, seconds)
-    per_image = max(1, peaks[1] - peaks[0])
-    fixed = peaks[0] - smallest * per_image
-    return ModeCost(mode, smallest, smallest + 1, fixed, per_image, update, seconds)
+        return ModeCost(mode, smallest, max(peaks, default=0), None, None, update, seconds)
+    return ModeCost(mode, smallest, max(peaks), *_line(peaks), update, seconds)
 
 
-def _build(cfg: Config, device: str) -> tuple[nn.Module, OptimWrapper]:
+def _line(peaks: dict[int, int]) -> tuple[int, int]:
+    """Return the fixed bytes, and those for each image, by the two largest batches."""
+    first, last = sorted(peaks)[-2:]
+    per_image = max(1, (peaks[last] - peaks[first]) // (last - first))
+    return peaks[last] - last * per_image, per_image
+
+
+def build_training(cfg: Config, device: str) -> tuple[nn.Module, OptimWrapper]:
+    """Return a config's model with random weights, ready to be trained, and what updates it."""
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
         model = MODELS.build(cfg.model)
@@ -269,7 +297,8 @@ def _build(cfg: Config, device: str) -> tuple[nn.Module, OptimWrapper]:
         return model, build_optim_wrapper(model, cfg.optim_wrapper)
 
 
-def _bytes(values: Iterable[Any]) -> int:
+def tensor_bytes(values: Iterable[Any]) -> int:
+    """Return the bytes of all tensors among some values."""
     return sum(x.numel() * x.element_size() for x in values if torch.is_tensor(x))
 
 
@@ -298,21 +327,28 @@ def _train(
     """Run steps without their update, as :func:`_make_states` makes one, and append seconds."""
     device = next(model.parameters()).device.type
     for _ in range(STEPS[device]):
-        data = _batch(model, batch, size, segments=cfg.get('default_scope') == 'mmseg')
+        data = random_batch(model, batch, size, segments=cfg.get('default_scope') == 'mmseg')
         # They come while activations go: only if all are there is a peak linear in the batch.
         _make_gradients(model)
         begin = time.perf_counter()
-        with wrapper.optim_context(model):
-            losses = model(**model.data_preprocessor(data, training=True), mode='loss')
-        wrapper.backward(model.parse_losses(losses)[0])
+        training_step(model, wrapper, data)
         wrapper.zero_grad()
         if device == 'cuda':
             torch.cuda.synchronize()
         times.append(time.perf_counter() - begin)
 
 
-def _batch(model: nn.Module, batch: int, size: tuple[int, int], segments: bool) -> dict[str, list]:
-    """Return random images with boxes and masks of objects, or with label and depth maps."""
+def training_step(model: nn.Module, wrapper: OptimWrapper, data: dict[str, list]) -> None:
+    """Run forward and backward, without the update."""
+    with wrapper.optim_context(model):
+        losses = model(**model.data_preprocessor(data, training=True), mode='loss')
+    wrapper.backward(model.parse_losses(losses)[0])
+
+
+def random_batch(
+    model: nn.Module, batch: int, size: tuple[int, int], segments: bool
+) -> dict[str, list]:
+    """Return random images with boxes, masks and label maps of objects, or label and depth maps."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmseg.structures import SegDataSample
@@ -330,9 +366,14 @@ def _batch(model: nn.Module, batch: int, size: tuple[int, int], segments: bool) 
             corners = (torch.tensor(size[::-1]) - extents) * torch.rand(OBJECTS, 2)
             boxes, labels = torch.cat((corners, corners + extents), 1), torch.zeros(OBJECTS).long()
             sample.gt_instances = InstanceData(bboxes=boxes, labels=labels)
-            if getattr(model, 'with_mask', False):
+            # What its preprocessor pads, a model reads.
+            pads = model.data_preprocessor
+            if getattr(model, 'with_mask', False) or getattr(pads, 'pad_mask', False):
                 masks = BitmapMasks(np.ones((OBJECTS, *size), np.uint8), *size)
                 sample.gt_instances.masks = masks
+            if getattr(pads, 'pad_seg', False):
+                labels = torch.randint(2, (1, *size), dtype=torch.uint8)
+                sample.gt_sem_seg = PixelData(sem_seg=labels)
             sample.ignored_instances = sample.gt_instances[:0]
         samples.append(sample)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8) for _ in range(batch)]
