@@ -381,6 +381,7 @@ def collect(family: str, figures: dict, task: str, recipes: list[Recipe]) -> dic
             'In Collection': collection,
             'Config': str(recipe.path.relative_to(ROOT)),
             'Metadata': {
+                'Architecture': recipe.title.split(', '),
                 'Training Data': recipe.data,
                 **(
                     {'Iterations': length.max_iters}
@@ -394,9 +395,11 @@ def collect(family: str, figures: dict, task: str, recipes: list[Recipe]) -> dic
             },
         }
         start = recipe.cfg.model.backbone.get('init_cfg')  # scheduled pruning has none
-        weights = start and start.checkpoint.split('://')[1]
-        if weights in top1:
-            entry['Metadata']['Top-1 of the ImageNet weights'] = top1[weights]
+        if start:
+            entry['Metadata']['ImageNet weights'] = start.checkpoint
+            weights = start.checkpoint.split('://')[1]
+            if weights in top1:
+                entry['Metadata']['Top-1 of the ImageNet weights'] = top1[weights]
         if recipe.path.stem in rows:
             entry['Results'] = results(rows[recipe.path.stem], recipe.data)
             entry['Results Source'] = figures[task]['source']
@@ -408,7 +411,7 @@ def collect(family: str, figures: dict, task: str, recipes: list[Recipe]) -> dic
                 'Metadata': {'Architecture': [family]},
                 'Paper': {'Title': figures['title'], 'URL': figures['paper']},
                 'Code': {'URL': figures['code']},
-                'README': DOCUMENT,
+                'README': str(recipes[0].path.with_name('README.md').relative_to(ROOT)),
             }
         ],
         'Models': entries,
