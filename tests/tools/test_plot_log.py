@@ -1,0 +1,57 @@
+"""The curves of several trainings, as the command line draws and prints them."""
+
+import json
+import sys
+
+import pytest
+
+from support import ROOT
+
+TOOL = ROOT / 'tools/plot_log.py'
+
+
+@pytest.fixture
+def work_dirs(tmp_path):
+    """Three work dirs: two detectors of the same name, and a segmentor without validation."""
+    detection = [{'loss': 2.0, 'step': 5}, {'loss': 1.0, 'step': 10}]
+    scores = [{'coco/bbox_mAP': 0.5, 'step': 1}, {'loss': 0.5, 'step': 15}]
+    records = {
+        'one/det[1]': [*detection, *scores, {'coco/bbox_mAP': 0.25, 'step': 2}],
+        'two/det[1]': [*detection, {'coco/bbox_mAP': 0.125, 'step': 1}],
+        'seg': [{'loss': 4.0, 'step': 50}],
+    }
+    for name, lines in records.items():
+        file = tmp_path / name / '20260101_000000/vis_data/scalars.json'
+        file.parent.mkdir(parents=True)
+        file.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+    return [tmp_path / name for name in records]
+
+
+def rows(said):
+    """Return the cells of the lines of a table."""
+    lines = [line.split('│')[1:-1] for line in said.splitlines() if line.startswith('│')]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+@pytest.mark.slow
+def test_picture_and_table_of_runs(work_dirs, run_tool, tmp_path):
+    status, said = run_tool(sys.executable, TOOL, *work_dirs, '--out', tmp_path / 'runs.png')
+    assert status == 0, said
+    assert rows(said) == [
+        ['loss', 'one/det[1]', '0.5', '15', '0.5', '15'],
+        ['loss', 'two/det[1]', '1', '10', '1', '10'],
+        ['loss', 'seg', '4', '50', '4', '50'],
+        ['box AP', 'one/det[1]', '0.25', '15', '0.5', '10'],
+        ['box AP', 'two/det[1]', '0.125', '10', '0.125', '10'],
+        ['box AP', 'seg', '-', '', '-', ''],
+    ]
+    assert (tmp_path / 'runs.png').read_bytes().startswith(b'\x89PNG')
+    assert said.splitlines()[-1] == f'picture: {tmp_path / "runs.png"}'
+
+
+@pytest.mark.slow
+def test_one_line_says_what_is_wrong(work_dirs, run_tool, tmp_path):
+    empty = tmp_path / 'empty'
+    status, said = run_tool(sys.executable, TOOL, work_dirs[0], empty)
+    assert status == 2
+    assert said == f'error: no training log in {empty}: train first, or name its --work-dir\n'
