@@ -1,18 +1,20 @@
 """What the command lines under tools/ do, as functions."""
 
+from importlib import import_module
 from typing import Any
 
 from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
 from mmdense.apis.errors import report_errors
 from mmdense.errors import UserError
 
-__all__ = ['UserError', 'deploy', 'report_errors']
+__all__ = ['Predictor', 'UserError', 'deploy', 'report_errors']
+
+# Imported when they are asked for: they bring all networks with them.
+LAZY = dict(deploy='deployment', Predictor='predict')
 
 
 def __getattr__(name: str) -> Any:
-    """Import :func:`.deployment.deploy` when it is asked for: it brings all networks with it."""
-    if name != 'deploy':
+    """Import what is in :data:`LAZY`."""
+    if name not in LAZY:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from mmdense.apis.deployment import deploy
-
-    return deploy
+    return getattr(import_module(f'{__name__}.{LAZY[name]}'), name)

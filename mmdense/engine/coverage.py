@@ -30,7 +30,14 @@ from mmdense.models.backbones.base import Backbone
 from mmdense.registry import HOOKS
 from mmdense.weights import Format, recognise, state_dict_of
 
-__all__ = ['Coverage', 'CoverageHook', 'PretrainedInit', 'load_into', 'unwrap']
+__all__ = [
+    'Coverage',
+    'CoverageHook',
+    'PretrainedInit',
+    'load_covering',
+    'load_into',
+    'unwrap',
+]
 
 SHOWN = 3  # names in a message
 RGB = 3
@@ -393,14 +400,46 @@ class CoverageHook(Hook):
             )
             return
         model = unwrap(runner.model)
-        weights, coverage = load_into(model, checkpoint)
+        in_part = self.part and hasattr(model, self.part) and not runner._resume
+        weights = load_covering(
+            model,
+            checkpoint,
+            source='the checkpoint',
+            min_coverage=self.min_coverage,
+            prefix=f'{self.part}.' if in_part else '',
+        )
         held = checkpoint.get('state_dict') or {}
         if held.keys() != weights.keys() or any(held[k] is not v for k, v in weights.items()):
             checkpoint['state_dict'] = weights  # averages and the runner take these
-        _report(coverage, 'the checkpoint')
-        in_part = self.part and hasattr(model, self.part) and not runner._resume
-        prefix = f'{self.part}.' if in_part else ''
-        coverage.require(self.min_coverage, source='the checkpoint', prefix=prefix)
+
+
+def load_covering(
+    model: nn.Module,
+    checkpoint: Any,
+    *,
+    source: str,
+    min_coverage: float = 1.0,
+    prefix: str = '',
+) -> dict[str, Tensor]:
+    """Load a checkpoint into a model, report what it filled, and refuse one that fills too little.
+
+    Args:
+        model: A whole model.
+        checkpoint: What a file held.
+        source: Of the checkpoint, for the messages.
+        min_coverage: Least share of the tensors, from 0 to 1; 0 only reports.
+        prefix: Of the model's names that count.
+
+    Returns:
+        The weights with the model's keys.
+
+    Raises:
+        UserError: As :func:`load_into`, or less than that was filled.
+    """
+    weights, coverage = load_into(model, checkpoint)
+    _report(coverage, source)
+    coverage.require(min_coverage, source=source, prefix=prefix)
+    return weights
 
 
 def _report(coverage: Coverage, source: str) -> None:
