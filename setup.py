@@ -26,7 +26,8 @@ OPENMMLAB = [
     'setuptools<82',
 ]
 DEMO = ['scikit-learn>=1.3', 'pillow>=9.1', 'rich', 'matplotlib']
-TEST = [*DEMO, 'pytest>=8']
+ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
+TEST = [*DEMO, *ONNX, 'pytest>=8']
 
 setup(
     name='mmdense',
@@ -36,12 +37,14 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmdense', 'mmdense.*']),
+    package_data={'mmdense.benchmark': ['*.html']},
     python_requires='>=3.10',
     install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors'],
     extras_require={
         'mm': MM,
         'openmmlab': OPENMMLAB,
         'demo': DEMO,
+        'onnx': ONNX,
         'test': TEST,
         'dev': [*TEST, 'ruff'],
     },

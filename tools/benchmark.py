@@ -1,21 +1,28 @@
-"""Measure what backbones cost, against those of others, and what training a config takes."""
+"""Measure what backbones cost and give: side by side, and in whole models."""
 
 import argparse
 import json
 import math
 import os
+import shlex
 import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress
 from rich.table import Table
 
 from mmdense.apis import options, report_errors
 from mmdense.apis.config import load_config, use_amp
+from mmdense.benchmark.backbones import named_backbone
 from mmdense.benchmark.compare import DTYPES, MODES, Setting, compare, machine
+from mmdense.benchmark.measure import measure_configs
 from mmdense.benchmark.networks import NETWORKS, PEERS
 from mmdense.benchmark.plan import (
     GB,
@@ -27,12 +34,21 @@ from mmdense.benchmark.plan import (
     usable,
 )
 from mmdense.benchmark.report import markdown
+from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.datasets import make_digits
 from mmdense.engine.files import check_writable
 from mmdense.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/performance.md'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+DEMO = ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py'
+DEMO_DATA = Path('data/digits')
+COLUMNS = dict(
+    parameters=('parameters (M)', 1e6),
+    macs=('multiply-adds (G)', 1e9),
+    activations=('activations (M)', 1e6),
+)
 BEGIN = '<!-- tables: written by tools/benchmark.py report -->\n'
 
 
@@ -59,6 +75,8 @@ def main() -> None:
     against.add_argument('--json', type=Path, help='add the results to this file')
     against.set_defaults(run=run_compare)
     add_memory(commands)
+    add_cost(commands)
+    add_sweep(commands)
     page = commands.add_parser('report', help='write docs/performance.md from benchmarks/results')
     page.add_argument('--check', action='store_true', help='write nothing; 1 if it is stale')
     page.set_defaults(run=run_report)
@@ -85,6 +103,166 @@ def add_memory(commands: argparse._SubParsersAction) -> None:
     memory.set_defaults(run=run_memory)
 
 
+def add_cost(commands: argparse._SubParsersAction) -> None:
+    cost = commands.add_parser(
+        'cost',
+        help='say what whole models cost, part by part',
+        description='Parameters, executed multiply-adds and activations of each part for one '
+        'image, and the times and memory of inference and of a training step (forward and '
+        'backward), in interleaved rounds over all configs. Weights and images are random.',
+        epilog='example: python tools/benchmark.py cost '
+        'configs/detection/*/faster-rcnn_*_1x_coco.py --size 800 1344 --rounds 0',
+    )
+    cost.add_argument('configs', nargs='+', help='config files')
+    cost.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help="of images (each config's largest)"
+    )
+    cost.add_argument('--batch', type=int, default=2, help='of a training step (%(default)s)')
+    cost.add_argument('--rounds', type=int, default=10, help='timed runs; 0 counts alone (10)')
+    cost.add_argument(
+        '--deploy', action='store_true', help="predict with the backbones' fastest form"
+    )
+    cost.add_argument('--device', choices=('cpu', 'cuda'), default=DEVICE)
+    cost.add_argument('--json', type=Path, help='write the figures to this file')
+    options.add_cfg_options(cost)
+    cost.set_defaults(run=run_cost)
+
+
+def add_sweep(commands: argparse._SubParsersAction) -> None:
+    sweep = commands.add_parser(
+        'sweep',
+        help='train and test a config with one backbone after the other, and report',
+        description='The same head, data and schedule with each backbone: trained, tested and '
+        'measured, then written to DIR/report.html, report.md, results.json and results.csv. '
+        'Begun again with the same settings, it goes on where it was. A CondenseNetV2 that starts '
+        'from nothing learns its connections on the way.',
+        epilog='example: python tools/benchmark.py sweep --backbones configs/detection/demo/*.py '
+        'timm:resnet10t timm:mobilenetv3_small_050',
+    )
+    sweep.add_argument(
+        '--backbones',
+        nargs='+',
+        required=True,
+        metavar='NAME',
+        help='FAMILY-ARCH such as rdnet-t, timm:NETWORK, or a config file whose backbone is taken',
+    )
+    sweep.add_argument('--config', default=str(DEMO), help='what they are put into (the demo)')
+    sweep.add_argument('--out', type=Path, metavar='DIR', help='folder (work_dirs/sweep-CONFIG)')
+    sweep.add_argument('--data-root', metavar='DIR', help='where the data are')
+    sweep.add_argument('--epochs', type=int, metavar='N', help="length of training (the config's)")
+    sweep.add_argument('--iters', type=int, metavar='N', help='the same, if it counts iterations')
+    start = sweep.add_mutually_exclusive_group()
+    start.add_argument(
+        '--pretrained', action='store_true', help="start from ImageNet weights (as the config's)"
+    )
+    start.add_argument('--from-scratch', action='store_true', help='start from random weights')
+    sweep.add_argument('--gpus', type=int, metavar='N', help='train on so many, by torchrun')
+    sweep.add_argument('--rounds', type=int, default=20, help='timed runs of each (%(default)s)')
+    sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
+    sweep.add_argument('--device', choices=('cpu', 'cuda'), default=DEVICE, help='to measure on')
+    options.add_cfg_options(sweep)
+    sweep.set_defaults(run=run_sweep)
+
+
+def run_cost(args: argparse.Namespace) -> None:
+    if args.json:
+        check_writable(args.json)
+    be_quiet()
+    cfgs = {path: load_config(path, options=dict(args.cfg_options or {})) for path in args.configs}
+    console = Console()
+    with console.status('') as status:
+        rows = measure_configs(
+            cfgs,
+            size=tuple(args.size) if args.size else None,
+            batch=args.batch,
+            rounds=args.rounds,
+            deployed=args.deploy,
+            device=args.device,
+            progress=status.update,
+        )
+    if args.json:
+        record = {**machine(args.device), 'batch': args.batch, 'rounds': args.rounds, 'rows': rows}
+        args.json.write_text(json.dumps(record, indent=1) + '\n')
+    for row in rows:
+        console.print(cost_table(row), soft_wrap=True)
+        for kind, title in dict(infer='inference', train=f'training, batch {args.batch}').items():
+            if found := row[kind]:
+                console.print(
+                    f'{title}: median {1e3 * found["p50"]:.0f} ms, p95 {1e3 * found["p95"]:.0f} '
+                    f'ms, {found["throughput"]:.3g} images/s, {found["memory"] / 1e6:.0f} MB',
+                    highlight=False,
+                )
+        if 'error' in row:
+            console.print(f'[red]error:[/] {escape(row["error"])}', soft_wrap=True)
+    if any('error' in row for row in rows):
+        sys.exit(1)
+
+
+def cost_table(row: dict) -> Table:
+    """Return what the parts of a config cost, with their shares of the whole."""
+    at = ' at {} x {}'.format(*row['size']) if row['size'] else ''
+    table = Table('part', title=f'{Path(row["config"]).stem}{at}', title_justify='left')
+    for title, _ in COLUMNS.values():
+        table.add_column(title, justify='right')
+    whole = {key: sum(part[key] for part in row['parts'].values()) for key in COLUMNS}
+    for name, part in {**row['parts'], 'whole': whole}.items():
+        cells = (
+            f'{part[key] / unit:.2f} ({part[key] / (whole[key] or 1):4.0%})'
+            for key, (_, unit) in COLUMNS.items()
+        )
+        table.add_row(name, *cells, style='bold' if name == 'whole' else None)
+    return table
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    config_options = dict(args.cfg_options or {})
+    if args.data_root:
+        config_options['data_root'] = args.data_root
+    cfg = load_config(args.config, options=config_options)
+    set_length(cfg, epochs=args.epochs, iters=args.iters)
+    own = (cfg.model.get('backbone') or {}).get('init_cfg') is not None
+    pretrained = args.pretrained or (own and not args.from_scratch)
+    backbones = [named_backbone(name, pretrained=pretrained) for name in args.backbones]
+    folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')
+    command = f'python tools/benchmark.py {" ".join(map(shlex.quote, sys.argv[1:]))}'
+    sweep = Sweep(cfg, backbones, folder, command=command, pretrained=pretrained)
+    make_demo_data(cfg)
+    train, test = ([sys.executable, str(ROOT / f'tools/{name}.py')] for name in ('train', 'test'))
+    if args.gpus:
+        processes = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.gpus}']
+        train = [sys.executable, *processes, *train[1:], '--launcher', 'pytorch']
+    be_quiet()
+    console = Console()
+    bars = Progress('{task.description}', BarColumn(), '{task.fields[state]}', console=console)
+    with bars:
+        tasks = {b.name: bars.add_task(b.name, total=1.0, state='waiting') for b in backbones}
+        sweep.train(
+            train,
+            test,
+            progress=lambda told: bars.update(
+                tasks[told.name], completed=told.share, state=escape(told.state)
+            ),
+        )
+    with console.status('') as status:
+        sweep.measure(
+            rounds=args.rounds,
+            pictures=args.pictures,
+            device=args.device,
+            progress=status.update,
+        )
+    failed = [b.name for b in backbones if sweep.state(b.name)['status'] != 'done']
+    console.print(f'report: {folder / "report.html"}', soft_wrap=True)
+    if failed:
+        sys.exit(f'failed: {", ".join(failed)} (logs: {folder}/runs/*/output.log)')
+
+
+def make_demo_data(cfg: Config) -> None:
+    """Make the demo data where a config reads them and they aren't there yet."""
+    root = Path(cfg.get('data_root') or '')
+    if root == DEMO_DATA and not root.exists():
+        make_digits(root)
+
+
 def run_memory(args: argparse.Namespace) -> None:
     if args.device == 'cuda' and not torch.cuda.is_available():
         raise UserError('--device cuda: there is no GPU')
@@ -96,8 +274,7 @@ def run_memory(args: argparse.Namespace) -> None:
     size = tuple(args.size or training_size(cfg))
     here = torch.cuda.get_device_properties(0).total_memory if args.device == 'cuda' else 24 * GB
     gpu_bytes = here if args.gpu_gb is None else args.gpu_gb * GB
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells of each start and stop
-    MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
+    be_quiet()
     console = Console()
     with console.status('') as status:
         costs = plan(cfg, size=size, modes=args.modes, device=args.device, progress=status.update)
@@ -137,6 +314,13 @@ def run_memory(args: argparse.Namespace) -> None:
     changes = ' '.join(settings(cfg, cost.mode, batch))
     how = f'with --cfg-options {changes}' if changes else 'with the config as it is'
     console.print(f'A batch of {batch} per GPU fits {how}.', soft_wrap=True)
+
+
+def be_quiet() -> None:
+    """Keep libraries from telling what nobody asked."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells of each start and stop
+    MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
+    warnings.simplefilter('ignore', UserWarning)  # mmseg advises of losses
 
 
 def run_compare(args: argparse.Namespace) -> None:

@@ -34,6 +34,9 @@ def main() -> None:
         help='train with the backbone compiled, which takes minutes at the start',
     )
     parser.add_argument(
+        '--tensorboard', action='store_true', help='log to TensorBoard too, in the work dir'
+    )
+    parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
         help="scale the learning rate by the real over the config's base batch size",
@@ -45,6 +48,8 @@ def main() -> None:
         config.use_channels_last(cfg)
     if args.compile_backbone:
         config.use_compiled_backbone(cfg)
+    if args.tensorboard:
+        config.use_tensorboard(cfg)
     if args.auto_scale_lr:
         config.use_auto_scale_lr(cfg)
     config.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)

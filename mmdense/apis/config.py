@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
+from mmdense.config import fill_channels
 from mmdense.errors import UserError
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     'use_checkpoint',
     'use_compiled_backbone',
     'use_show_dir',
+    'use_tensorboard',
     'use_tta',
     'write_predictions',
 ]
@@ -48,7 +51,8 @@ def load_config(
         launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: No such config or base, or a config without a model.
+        UserError: No such config or base, a config without a model, or ``in_channels='auto'``
+            where nothing is known to fill in.
     """
     file = Path(path)
     if not file.is_file():
@@ -72,6 +76,7 @@ def load_config(
     cfg.merge_from_dict(options)
     if 'model' not in cfg:
         raise UserError(f'{path} names no model: choose a config outside _base_')
+    fill_channels(cfg)
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / file.stem)
     return cfg
@@ -152,6 +157,22 @@ def use_compiled_backbone(cfg: Config) -> None:
             '--cfg-options compile=False'
         )
     _use_hook(cfg, 'mmdense.CompileBackboneHook')
+
+
+def use_tensorboard(cfg: Config) -> None:
+    """Log to TensorBoard as well, in the work dir.
+
+    Raises:
+        UserError: It isn't installed, or the config has no visualizer.
+    """
+    if find_spec('tensorboard') is None:
+        raise UserError('--tensorboard needs a package: pip install tensorboard')
+    if 'visualizer' not in cfg:
+        raise UserError(f'{cfg.filename} has no visualizer to log with')
+    kind = 'TensorboardVisBackend'
+    backends = cfg.visualizer.get('vis_backends') or []
+    if not any(backend['type'] == kind for backend in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type=kind)]
 
 
 def _use_hook(cfg: Config, kind: str) -> None:

@@ -16,7 +16,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdense import models
-from mmdense.benchmark import count_macs, count_parameters
+from mmdense.benchmark import count_cost, count_parameters
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import Backbone
@@ -108,12 +108,12 @@ class _Forms:
         unknown: Counter[str] = Counter()
         try:
             with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                macs, maps = count_macs(net, self.image, unknown)
+                cost, maps = count_cost(net, self.image, unknown)
         except ValueError as error:  # too small an image
             raise UserError(str(error)) from error
         self.expected = self.expected or maps
         difference = max(map(_difference, maps, self.expected))
-        self.costs.append(FormCost(form, None, macs, difference, unknown))
+        self.costs.append(FormCost(form, None, cost.macs, difference, unknown))
         if not difference < TOLERANCE:
             raise RuntimeError(
                 f'the form {form!r} differs from {self.costs[0].form!r} by {difference:.1e} '

@@ -17,6 +17,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from mmdense.apis.config import drop_amp
+from mmdense.config import readers
 from mmdense.engine.coverage import CoverageHook, unwrap
 from mmdense.errors import UserError
 
@@ -123,33 +124,12 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
     announced = getattr(getattr(model, 'backbone', None), 'out_channels', None)
     if not isinstance(announced, tuple):  # not a backbone of ours
         return
-    names = ['neck'] if cfg.get('neck') else ['decode_head', 'auxiliary_head']
-    for name in names:
-        readers = cfg.get(name) or []
-        for reader in readers if isinstance(readers, list) else [readers]:
-            said = reader.get('in_channels')
-            if name == 'neck':
-                given = list(announced)
-                # A single number, or coarse to fine, is the habit of some necks.
-                fits = not isinstance(said, list | tuple) or list(said) in (given, given[::-1])
-            else:
-                every = list(range(len(said))) if isinstance(said, list | tuple) else -1
-                index = reader.get('in_index', every)
-                many = isinstance(index, list | tuple)
-                if max(index if many else [index]) >= len(announced):
-                    raise UserError(
-                        f'{name}.in_index is {index}, but the backbone returns {len(announced)} '
-                        'maps, counted from 0'
-                    )
-                given = [announced[i] for i in index] if many else announced[index]
-                fits = said is None or (list(said) if many else said) == given
-            if not fits:
-                raise UserError(
-                    f'{name} expects {said} channels, but the backbone gives {given}: set '
-                    f"model.{name}.in_channels='{given}'"
-                )
-            if name == 'neck':
-                break  # further necks read the first one
+    for reader in readers(cfg, announced):
+        if not reader.fits:
+            raise UserError(
+                f'{reader.name} expects {reader.node[reader.key]} channels, but the backbone gives '
+                f"{reader.channels}: set model.{reader.name}.{reader.key}='auto'"
+            )
 
 
 def load_weights(runner: Runner, path: str) -> dict:

@@ -1,8 +1,9 @@
-"""Parameters and multiply-adds, by a count that needs no memory for either: on torch's meta device.
+"""Parameters, multiply-adds and activations, by a count on torch's meta device, without memory.
 
-Counted are convolutions and matrix products, as torch's own counter knows them; norms, activations,
-pooling, resizing and RoIAlign are not. Operators that may be products and that nobody has a count
-for are named. N images, K RoIs, C channels, H x W pixels.
+Counted are convolutions and matrix products, as torch's own counter knows them, and the elements
+that they put out (activations); norms, nonlinearities, pooling, resizing and RoIAlign are not.
+Operators that may be products and that nobody has a count for are named. N images, K RoIs, C
+channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['backbone_macs', 'count_macs', 'count_parameters', 'model_macs', 'not_counted']
+__all__ = [
+    'Cost',
+    'backbone_macs',
+    'count_cost',
+    'count_parameters',
+    'model_costs',
+    'model_macs',
+    'not_counted',
+]
 
 
 def _sum_flop(
@@ -52,6 +62,29 @@ PRODUCT = re.compile(
 TORCH = ('aten', 'prim', 'prims')
 # Operators of others that are none. All else that isn't torch's is taken for one.
 FREE = {f'torchvision::{name}' for name in ('nms', 'roi_align', 'roi_pool')}
+TRAINED_ALONE = 'auxiliary_head'
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a network, or a part of one, costs for an image.
+
+    Attributes:
+        parameters: Their number.
+        macs: Executed multiply-adds of convolutions and matrix products.
+        activations: Elements that those put out.
+    """
+
+    parameters: int = 0
+    macs: int = 0
+    activations: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.parameters + other.parameters,
+            self.macs + other.macs,
+            self.activations + other.activations,
+        )
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -68,19 +101,27 @@ def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3
         in_channels: Channels of the image.
     """
     unknown: Counter[str] = Counter()
-    macs, _ = count_macs(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
+    cost, _ = count_cost(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
     _warn(unknown)
-    return macs
+    return cost.macs
 
 
 def model_macs(
     model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
 ) -> dict[str, int]:
-    """Return the multiply-adds of each part of a detector or segmentor, for one image.
+    """Return the multiply-adds of each part of a detector or segmentor: see :func:`model_costs`."""
+    costs = model_costs(model, size, num_boxes=num_boxes, num_masks=num_masks)
+    return {name: cost.macs for name, cost in costs.items() if name != TRAINED_ALONE}
+
+
+def model_costs(
+    model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
+) -> dict[str, Cost]:
+    """Return what each part of a detector or segmentor costs, for one image.
 
     The heads of a two-stage detector run on a fixed number of RoIs, in each of their stages, as
-    mmdet 2.x counted them; an auxiliary head, which only training runs, is left out. A warning
-    names operators that were not counted.
+    mmdet 2.x counted them; of an auxiliary head, which only training runs, parameters alone are
+    counted. A warning names operators that were not counted.
 
     Args:
         model: A model of mmdet or mmseg on the meta device, in eval mode.
@@ -95,62 +136,70 @@ def model_macs(
         ValueError: Neither a one- or two-stage detector nor a segmentor of the usual make.
     """
     unknown: Counter[str] = Counter()
-    macs = _parts(model, size, num_boxes, num_masks, unknown)
+    costs = _parts(model, size, num_boxes, num_masks, unknown)
     _warn(unknown)
-    return macs
+    return costs
 
 
 def _parts(
     model: nn.Module, size: tuple[int, int], num_boxes: int, num_masks: int, unknown: Counter[str]
-) -> dict[str, int]:
-    macs = {}
+) -> dict[str, Cost]:
+    costs = {}
     image = torch.empty(1, 3, *size, device='meta')
-    macs['backbone'], maps = count_macs(model.backbone, image, unknown)
+    costs['backbone'], maps = count_cost(model.backbone, image, unknown)
     if getattr(model, 'with_neck', False):
-        macs['neck'], maps = count_macs(model.neck, maps, unknown)
+        costs['neck'], maps = count_cost(model.neck, maps, unknown)
     if hasattr(model, 'decode_head'):
         head, metas = model.decode_head, [dict(img_shape=size)]
-        macs['decode_head'], _ = count_macs(lambda x: head.predict(x, metas, {}), maps, unknown)
-        return macs
+        cost, _ = count_cost(lambda x: head.predict(x, metas, {}), maps, unknown)
+        costs['decode_head'] = Cost(count_parameters(head)) + cost
+        if getattr(model, 'with_auxiliary_head', False):
+            costs[TRAINED_ALONE] = Cost(count_parameters(model.auxiliary_head))
+        return costs
     dense = [name for name in ('rpn_head', 'bbox_head') if hasattr(model, name)]
     if not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:
-        macs[name], _ = count_macs(getattr(model, name), maps, unknown)
+        costs[name], _ = count_cost(getattr(model, name), maps, unknown)
     if hasattr(model, 'roi_head'):
         head = model.roi_head
-        macs['bbox_head'] = _roi_macs(head.bbox_head, head.bbox_roi_extractor, num_boxes, unknown)
+        costs['bbox_head'] = _roi_cost(head.bbox_head, head.bbox_roi_extractor, num_boxes, unknown)
         if head.with_mask:
             extractor = head.mask_roi_extractor or head.bbox_roi_extractor
-            macs['mask_head'] = _roi_macs(head.mask_head, extractor, num_masks, unknown)
-    return macs
+            costs['mask_head'] = _roi_cost(head.mask_head, extractor, num_masks, unknown)
+    return costs
 
 
-def _roi_macs(heads: nn.Module, extractors: nn.Module, num_rois: int, unknown: Counter[str]) -> int:
+def _roi_cost(
+    heads: nn.Module, extractors: nn.Module, num_rois: int, unknown: Counter[str]
+) -> Cost:
     """Count the heads of all stages on RoIs of the size that their extractors cut."""
     stages = [list(m) if isinstance(m, nn.ModuleList) else [m] for m in (heads, extractors)]
-    total = 0
+    total = Cost()
     for head, extractor in zip(*stages, strict=True):
         side = extractor.roi_layers[0].output_size
         rois = torch.empty(num_rois, extractor.out_channels, *side, device='meta')  # [K, C, H, W]
-        total += count_macs(head, rois, unknown)[0]
+        total += count_cost(head, rois, unknown)[0]
     return total
 
 
-def count_macs(
+def count_cost(
     run: Callable[[Any], Any], x: Tensor | Sequence[Tensor], unknown: Counter[str]
-) -> tuple[int, Any]:
-    """Return the multiply-adds of ``run(x)``, which runs without gradients, and what it returns.
+) -> tuple[Cost, Any]:
+    """Return what ``run(x)`` costs, which runs without gradients, and what it returns.
 
     Args:
-        run: A network, or what runs one.
+        run: A network, or what runs one (then its parameters are not counted).
         x: Its input, on any device.
         unknown: Gets the calls of operators that may be products and were not counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    with _Unknown(counter.flop_registry, unknown), counter, torch.no_grad():
+    watch = _Watch(counter.flop_registry, unknown)
+    with watch, counter, torch.no_grad():
         y = run(x)
-    return counter.get_total_flops() // 2, y  # it counts a multiply-add as two
+    parameters = count_parameters(run) if isinstance(run, nn.Module) else 0
+    macs = counter.get_total_flops() // 2  # it counts a multiply-add as two
+    return Cost(parameters, macs, watch.activations), y
 
 
 def not_counted(unknown: Mapping[str, int]) -> str:
@@ -164,19 +213,23 @@ def _warn(unknown: Mapping[str, int]) -> None:
         print_log(not_counted(unknown), logger='current', level=logging.WARNING)
 
 
-class _Unknown(TorchDispatchMode):
-    """Record the operators that run and that a counter inside has no formula for."""
+class _Watch(TorchDispatchMode):
+    """Count what the operators put out that a counter inside knows, and record those it doesn't."""
 
     def __init__(self, known: Mapping[Any, Any], calls: Counter[str]) -> None:
         super().__init__()
-        self.known, self.calls = known, calls
+        self.known, self.calls, self.activations = known, calls, 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func.overloadpacket in self.known:
+            first = y[0] if isinstance(y, list | tuple) else y
+            self.activations += first.numel()
+            return y
         full = func.name().partition('.')[0]  # without the overload
         space, _, name = full.partition('::')
-        product = PRODUCT.search(name) if space in TORCH else full not in FREE
-        if product and func.overloadpacket not in self.known:
+        if PRODUCT.search(name) if space in TORCH else full not in FREE:
             self.calls[full] += 1
-        return func(*args, **(kwargs or {}))
+        return y

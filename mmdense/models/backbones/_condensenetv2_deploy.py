@@ -4,7 +4,8 @@ A block works in one buffer, [N, C, H, W] with a plane per channel: layers add t
 earlier features in place and write new ones behind them, so nothing is concatenated. Planes are
 gathered as they are, and every convolution is a product of matrices that reads its operand where it
 lies; what a layer computes on the way goes to memory that all layers share. Each 1x1 convolution
-runs group by group (fewest multiply-adds) or as one dense product (fewest steps).
+runs group by group (fewest multiply-adds) or as one dense product (fewest steps). torch.export gets
+the same network as a graph of convolutions (``traced``): memory is up to who runs that.
 
 N images, C channels, P = H * W pixels, G groups, K channels that a group keeps.
 """
@@ -74,6 +75,10 @@ class _Norm(nn.Module):
         )
         return self.activation(out)
 
+    def traced(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.mean, self.variance, self.scale, self.shift, eps=0.0)
+        return self.activation(x)
+
 
 class DeployedGroupConv(nn.Module):
     """``conv_1`` with the norm and the activation of ``conv_2``: [N, C, P] to [N, C_out, P].
@@ -125,6 +130,15 @@ class DeployedGroupConv(nn.Module):
         out = work.take(1, x, len(x), members, groups, x.shape[3])
         return self.activation(torch.add(x.transpose(1, 2), self.shift, out=out)).flatten(1, 2)
 
+    def traced(self, x: Tensor) -> Tensor:
+        if self.dense:
+            x = self.norm.traced(x[:, : self.weight.shape[1]])
+            return self.activation(_conv(x, self.weight, self.shift.flatten()))
+        groups = len(self.weight)
+        x = self.norm.traced(x.index_select(1, self.index))
+        x = _conv(x, self.weight.flatten(0, 1), self.shift.squeeze(2).t().flatten(), groups)
+        return self.activation(F.channel_shuffle(x, groups))
+
 
 class DeployedConv(nn.Module):
     """``conv_2``'s convolution: [N, C_in, H, W] into out [N, C_out, H, W].
@@ -157,6 +171,9 @@ class DeployedConv(nn.Module):
                 to_y, from_y = _shifted(down, height)
                 to_x, from_x = _shifted(right, width)
                 out[..., to_y, to_x] += taps[:, :, i, :, from_y, from_x]
+
+    def traced(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=1, groups=self.groups)
 
 
 class DeployedReactivation(nn.Module):
@@ -191,6 +208,15 @@ class DeployedReactivation(nn.Module):
             out = work.take(1, x, len(x), groups, kept, x.shape[2])
             x.index_add_(1, self.index, _product(self.weight, new, out).flatten(1, 2))
 
+    def traced(self, x: Tensor, new: Tensor) -> Tensor:
+        new = self.norm.traced(new)
+        if self.dense:
+            added = _conv(new, self.weight)
+            return x + F.pad(added, (0, 0, 0, 0, 0, x.shape[1] - len(self.weight)))
+        groups, _, members = self.weight.shape
+        new = F.channel_shuffle(new, members)  # channel i is of group i mod G
+        return x.index_add(1, self.index, _conv(new, self.weight.flatten(0, 1), groups=groups))
+
 
 class DeployedLayer(nn.Module):
     """A dense layer that works in its block's buffer."""
@@ -214,6 +240,10 @@ class DeployedLayer(nn.Module):
             new *= self.se.gate(new)
         self.sfr(planes[:, :begin], new.flatten(2), work)
 
+    def traced(self, x: Tensor) -> Tensor:
+        new = self.se(self.conv_2.traced(self.conv_1.traced(x)))
+        return torch.cat([self.sfr.traced(x, new), new], 1)
+
 
 class DeployedBlock(nn.Sequential):
     """The layers of a block, behind the pool that halves the map of the block before it.
@@ -232,6 +262,11 @@ class DeployedBlock(nn.Sequential):
 
     def forward(self, x: Tensor, work: Workspace) -> Tensor:
         """Map [N, C, H, W] to [N, C + layers * growth, H, W], or half of that size with a pool."""
+        if torch.compiler.is_compiling():
+            x = F.avg_pool2d(x, 2) if self.pool else x
+            for layer in self:
+                x = layer.traced(x)
+            return x
         size = [side // 2 if self.pool else side for side in x.shape[2:]]
         begin = x.shape[1]
         buffer = x.new_empty(len(x), begin + sum(layer.growth for layer in self), *size)
@@ -246,6 +281,11 @@ class DeployedBlock(nn.Sequential):
             layer(buffer, begin, work)
             begin += layer.growth
         return buffer
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
+    """Return the 1x1 convolution of [N, C, H, W] with a weight [C_out, C / G]."""
+    return F.conv2d(x, weight[..., None, None], bias, groups=groups)
 
 
 def _product(weight: Tensor, x: Tensor, out: Tensor) -> Tensor:

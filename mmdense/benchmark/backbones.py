@@ -1,0 +1,142 @@
+"""Backbones by the names that sweeps give them: ours, timm's, and those of config files."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+
+from mmdense.apis.config import load_config
+from mmdense.errors import UserError
+from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
+from mmdense.models.backbones.base import suggest
+
+__all__ = ['Named', 'known_backbones', 'named_backbone']
+
+TIMM = 'timm:'
+PRUNING = 'mmdense.CondenseScheduleHook'
+# Family -> type and address of the weights that the recipes start from; names are FAMILY-ARCH.
+FAMILIES = {
+    'rdnet': ('RDNet', rdnet.ARCHS, 'timm://rdnet_{}.nv_in1k'),
+    'densenet': ('DenseNet', densenet.ARCHS, 'timm://densenet{}.tv_in1k'),
+    'condensenetv2': (
+        'CondenseNetV2',
+        condensenetv2.ARCHS,
+        'condensenetv2://checkpoints/condensenetv2-{}_converted.pth',
+    ),
+    'rexnet': ('ReXNet', rexnet.ARCHS, 'timm://rexnet_{}.nav_in1k'),
+    'shufflenetv2': (
+        'ShuffleNetV2',
+        shufflenetv2.ARCHS,
+        'torchvision://shufflenet_v2_x{}.imagenet1k_v1',
+    ),
+}
+SHORT = dict(tiny='t', small='s', base='b', large='l')
+OTHER_WEIGHTS = {'densenet-121': 'timm://densenet121.ra_in1k'}
+NO_WEIGHTS = ('densenet-264', 'densenet-232-k48', 'densenet-264-k48')
+
+
+@dataclass(frozen=True)
+class Named:
+    """A backbone that can be put into a config.
+
+    Attributes:
+        name: That of its row.
+        family: 'RDNet', 'timm' and so on.
+        config: The backbone's config.
+        hooks: Hooks that it is trained with.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    hooks: tuple[dict[str, Any], ...] = ()
+
+
+def known_backbones() -> Iterator[str]:
+    """Yield the names of ours."""
+    for family, (_, archs, _) in FAMILIES.items():
+        for arch in archs:
+            yield f'{family}-{SHORT.get(arch, arch)}'
+
+
+def named_backbone(name: str, *, pretrained: bool) -> Named:
+    """Return the backbone of a name.
+
+    Args:
+        name: One of :func:`known_backbones`; ``timm:`` and a network of timm's; or a config file
+            whose backbone is meant.
+        pretrained: Let it start from the ImageNet weights that the recipes take. Without them a
+            CondenseNetV2 learns its connections.
+
+    Raises:
+        UserError: An unknown name, a backbone without published weights, or a config that can't be
+            read.
+    """
+    if name.endswith('.py'):
+        return _from_file(name, pretrained)
+    if name.startswith(TIMM):
+        model = name.removeprefix(TIMM)
+        if not timm.is_model(model):
+            close = difflib.get_close_matches(model, timm.list_models(), n=3)
+            raise UserError(
+                f'timm has no network {model!r}' + (f'; close: {", ".join(close)}' if close else '')
+            )
+        config = dict(type='mmdense.TimmBackbone', model_name=model)
+        return Named(name, 'timm', config | _weights(f'timm://{model}', pretrained))
+    known = dict(zip(known_backbones(), _archs(), strict=True))
+    if name not in known:
+        raise UserError(
+            f'unknown backbone {name!r}{suggest(name, known)}; besides: timm:NETWORK, or a config '
+            'file whose backbone is meant'
+        )
+    family, arch = known[name]
+    kind, _, address = FAMILIES[family]
+    config = dict(type=f'mmdense.{kind}', arch=arch)
+    if pretrained and name in NO_WEIGHTS:
+        raise UserError(f'{name} has no published weights: leave it out, or add --from-scratch')
+    config |= _weights(OTHER_WEIGHTS.get(name, address.format(_spelt(family, arch))), pretrained)
+    if kind == 'CondenseNetV2':
+        if not pretrained:
+            return Named(name, kind, config, (dict(type=PRUNING),))
+        config['form'] = 'condensed'
+    return Named(name, kind, config)
+
+
+def _archs() -> Iterator[tuple[str, str]]:
+    for family, (_, archs, _) in FAMILIES.items():
+        for arch in archs:
+            yield family, arch
+
+
+def _spelt(family: str, arch: str) -> str:
+    """Return an arch as the address of its weights spells it."""
+    if family == 'rexnet':
+        return f'{float(arch) * 100:.0f}'
+    return arch.replace('.', '_') if family == 'shufflenetv2' else arch
+
+
+def _weights(address: str, pretrained: bool) -> dict[str, Any]:
+    return dict(init_cfg=dict(type='Pretrained', checkpoint=address)) if pretrained else {}
+
+
+def _from_file(path: str, pretrained: bool) -> Named:
+    cfg = load_config(path)
+    config = copy.deepcopy(dict(cfg.model.get('backbone') or {}))
+    kind = config.get('type')
+    if not kind:
+        raise UserError(f'{path} has no backbone')
+    if not pretrained:
+        config.pop('init_cfg', None)
+    elif not config.get('init_cfg'):
+        raise UserError(f'the backbone of {path} has no weights to begin with: add --from-scratch')
+    hooks = [h for h in cfg.get('custom_hooks') or [] if h['type'] == PRUNING]
+    # {algorithm}_{backbone}_...
+    fields = Path(path).stem.split('_')
+    family = str(kind).removeprefix('mmdense.')
+    return Named(fields[1] if len(fields) > 1 else fields[0], family, config, tuple(hooks))

@@ -1,0 +1,371 @@
+"""ONNX files: what is in them, what the check catches, what is left open."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import mmdense
+from mmdense.apis import UserError, export
+from mmdense.apis.export import export_onnx
+from mmdense.models import CondenseNetV2
+from support import CONDENSED, DEMOS, ROOT
+
+onnx = pytest.importorskip('onnx')
+onnxruntime = pytest.importorskip('onnxruntime')
+
+TOOL = ROOT / 'tools/export_onnx.py'
+# The smallest that have all their parts, and maps of strides 4 and 8.
+FAMILIES = {
+    'RDNet': dict(arch=dict(stem=8, growth=(8, 8), down=(1,), blocks=2, gate_from=1)),
+    'DenseNet': dict(arch=dict(growth_rate=8, layers=(2, 2))),
+    'CondenseNetV2': dict(
+        arch=dict(layers=(1, 1, 2), growth=(8, 4, 8), groups=4, hard_swish_from=1, gated_from=2),
+        out_indices=(1, 2),
+    ),
+    'ReXNet': dict(arch=dict(width=0.25, depth=0.4), out_indices=(1, 2)),
+    'ShuffleNetV2': dict(
+        arch=dict(channels=(20, 40, 80), units=(1, 1, 1), stem=4, last=64), out_indices=(0, 1)
+    ),
+    'TimmBackbone': dict(model_name='mobilenetv2_035', out_indices=(1, 2)),
+}
+DEPLOYED = ('RDNet', 'DenseNet', 'CondenseNetV2', 'ReXNet')
+SIZE = (64, 96)
+
+
+def active(net):
+    """Give scales a size that shows in the outputs, and statistics that are not zero and one."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for value in [*net.parameters(), *net.buffers()]:
+            if value.ndim == 1 and value.is_floating_point():
+                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+    return net
+
+
+def backbone(family, **options):
+    torch.manual_seed(0)
+    net = MODELS.build(dict(type=f'mmdense.{family}', **{**FAMILIES[family], **options}))
+    if isinstance(net, CondenseNetV2):
+        net.prune_to(1.0)
+    return active(net).eval()
+
+
+class Detector(nn.Module):
+    """A backbone with a pyramid behind it."""
+
+    def __init__(self, net):
+        from mmdet.models.necks import FPN
+
+        super().__init__()
+        self.backbone = net
+        self.neck = FPN(list(net.out_channels), 8, num_outs=3)
+        self.roi_head = nn.Identity()
+
+
+def build(config, **options):
+    """Build a config's model, with ``options`` in place of its own settings."""
+    cfg = Config.fromfile(config)
+    cfg.merge_from_dict(options)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return active(MODELS.build(cfg.model)).eval()
+
+
+def run(file, image):
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    return [torch.from_numpy(x) for x in session.run(None, dict(image=image.numpy()))]
+
+
+def image(*size):
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def close(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ('family', 'deploy'),
+    [
+        *((family, True) for family in DEPLOYED),
+        *((family, False) for family in ('RDNet', 'DenseNet')),
+        *(
+            pytest.param(family, False, marks=pytest.mark.slow)
+            for family in ('CondenseNetV2', 'ReXNet', 'ShuffleNetV2', 'TimmBackbone')
+        ),
+    ],
+)
+def test_every_family_in_both_forms(family, deploy, tmp_path):
+    model = Detector(backbone(family)).eval()
+    done = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
+    assert getattr(model.backbone, 'form', None) != 'deployed'  # left alone
+    assert (done.part, done.fixed) == ('neck', '')
+    assert done.shapes['image'] == ('batch', 3, 'height', 'width')
+    assert done.shapes['p3'] == ('batch', 8, 'p3_height', 'p3_width')
+    assert list(done.shapes) == ['image', 'p2', 'p3', 'p4']
+    assert [check.image for check in done.checks] == [
+        (1, 64, 96),
+        (3, 64, 96),
+        (1, 96, 160),
+        (1, 109, 109),
+    ]
+    assert all(d < 1e-4 for check in done.checks for d in check.differences.values())
+    with torch.no_grad():
+        expected = model.neck(model.backbone(image(77, 131)))
+    close(run(done.file, image(77, 131)), expected)
+
+
+@pytest.mark.slow
+def test_condensed_forms(tmp_path):
+    net = backbone('CondenseNetV2')
+    with torch.no_grad():
+        expected = net(image(65, 50))
+    net.condense()
+    for deploy, dense in ((False, None), (True, ())):
+        net.dense = dense
+        done = export_onnx(net, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
+        assert list(done.shapes) == ['image', 'c2', 'c3']
+        close(run(done.file, image(65, 50)), expected)
+
+
+def test_the_file_stands_alone(tmp_path):
+    done = export_onnx(Detector(backbone('DenseNet')), tmp_path / 'net.onnx', size=SIZE)
+    assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
+    held = onnx.load(done.file)
+    onnx.checker.check_model(held)
+    assert {node.domain for node in held.graph.node} == {''}
+    assert not held.functions
+    assert done.opset == held.opset_import[0].version
+    assert done.bytes == done.file.stat().st_size
+    assert b'mmdense/models' not in done.file.read_bytes()
+    notes = json.loads({entry.key: entry.value for entry in held.metadata_props}['mmdense'])
+    assert (notes['part'], notes['version']) == ('neck', mmdense.__version__)
+
+
+def test_demo_detector(tmp_path):
+    model = build(DEMOS['detection'])
+    done = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
+    assert list(done.shapes) == ['image', 'p2', 'p3', 'p4']
+    assert done.preprocessing.channels == 'RGB'
+    assert done.preprocessing.mean == pytest.approx((123.675, 116.28, 103.53))
+    assert done.preprocessing.multiple == model.data_preprocessor.pad_size_divisor
+    done = export_onnx(model, tmp_path / 'net.onnx', part='backbone', size=SIZE, fixed=True)
+    assert list(done.shapes) == ['image', 'c2', 'c3', 'c4']
+    assert done.shapes['c2'] == (1, 64, 16, 24)
+    assert (done.fixed, len(done.checks)) == ('', 1)
+    with pytest.raises(UserError, match='FasterRCNN is exported up to its neck'):
+        export_onnx(model, tmp_path / 'net.onnx', part='model', size=SIZE)
+
+
+RETINANET = {
+    'model.backbone': dict(FAMILIES['ReXNet'], type='mmdense.ReXNet', out_indices=(2, 3, 4)),
+    'model.neck.out_channels': 16,
+    'model.bbox_head.in_channels': 16,
+    'model.bbox_head.feat_channels': 16,
+    'model.bbox_head.stacked_convs': 1,
+    'model.bbox_head.num_classes': 3,
+}
+
+
+@pytest.fixture(scope='module')
+def retinanet():
+    net = backbone('ReXNet', out_indices=(2, 3, 4))
+    config = ROOT / 'configs/detection/rexnet/retinanet_rexnet-1.0_fpn_1x_coco.py'
+    cfg = Config.fromfile(config)
+    cfg.model.backbone = RETINANET['model.backbone']
+    cfg.merge_from_dict({k: v for k, v in RETINANET.items() if k != 'model.backbone'})
+    cfg.model.neck.in_channels = list(net.out_channels)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return active(MODELS.build(cfg.model)).eval()
+
+
+def test_dense_detector(retinanet, tmp_path):
+    done = export_onnx(retinanet, tmp_path / 'net.onnx', size=(128, 128), deploy=True)
+    assert done.part == 'model'
+    levels = range(5)
+    assert list(done.shapes) == [
+        'image',
+        *(f'cls_score_{i}' for i in levels),
+        *(f'bbox_pred_{i}' for i in levels),
+    ]
+    with torch.no_grad():
+        scores, boxes = retinanet(image(96, 64), mode='tensor')
+    close(run(done.file, image(96, 64)), [*scores, *boxes])
+
+
+def test_demo_segmentor(tmp_path):
+    model = build(DEMOS['segmentation'])
+    done = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
+    assert (done.part, done.fixed) == ('model', '')
+    assert done.shapes['logits'] == ('batch', 2, 'height', 'width')
+    with torch.no_grad():
+        expected = model.encode_decode(image(77, 131), [dict(img_shape=(77, 131))])
+    close(run(done.file, image(77, 131)), [expected])
+
+
+def test_pools_of_open_size():
+    for sides in ((1, 1), (2, 2), (3, 6), (6, 3)):
+        for size in ((7, 5), (6, 12), (2, 4)):
+            x = image(*size)
+            expected = nn.AdaptiveAvgPool2d(sides)(x)
+            torch.testing.assert_close(export._AdaptivePool(sides)(x), expected)
+
+
+UNET = {
+    'type': 'EncoderDecoder',
+    'backbone': dict(FAMILIES['ReXNet'], type='mmdense.ReXNet', taps='unet', out_indices=None),
+    'test_cfg': dict(mode='whole'),
+}
+
+
+@pytest.mark.parametrize(
+    ('head', 'name', 'channels'),
+    [
+        (dict(type='mmdense.ReXUNetHead', num_classes=5), 'logits', 5),
+        pytest.param(dict(type='mmdense.ReXUNetDepthHead'), 'depth', 1, marks=pytest.mark.slow),
+    ],
+)
+def test_unet(head, name, channels, tmp_path):
+    net = backbone('ReXNet', taps='unet', out_indices=None)
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        head = dict(head, in_channels=list(net.out_channels))
+        model = active(MODELS.build(dict(UNET, decode_head=head))).eval()
+    done = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
+    assert done.fixed == ''
+    assert done.shapes[name][:2] == ('batch', channels)
+    assert done.preprocessing == export.Preprocessing()
+    with torch.no_grad():
+        expected = model.encode_decode(image(64, 128), [dict(img_shape=(64, 128))])
+    close(run(done.file, image(64, 128)), [expected])
+
+
+def test_normalizing_in_the_file(tmp_path):
+    model = build(DEMOS['segmentation'])
+    done = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, fixed=True, normalize=True)
+    assert done.normalized
+    pixels = (image(*SIZE)[:1].abs() * 100).clamp(max=255)
+    said = done.preprocessing
+    mean, std = (torch.tensor(values)[:, None, None] for values in (said.mean, said.std))
+    with torch.no_grad():
+        expected = model.encode_decode((pixels - mean) / std, [dict(img_shape=SIZE)])
+    close(run(done.file, pixels), [expected])
+    with pytest.raises(UserError, match='has no mean and std to normalize by'):
+        export_onnx(backbone('DenseNet'), tmp_path / 'net.onnx', normalize=True)
+
+
+class Stubborn(nn.Module):
+    """A network for images of one size, and of any number."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+
+    def forward(self, x):
+        assert tuple(map(int, x.shape[2:])) == SIZE
+        return (self.conv(x),)
+
+
+def test_what_cannot_be_left_open_is_fixed(tmp_path):
+    done = export_onnx(Stubborn(), tmp_path / 'net.onnx', size=SIZE)
+    assert done.shapes['image'] == ('batch', 3, *SIZE)
+    assert done.fixed
+    assert [check.image for check in done.checks] == [(1, *SIZE), (3, *SIZE)]
+    assert list(done.shapes) == ['image', 'c2']
+
+
+def test_a_wrong_file_is_thrown_away(monkeypatch, tmp_path):
+    write = export._write
+
+    def wrong(network, file, *args):
+        written = write(network, file, *args)
+        held = onnx.load(file)
+        weights = max(held.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+        values = onnx.numpy_helper.to_array(weights) * 1.01
+        weights.CopyFrom(onnx.numpy_helper.from_array(values.astype('float32'), weights.name))
+        onnx.save(held, file)
+        return written
+
+    monkeypatch.setattr(export, '_write', wrong)
+    with pytest.raises(UserError, match='c3 differs from the model by .* for images of 1 x 64 x'):
+        export_onnx(
+            backbone('DenseNet', out_indices=(1,)), tmp_path / 'net.onnx', size=SIZE, fixed=True
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes(monkeypatch, tmp_path):
+    net, file = backbone('ShuffleNetV2'), tmp_path / 'net.onnx'
+    for options, message in (
+        (dict(deploy=True), 'ShuffleNetV2 has no form for deployment'),
+        (dict(part='neck'), 'ShuffleNetV2 has no neck'),
+        (dict(part='model'), 'ShuffleNetV2 is exported up to its neck'),
+        (dict(size=(16, 16)), 'at least 32'),
+    ):
+        with pytest.raises(UserError, match=message):
+            export_onnx(net, file, **options)
+    with pytest.raises(ValueError, match='must be one of'):
+        export_onnx(net, file, part='head')
+    with pytest.raises(UserError, match='must end in .onnx'):
+        export_onnx(net, tmp_path / 'net.pth')
+    unpruned = MODELS.build(dict(type='mmdense.CondenseNetV2', **FAMILIES['CondenseNetV2']))
+    with pytest.raises(UserError, match='pruning is at stage 0'):
+        export_onnx(unpruned, file, size=SIZE, deploy=True)
+    monkeypatch.setattr(export, 'PACKAGES', ('onnx', 'no_such_package'))
+    with pytest.raises(UserError, match='pip install no_such_package'):
+        export_onnx(net, file)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_ssd(tmp_path):
+    config = ROOT / 'configs/detection/rexnet/ssdlite_rexnet-1.0_600e_coco-320x320.py'
+    done = export_onnx(build(config), tmp_path / 'net.onnx', size=(320, 320))
+    assert list(done.shapes)[1:7] == [f'cls_score_{i}' for i in range(6)]
+    done = export_onnx(build(config), tmp_path / 'net.onnx', size=(320, 320), part='neck')
+    assert list(done.shapes) == ['image', *(f'p{i}' for i in range(4, 10))]
+
+
+@pytest.mark.slow
+def test_tool(run_tool, tmp_path):
+    model = build(DEMOS['detection'])
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'net.pth')
+    out = tmp_path / 'net.onnx'
+    options = ['--work-dir', tmp_path, '--size', 64, 96]
+    status, said = run_tool(
+        sys.executable, TOOL, DEMOS['detection'], tmp_path / 'net.pth', '--out', out, *options
+    )
+    assert status == 0, said
+    assert 'checked against the model on batches of 1 x 64 x 96, 3 x 64 x 96' in said
+    assert 'minus (123.675, 116.28, 103.53), divided by (58.395, 57.12, 57.375)' in said
+    assert 'maps alone: proposals, boxes, NMS and masks are not in the file' in said
+    assert 'weights: random' not in said
+    with torch.no_grad():
+        expected = model.neck(model.backbone(image(*SIZE)))
+    close(run(out, image(*SIZE)), expected)
+    out.unlink()
+    status, said = run_tool(
+        sys.executable, TOOL, CONDENSED, tmp_path / 'net.pth', '--out', out, *options
+    )
+    assert status == 2
+    assert 'net.pth: the checkpoint fills ' in said.splitlines()[-1]
+    assert not out.exists()
+    status, said = run_tool(sys.executable, TOOL, DEMOS['segmentation'], '--out', out, *options)
+    assert status == 0, said
+    assert 'weights: random' in said
+    assert 'the largest along axis 1 is the class' in said
+
+
+@pytest.mark.slow
+def test_help():
+    done = subprocess.run([sys.executable, TOOL, '--help'], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert 'python tools/export_onnx.py CONFIG CHECKPOINT --out' in done.stdout
+    assert 'NMS' in done.stdout

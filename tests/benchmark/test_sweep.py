@@ -1,0 +1,228 @@
+"""Sweeps: schedules, runs that go on, fail or are killed, and one from beginning to end."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from mmengine.config import Config
+
+from mmdense.apis.config import load_config
+from mmdense.benchmark.backbones import named_backbone
+from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.errors import UserError
+from support import CONDENSED, DEMOS, ROOT
+
+TOOL = ROOT / 'tools/benchmark.py'
+NAMES = [str(DEMOS['detection']), 'timm:resnet18']
+# In place of training: one epoch is logged; of rdnet-nano's two starts the first one fails.
+STAND_IN = """
+import json, pathlib, sys
+assert sys.argv[2:] == ['--resume']
+config = pathlib.Path(sys.argv[1])
+folder = config.parents[1] / 'runs' / config.stem
+starts = folder / 'starts'
+starts.write_text(starts.read_text() + '.' if starts.exists() else '.')
+print('Epoch(train)  [1][10/40]  lr: 1e-3  eta: 0:01:20  time: 0.1  loss: 1.0', flush=True)
+if folder.name == 'rdnet-nano' and len(starts.read_text()) == 1:
+    print('Traceback (most recent call last):')
+    sys.exit('torch.OutOfMemoryError: out of memory')
+logs = folder / '1/vis_data'
+logs.mkdir(parents=True)
+records = [dict(loss=2.0, step=1), {'coco/bbox_mAP': 0.25, 'step': 1}]
+(logs / 'scalars.json').write_text('\\n'.join(map(json.dumps, records)))
+"""
+# In place of testing.
+TESTED = """
+import json, pathlib, sys
+config, checkpoint, option, folder = sys.argv[1:]
+assert (checkpoint, option) == ('epoch_1.pth', '--work-dir')
+file = pathlib.Path(folder) / '1/1.json'
+file.parent.mkdir(parents=True)
+file.write_text(json.dumps({'coco/bbox_mAP': 0.125, 'coco/bbox_mAP_s': 0.5}))
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    file = tmp_path / 'stand_in.py'
+    file.write_text(STAND_IN)
+    tested = tmp_path / 'tested.py'
+    tested.write_text(TESTED)
+    return [sys.executable, str(file)], [sys.executable, str(tested)]
+
+
+def sweep_of(folder, names=NAMES, **options):
+    cfg = load_config(str(DEMOS['detection']), options=options)
+    backbones = [named_backbone(name, pretrained=False) for name in names]
+    return Sweep(cfg, backbones, folder, command='sweep', pretrained=False)
+
+
+def results_of(folder):
+    return {
+        row['backbone']: row for row in json.loads((folder / 'results.json').read_text())['rows']
+    }
+
+
+def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
+    folder = tmp_path / 'sweep'
+    told = []
+    sweep = sweep_of(folder)
+    sweep.train(*stand_in, progress=told.append)
+    assert [sweep.state(b.name)['status'] for b in sweep.backbones] == ['failed', 'done']
+    assert (told[-1].name, told[-1].state, told[-1].share) == ('timm:resnet18', 'done', 1)
+    rows = results_of(folder)
+    assert rows['rdnet-nano']['error'] == 'torch.OutOfMemoryError: out of memory'
+    assert rows['rdnet-nano']['metrics'] == {}
+    assert rows['timm:resnet18']['metrics'] == {'box AP': 0.25}
+    assert rows['timm:resnet18']['losses'] == [[1, 2.0]]
+    assert 'out of memory' in (folder / 'report.html').read_text()
+    spent = sweep.state('rdnet-nano')['seconds']
+    again = sweep_of(folder)
+    again.train(*stand_in)
+    assert [again.state(b.name)['status'] for b in again.backbones] == ['done', 'done']
+    assert again.state('rdnet-nano')['seconds'] > spent
+    assert (folder / 'runs/rdnet-nano/starts').read_text() == '..'
+    assert (folder / 'runs/timm-resnet18/starts').read_text() == '.', 'what is done is left alone'
+
+
+def test_what_was_killed_before_its_validation_is_tested(tmp_path, stand_in):
+    sweep = sweep_of(tmp_path, names=NAMES[1:])
+    log = tmp_path / 'runs/timm-resnet18/2/vis_data/scalars.json'  # of a later start
+    log.parent.mkdir(parents=True)
+    log.write_text('{"loss": 1.0, "step": 9}')
+    (tmp_path / 'runs/timm-resnet18/last_checkpoint').write_text('epoch_1.pth')
+    sweep.train(*stand_in)
+    (row,) = results_of(tmp_path).values()
+    assert row['metrics'] == {'box AP': 0.125}
+    assert row['validations'] == [{'iter': 1, 'box AP': 0.25}]
+
+
+def test_other_settings_are_for_another_folder(tmp_path):
+    sweep_of(tmp_path)
+    sweep_of(tmp_path, names=[*NAMES, str(CONDENSED)])  # one more is none
+    with pytest.raises(
+        UserError, match=r'rdnet-nano.py is of a sweep with other settings: .*--out'
+    ):
+        sweep_of(tmp_path, **{'train_cfg.max_epochs': 9})
+
+
+def test_configs_are_whole_and_train_what_was_named(tmp_path):
+    sweep_of(tmp_path, names=[*NAMES, str(CONDENSED)])
+    cfgs = {f.stem: load_config(str(f)) for f in tmp_path.glob('configs/*.py')}
+    assert cfgs.keys() == {'rdnet-nano', 'timm-resnet18', 'condensenetv2-nano'}
+    assert cfgs['timm-resnet18'].model.neck.in_channels == [64, 128, 256]
+    assert cfgs['timm-resnet18'].work_dir == str(tmp_path / 'runs/timm-resnet18')
+    hooks = {name: [h['type'] for h in cfg.custom_hooks] for name, cfg in cfgs.items()}
+    assert hooks['timm-resnet18'] == ['mmdense.ChannelsLastHook']
+    assert hooks['condensenetv2-nano'] == [*hooks['rdnet-nano'], 'mmdense.CondenseScheduleHook']
+
+
+def test_two_of_a_name(tmp_path):
+    with pytest.raises(UserError, match='two backbones of one name: timm:resnet18, timm:resnet18'):
+        sweep_of(tmp_path, names=['timm:resnet18'] * 2)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match=r'^cannot write .*rdnet-nano.py: Not a directory'):
+        sweep_of(tmp_path / 'file')
+
+
+def test_epochs_are_stretched_and_warm_up_is_not():
+    cfg = load_config(str(DEMOS['detection']))
+    set_length(cfg, epochs=4)
+    assert cfg.train_cfg.max_epochs == 4
+    warm_up, cosine = cfg.param_scheduler
+    assert warm_up.end == 100
+    assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 4)
+    steps = Config(dict(train_cfg=cfg.train_cfg, param_scheduler=dict(milestones=[2, 3])))
+    set_length(steps, epochs=12)
+    assert steps.param_scheduler.milestones == [6, 9]
+
+
+def test_iterations_are_stretched_all():
+    cfg = load_config(str(DEMOS['segmentation']))
+    set_length(cfg, iters=40)
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (40, 40)
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 10), (10, 40)]
+
+
+@pytest.mark.parametrize(
+    ('task', 'length', 'said'),
+    [
+        ('detection', dict(iters=3), 'counts epochs: give --epochs'),
+        ('segmentation', dict(epochs=3), 'counts iters: give --iters'),
+        ('detection', dict(epochs=0), '--epochs is 0, must be at least 1'),
+    ],
+)
+def test_lengths_that_do_not_fit(task, length, said):
+    with pytest.raises(UserError, match=said):
+        set_length(load_config(str(DEMOS[task])), **length)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'said'),
+    [
+        (['--backbones', 'rdnet-q'], "unknown backbone 'rdnet-q'; did you mean 'rdnet-"),
+        (['--backbones', 'rdnet-t', '--config', 'configs/x.py'], 'no config configs/x.py'),
+        (['--backbones', 'rdnet-t', '--out', '/proc/nowhere'], 'cannot write /proc/nowhere'),
+    ],
+)
+def test_plain_errors(run_tool, arguments, said):
+    status, output = run_tool(sys.executable, TOOL, 'sweep', *arguments)
+    assert status == 2
+    assert output.splitlines()[-1].startswith(f'error: {said}')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', DEMOS)
+def test_a_sweep_that_is_killed_goes_on(project, run_tool, task):
+    """Two narrow networks on a few images, one of them killed on the way."""
+    folder = project / f'sweep-{task}'
+    length = dict(detection=['--epochs', '2'], segmentation=['--iters', '4'])[task]
+    command = [sys.executable, TOOL, 'sweep', '--config', DEMOS[task], '--out', folder, *length]
+    command += ['--backbones', CONDENSED, 'timm:test_resnet', '--rounds', '2', '--pictures', '2']
+    command += ['--device', 'cpu']
+    with subprocess.Popen(
+        [*map(str, command)], cwd=project, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as first:
+        checkpoint = folder / 'runs/condensenetv2-nano/last_checkpoint'
+        end = time.monotonic() + 300
+        while not checkpoint.exists() and first.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        os.killpg(first.pid, signal.SIGKILL)
+    status, output = run_tool(*command)
+    assert status == 0, output
+    assert output.splitlines()[-1] == f'report: {folder}/report.html'
+    rows = results_of(folder)
+    assert [*rows] == ['condensenetv2-nano', 'timm:test_resnet']
+    for row in rows.values():
+        assert row['status'] == 'done'
+        assert row['error'] is None
+        assert row['metrics']
+        assert row['infer']['p50'] > 0
+        assert row['train']['memory'] > row['infer']['memory'] > 0
+        assert [(folder / picture).stat().st_size > 0 for picture in row['pictures']] == [True] * 2
+    assert [row['form'] for row in rows.values()] == ['deployed', 'trained']
+    learned = load_config(str(folder / 'configs/condensenetv2-nano.py'))
+    parts = rows['condensenetv2-nano']['parts']
+    assert parts['backbone']['macs'] < 0.6 * _dense_macs(learned)
+    with (folder / 'results.csv').open() as file:
+        assert [row['backbone'] for row in csv.DictReader(file)] == [*rows]
+    log = (folder / 'runs/condensenetv2-nano/output.log').read_text()
+    assert 'resumed' in log or 'Auto resumed' in log
+    stamp = (folder / 'measured.json').stat().st_mtime_ns
+    assert run_tool(*command)[0] == 0
+    assert (folder / 'measured.json').stat().st_mtime_ns == stamp, 'nothing is measured twice'
+
+
+def _dense_macs(cfg):
+    from mmdense.benchmark import model_macs
+    from mmdense.config import build_part
+
+    return model_macs(build_part(cfg.model, cfg.default_scope).eval(), (192, 192))['backbone']
