@@ -57,7 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
     against = commands.add_parser(
-        'compare', help="time backbones beside others' of the same weights, in interleaved rounds"
+        'compare',
+        help="time backbones beside others' of the same weights, in interleaved rounds",
+        **options.example('tools/benchmark.py compare --names densenet121 --mode infer train'),
     )
     against.add_argument('--names', nargs='+', required=True, choices=list(NETWORKS))
     against.add_argument(
@@ -77,7 +79,11 @@ def main() -> None:
     add_memory(commands)
     add_cost(commands)
     add_sweep(commands)
-    page = commands.add_parser('report', help='write docs/performance.md from benchmarks/results')
+    page = commands.add_parser(
+        'report',
+        help='write docs/performance.md from benchmarks/results',
+        **options.example('tools/benchmark.py report --check'),
+    )
     page.add_argument('--check', action='store_true', help='write nothing; 1 if it is stale')
     page.set_defaults(run=run_report)
     args = parser.parse_args()
@@ -86,7 +92,9 @@ def main() -> None:
 
 def add_memory(commands: argparse._SubParsersAction) -> None:
     memory = commands.add_parser(
-        'memory', help='say which batch each memory mode of a config fits into a GPU'
+        'memory',
+        help='say which batch each memory mode of a config fits into a GPU',
+        **options.example('tools/benchmark.py memory CONFIG --gpu-gb 24 --amp-dtype bfloat16'),
     )
     memory.add_argument('config', help='config file')
     memory.add_argument('--gpu-gb', type=float, help="the GPU's memory (that of this one, or 24)")
@@ -107,11 +115,12 @@ def add_cost(commands: argparse._SubParsersAction) -> None:
     cost = commands.add_parser(
         'cost',
         help='say what whole models cost, part by part',
-        description='Parameters, executed multiply-adds and activations of each part for one '
-        'image, and the times and memory of inference and of a training step (forward and '
+        description='Parameters, executed multiply-adds and activations of each part for one\n'
+        'image, and the times and memory of inference and of a training step (forward and\n'
         'backward), in interleaved rounds over all configs. Weights and images are random.',
-        epilog='example: python tools/benchmark.py cost '
-        'configs/detection/*/faster-rcnn_*_1x_coco.py --size 800 1344 --rounds 0',
+        **options.example(
+            'tools/benchmark.py cost configs/detection/rdnet/faster-rcnn_*_1x_coco.py --rounds 0'
+        ),
     )
     cost.add_argument('configs', nargs='+', help='config files')
     cost.add_argument(
@@ -132,12 +141,13 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
     sweep = commands.add_parser(
         'sweep',
         help='train and test a config with one backbone after the other, and report',
-        description='The same head, data and schedule with each backbone: trained, tested and '
-        'measured, then written to DIR/report.html, report.md, results.json and results.csv. '
-        'Begun again with the same settings, it goes on where it was. A CondenseNetV2 that starts '
-        'from nothing learns its connections on the way.',
-        epilog='example: python tools/benchmark.py sweep --backbones configs/detection/demo/*.py '
-        'timm:resnet10t timm:mobilenetv3_small_050',
+        description='The same head, data and schedule with each backbone: trained, tested and\n'
+        'measured, then written to DIR/report.html, report.md, results.json and results.csv.\n'
+        'Begun again with the same settings, it goes on where it was. A CondenseNetV2 that\n'
+        'starts from nothing learns its connections on the way.',
+        **options.example(
+            'tools/benchmark.py sweep --backbones configs/detection/demo/*.py timm:resnet10t'
+        ),
     )
     sweep.add_argument(
         '--backbones',

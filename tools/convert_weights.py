@@ -4,7 +4,7 @@ from argparse import ArgumentParser
 
 from rich.console import Console
 
-from mmdense.apis import report_errors
+from mmdense.apis import options, report_errors
 from mmdense.apis.config import load_config
 from mmdense.apis.convert import convert_file
 from mmdense.weights import FORMATS
@@ -12,7 +12,10 @@ from mmdense.weights import FORMATS
 
 @report_errors
 def main() -> None:
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(
+        description=__doc__,
+        **options.example('tools/convert_weights.py timm://rdnet_tiny.nv_in1k rdnet-t.safetensors'),
+    )
     parser.add_argument('source', help='file, URL, or a scheme such as timm://NAME')
     parser.add_argument('target', help='new file, .pth or .safetensors')
     parser.add_argument(

@@ -21,7 +21,7 @@ from mmdense.models import CondenseNetV2
 
 @report_errors
 def main() -> None:
-    parser = options.config_parser(__doc__)
+    parser = options.config_parser(__doc__, 'tools/deploy.py CONFIG CHECKPOINT --out deployed.pth')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', required=True, metavar='FILE', help='.pth file to write')
     parser.add_argument(

@@ -7,8 +7,6 @@ so is the preprocessing, which is printed. Batch, height and width are left open
 export that.
 """
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 
@@ -60,10 +58,8 @@ def preprocessing(done: Exported) -> str:
 
 @report_errors
 def main() -> None:
-    parser = options.config_parser(__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = (
-        'example:\n  python tools/export_onnx.py CONFIG CHECKPOINT --out model.onnx --deploy'
+    parser = options.config_parser(
+        __doc__, 'tools/export_onnx.py CONFIG CHECKPOINT --out model.onnx --deploy'
     )
     parser.add_argument(
         'checkpoint', nargs='?', help='checkpoint file or URL; random weights without'

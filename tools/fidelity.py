@@ -19,6 +19,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmdense import models
+from mmdense.apis import options
 from mmdense.benchmark import backbone_macs, count_parameters, model_macs
 
 ROOT = Path(__file__).parents[1]
@@ -450,7 +451,9 @@ def files() -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, **options.example('tools/fidelity.py --check')
+    )
     parser.add_argument('--check', action='store_true', help='write nothing; 1 if one is stale')
     args = parser.parse_args()
     MMLogger.get_instance('fidelity', log_level='ERROR')

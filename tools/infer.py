@@ -22,10 +22,7 @@ from mmdense.engine.files import check_writable
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog='example: python tools/infer.py '
-        'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py '
-        'work_dirs/faster-rcnn_rdnet-nano_fpn_8e_digits/epoch_8.pth data/digits/val --out seen',
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **options.example('tools/infer.py CONFIG CHECKPOINT data/digits/val --out predictions'),
     )
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')

@@ -14,7 +14,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog='Everything comes with scikit-learn, nothing is downloaded. The folder is left '
-        'alone if it is up to date, and remade if it was made with other arguments.',
+        'alone if it is up to date, and remade if it was made with other arguments. '
+        'Example: python tools/make_demo_dataset.py --out data/digits',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -317,7 +317,7 @@ def files() -> Iterator[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog='example: python tools/fidelity.py && python tools/model_zoo.py',
+        epilog='example:\n  python tools/fidelity.py && python tools/model_zoo.py',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument('--check', action='store_true', help='write nothing; 1 if one is stale')

@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmdense.apis import pictures, report_errors
+from mmdense.apis import options, pictures, report_errors
 
 
 @report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog='example: python tools/plot_log.py work_dirs/a work_dirs/b --keys loss mIoU',
+        **options.example('tools/plot_log.py work_dirs/a work_dirs/b --keys loss mIoU'),
     )
     parser.add_argument(
         'work_dirs', nargs='+', metavar='WORK_DIR', help='folder that a training logged to'

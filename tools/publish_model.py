@@ -7,7 +7,7 @@ import argparse
 
 from rich.console import Console
 
-from mmdense.apis import report_errors
+from mmdense.apis import options, report_errors
 from mmdense.apis.publish import Published, publish
 
 WEIGHTS = dict(
@@ -33,7 +33,8 @@ def describe(done: Published) -> list[str]:
 @report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        **options.example('tools/publish_model.py work_dirs/CONFIG/epoch_12.pth model.pth --half'),
     )
     parser.add_argument('checkpoint', metavar='CKPT', help='checkpoint file')
     parser.add_argument(

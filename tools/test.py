@@ -8,7 +8,9 @@ from mmdense.apis import config, deploy, options, report_errors, run
 
 @report_errors
 def main() -> None:
-    parser = options.config_parser(__doc__)
+    parser = options.config_parser(
+        __doc__, 'tools/test.py CONFIG CHECKPOINT --deploy --show-dir pictures'
+    )
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     options.add_min_coverage(parser, of="model's")
     parser.add_argument('--tta', action='store_true', help="augment as the config's tta_* say")

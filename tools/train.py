@@ -5,7 +5,7 @@ from mmdense.apis import config, options, report_errors, run
 
 @report_errors
 def main() -> None:
-    parser = options.config_parser(__doc__)
+    parser = options.config_parser(__doc__, 'tools/train.py CONFIG --amp --resume')
     parser.add_argument(
         '--resume',
         nargs='?',

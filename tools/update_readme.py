@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from mmdense.apis import options
 from mmdense.benchmark import backbone_macs, count_parameters
 from mmdense.models import CondenseNetV2, DenseNet, RDNet, ReXNet, ShuffleNetV2
 from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
@@ -35,11 +36,11 @@ def table() -> str:
         for arch in archs:
             with torch.device('meta'):
                 net = family(arch=arch, **OPTIONS.get(family, {})).eval()
-            options = ''.join(f", `{k}='{v}'`" for k, v in OPTIONS.get(family, {}).items())
+            said = ''.join(f", `{k}='{v}'`" for k, v in OPTIONS.get(family, {}).items())
             rows.append(
                 [
                     f'`mmdense.{family.__name__}`',
-                    f'`{arch}`{options}',
+                    f'`{arch}`{said}',
                     ', '.join(map(str, net.out_channels)),
                     ', '.join(map(str, net.out_strides)),
                     f'{count_parameters(net) / 1e6:.2f}',
@@ -50,7 +51,9 @@ def table() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, **options.example('tools/update_readme.py --check')
+    )
     parser.add_argument('--check', action='store_true', help='write nothing; 1 if it is stale')
     args = parser.parse_args()
     text = README.read_text(encoding='utf-8')

@@ -10,7 +10,7 @@ from mmdense.apis import options, pictures, report_errors, run
 
 @report_errors
 def main() -> None:
-    parser = options.config_parser(__doc__)
+    parser = options.config_parser(__doc__, 'tools/visualize.py CONFIG CHECKPOINT --out pictures')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', metavar='DIR', help='where pictures go (the work dir)')
     parser.add_argument('--num', type=int, default=12, help='number of images (%(default)s)')

@@ -10,7 +10,7 @@ from mmengine.config import Config, DictAction
 
 from mmdense.apis.config import load_config
 
-__all__ = ['add_cfg_options', 'add_min_coverage', 'config_parser', 'parse_config']
+__all__ = ['add_cfg_options', 'add_min_coverage', 'config_parser', 'example', 'parse_config']
 
 
 # A quoted element of a list, and what stands for it while mmengine parses the rest.
@@ -40,9 +40,26 @@ class _Settings(DictAction):
         return show(DictAction._parse_iterable(_QUOTED.sub(hide, val)))
 
 
-def config_parser(description: str | None) -> argparse.ArgumentParser:
-    """Return a parser for a command on a config file; the command adds its own arguments."""
-    parser = argparse.ArgumentParser(description=description)
+def example(arguments: str) -> dict[str, Any]:
+    """Return what makes a parser's help end in an example, and keep its lines as they are.
+
+    Args:
+        arguments: The command line behind ``python``.
+    """
+    return dict(
+        epilog=f'example:\n  python {arguments}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def config_parser(description: str | None, arguments: str) -> argparse.ArgumentParser:
+    """Return a parser for a command on a config file; the command adds its own arguments.
+
+    Args:
+        description: What the command does.
+        arguments: Of an :func:`example`.
+    """
+    parser = argparse.ArgumentParser(description=description, **example(arguments))
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='logs and checkpoints (work_dirs/<config>)')
     add_cfg_options(parser)

@@ -16,7 +16,7 @@ from mmdense.errors import UserError
 from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
 from mmdense.models.backbones.base import suggest
 
-__all__ = ['Named', 'known_backbones', 'named_backbone']
+__all__ = ['PRUNING', 'Named', 'known_backbones', 'named_backbone']
 
 TIMM = 'timm:'
 PRUNING = 'mmdense.CondenseScheduleHook'

@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from mmdense.apis.config import drop_amp
 from mmdense.apis.deployment import deploy
 from mmdense.benchmark.compare import timed
 from mmdense.benchmark.cost import model_costs
@@ -136,6 +137,9 @@ def training(cfg: Config, data: Callable[[nn.Module], dict], images: int) -> Run
         data: Gets the model; returns a batch, which is the same in all rounds.
         images: Number of images in it.
     """
+    if not torch.cuda.is_available():
+        cfg = copy.deepcopy(cfg)
+        drop_amp(cfg)
     model, wrapper = build_training(cfg, 'cpu')
     batch = data(model)
     return Run(
@@ -190,6 +194,7 @@ def measure_configs(
                 cfg = copy.deepcopy(cfg)
                 without_weights(cfg.model)
                 steps[name] = training(cfg, partial(_random, cfg, batch, own), batch)
+                steps[name].model.init_weights()  # heads expect few objects
                 model = copy.deepcopy(steps[name].model).eval()
                 if deployed:
                     deploy(model)

@@ -30,7 +30,7 @@ from torch import nn
 
 from mmdense.apis.pictures import METRICS, read_scalars
 from mmdense.apis.predict import Predictor
-from mmdense.benchmark.backbones import Named
+from mmdense.benchmark.backbones import PRUNING, Named
 from mmdense.benchmark.compare import machine
 from mmdense.benchmark.cost import model_costs
 from mmdense.benchmark.measure import inference, measure, training
@@ -114,8 +114,8 @@ class Sweep:
         pretrained: Whether the backbones start from ImageNet weights, for the report.
 
     Raises:
-        UserError: A backbone that doesn't fit, two of one name, or a folder that holds a sweep of
-            other settings.
+        UserError: A model for depth, a backbone that doesn't fit, two of one name, or a folder that
+            can't be written or holds a sweep of other settings.
     """
 
     def __init__(
@@ -127,6 +127,8 @@ class Sweep:
         command: str,
         pretrained: bool,
     ) -> None:
+        if cfg.model.type == 'DepthEstimator':
+            raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
         names = [backbone.name for backbone in backbones]
         if len({*names}) < len(names):
             raise UserError(f'two backbones of one name: {", ".join(names)}')
@@ -146,7 +148,8 @@ class Sweep:
     def _config(self, backbone: Named) -> Config:
         cfg = copy.deepcopy(self.cfg)
         put_backbone(cfg, backbone.config)
-        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *backbone.hooks]
+        others = [h for h in cfg.get('custom_hooks') or [] if h['type'] != PRUNING]
+        cfg.custom_hooks = [*others, *backbone.hooks]
         cfg.setdefault('randomness', dict(seed=0))
         cfg.work_dir = str(self._run_folder(backbone.name))
         hooks = cfg.default_hooks
@@ -242,7 +245,7 @@ class Sweep:
         if error:
             return keep('failed', error=error)
         losses, validations = _logged(folder)
-        if not losses or (validations and validations[-1]['iter'] >= losses[-1]['step']):
+        if validations and validations[-1]['iter'] >= losses[-1]['step']:
             return keep('done')
         tests = folder / 'test'
         command = [*test, config, self.checkpoint(name), '--work-dir', str(tests)]

@@ -138,6 +138,18 @@ def test_hooks_are_added_once_and_first(use, hook):
     assert len(cfg.custom_hooks) == 3
 
 
+def test_tensorboard_is_added_to_the_local_log(monkeypatch):
+    cfg = config.load_config(COCO)
+    monkeypatch.setattr(config, 'find_spec', lambda name: name == 'tensorboard')
+    for _ in range(2):
+        config.use_tensorboard(cfg)
+    kinds = [backend.type for backend in cfg.visualizer.vis_backends]
+    assert kinds == ['LocalVisBackend', 'TensorboardVisBackend']
+    monkeypatch.setattr(config, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='pip install tensorboard'):
+        config.use_tensorboard(cfg)
+
+
 def test_a_compiled_model_needs_no_compiled_backbone():
     cfg = config.load_config(COCO, options=dict(compile=True))
     with pytest.raises(UserError, match='--compile-backbone needs --cfg-options compile=False'):

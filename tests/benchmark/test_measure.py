@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdense.apis.config import load_config
+from mmdense.apis.config import load_config, use_amp
 from mmdense.benchmark import count_parameters
 from mmdense.benchmark.measure import Run, measure, measure_configs
 from mmdense.benchmark.plan import build_training
@@ -61,6 +61,15 @@ def test_whole_models(task):
     for kind, images in (('infer', 1), ('train', 2)):
         assert plain[kind]['throughput'] == pytest.approx(images / plain[kind]['p50'])
     assert plain['train']['memory'] > plain['infer']['memory'] > 4 * whole
+
+
+def test_a_recipe_in_mixed_precision_is_measured_without_a_gpu():
+    cfg = load_config(str(DEMOS['detection']))
+    use_amp(cfg, 'float16')
+    (row,) = measure_configs({'demo': cfg}, size=(64, 64), batch=1, rounds=1)
+    assert 'error' not in row
+    assert row['train']['p50'] > 0
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper', 'the config is left alone'
 
 
 def test_counts_alone_need_no_weights_and_no_size():

@@ -122,6 +122,17 @@ def test_configs_are_whole_and_train_what_was_named(tmp_path):
     assert hooks['condensenetv2-nano'] == [*hooks['rdnet-nano'], 'mmdense.CondenseScheduleHook']
 
 
+def test_only_condensenetv2_is_pruned(tmp_path):
+    cfg = load_config(str(CONDENSED))
+    backbones = [named_backbone(name, pretrained=False) for name in [*NAMES, str(CONDENSED)]]
+    configs = Sweep(cfg, backbones, tmp_path, command='', pretrained=False).configs
+    pruned = [
+        [hook['type'] for hook in own.custom_hooks].count('mmdense.CondenseScheduleHook')
+        for own in configs.values()
+    ]
+    assert pruned == [0, 0, 1]
+
+
 def test_two_of_a_name(tmp_path):
     with pytest.raises(UserError, match='two backbones of one name: timm:resnet18, timm:resnet18'):
         sweep_of(tmp_path, names=['timm:resnet18'] * 2)
