@@ -58,9 +58,9 @@ RECORD ?= benchmarks/results/cpu.json
 COMPARE = $(BIN)/python tools/benchmark.py compare --json $(RECORD)
 TRAIN = $(COMPARE) --mode train --batch 2 --no-compile
 
-benchmark: setup  ## time backbones beside others', for docs/performance.md (25 minutes)
+benchmark: setup  ## time backbones beside others', for docs/performance.md (20 minutes)
 	rm -f $(RECORD)
-	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile --rounds 15
+	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile --rounds 20
 	$(COMPARE) --names rexnet_100 --dtype float32 bfloat16 --rounds 15
 	$(COMPARE) --names densenet121 rdnet_tiny --against timm --dtype float32 bfloat16 --rounds 12 --no-memory
 	$(TRAIN) --names densenet121 --against torchvision torchvision_memory_efficient --rounds 5

@@ -78,6 +78,7 @@ def test_contenders():
     assert names == [
         'mmdense',
         'mmdense, channels-last',
+        'mmdense, deployed',
         'mmdense, deployed, channels-last',
         'official',
         'official, channels-last',
