@@ -37,6 +37,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file={val_file!r})
 test_evaluator = val_evaluator
+auto_scale_lr = dict(enable=True)  # from the batch of the base to the real one
 model = dict(
     neck=dict(in_channels='auto'), roi_head=dict(bbox_head=dict(num_classes={number}))
 )
@@ -65,7 +66,7 @@ def parse_args() -> argparse.Namespace:
         metavar=('TRAIN', 'VAL'),
         help='image folders',
     )
-    parser.add_argument('--base', type=Path, default=BASE, help='two-stage config to start from')
+    parser.add_argument('--base', type=Path, default=BASE, help='Faster R-CNN to start from')
     parser.add_argument('--backbones', nargs='+', default=['densenet-121', 'timm:resnet50'])
     parser.add_argument('--out', type=Path, default=Path('work_dirs/own_data'))
     parser.add_argument(

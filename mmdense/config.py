@@ -32,7 +32,7 @@ AUTO = 'auto'
 SSD_NECK = 'SSDNeck'
 READ_ALL = ('mmdense.ReXUNetHead', 'mmdense.ReXUNetDepthHead')  # unless in_index says otherwise
 PROBE = 256  # pixels
-COMMON = ('norm_eval', 'in_channels')  # options of the contract that a change of backbone keeps
+FREEZING = ('frozen_stages', 'norm_eval')
 
 
 @dataclass(frozen=True)
@@ -198,18 +198,21 @@ def without_weights(node: Any) -> Any:
 def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     """Replace the backbone of a config by one with maps of the same strides, and fill in channels.
 
-    What of the old one is frozen stays frozen: the stages up to the same stride.
+    What of the old one is frozen stays frozen, the stages up to the same stride and the statistics
+    of norms, unless the new one begins with random weights: then nothing is.
 
     Args:
         cfg: A whole config; changed in place.
         backbone: The config of one of mmdense's backbones; of the maps that it returns those of
-            the strides that are needed are taken.
+            the strides that are needed are taken. What it says of freezing is not.
 
     Raises:
         UserError: It has no map of a stride that is needed.
     """
     scope, old = cfg.get('default_scope'), cfg.model.backbone
-    new = ConfigDict({key: old[key] for key in COMMON if key in old} | dict(backbone))
+    new = ConfigDict({k: v for k, v in backbone.items() if k not in FREEZING})
+    if 'in_channels' in old:
+        new.in_channels = old.in_channels
     _, strides = backbone_maps(old, scope)
     indices = _indices_of(new, scope)
     missing = {*strides} - {*indices}
@@ -219,12 +222,12 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
             f'{_listed(indices)}'
         )
     new.out_indices = [indices[stride] for stride in strides]
-    frozen = old.get('frozen_stages', -1)
-    if frozen > 0:
-        limit = {i: stride for stride, i in _indices_of(old, scope).items()}.get(frozen - 1, 2)
-        frozen = 1 + max((i for stride, i in indices.items() if stride <= limit), default=-1)
-    if frozen >= 0:
-        new.frozen_stages = frozen
+    if new.get('init_cfg'):
+        new.update({key: old[key] for key in FREEZING if key in old})
+        frozen = old.get('frozen_stages', -1)
+        if frozen > 0:
+            limit = {i: s for s, i in _all_indices_of(old, scope).items()}.get(frozen - 1, 2)
+            new.frozen_stages = 1 + max((i for s, i in indices.items() if s <= limit), default=-1)
     cfg.model.backbone = new
     for reader in readers(cfg.model, strides):
         if reader.node.get(reader.key) is not None:
@@ -233,6 +236,15 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     if isinstance(neck, dict) and neck.get('type') == SSD_NECK:
         cfg.model.bbox_head.in_channels = AUTO
     fill_channels(cfg)
+
+
+def _all_indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:
+    """Return :func:`_indices_of` of all maps, whichever the config returns."""
+    own = ('out_indices', *FREEZING)
+    try:
+        return _indices_of({k: v for k, v in backbone.items() if k not in own}, scope)
+    except UserError:  # a network that has not all that are usual
+        return _indices_of(backbone, scope)
 
 
 def _indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:

@@ -98,18 +98,32 @@ def test_put_backbone(task, backbone, indices, channels):
         assert cfg.model.auxiliary_head.in_channels == channels[2]
 
 
-def test_what_was_frozen_stays_frozen():
-    cfg = load_config(str(ROOT / 'configs/detection/rexnet/faster-rcnn_rexnet-1.0_fpn_1x_coco.py'))
+WEIGHTS = dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'))
+
+
+@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])  # of four maps, and of three
+def test_what_was_frozen_stays_frozen(detector):
+    recipe = f'configs/detection/rexnet/{detector}_rexnet-1.0_fpn_1x_coco.py'
+    cfg = load_config(str(ROOT / recipe))
     assert cfg.model.backbone.frozen_stages == 2  # what the map of stride 4 is made of
-    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121'))
+    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121', **WEIGHTS))
     assert cfg.model.backbone.frozen_stages == 1
     assert cfg.model.backbone.norm_eval
-    put_backbone(cfg, dict(type='mmdense.TimmBackbone', model_name='resnet18'))
+    put_backbone(cfg, dict(type='mmdense.TimmBackbone', model_name='resnet18', **WEIGHTS))
     assert cfg.model.backbone.frozen_stages == 2  # its first map has stride 2
-    cfg.model.backbone = ConfigDict(type='ResNet', depth=50, frozen_stages=1, norm_eval=False)
-    put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0'))
+    cfg.model.backbone = ConfigDict(
+        type='ResNet', depth=50, frozen_stages=1, norm_eval=False, out_indices=(1, 2, 3)
+    )
+    own = dict(norm_eval=True, frozen_stages=4)  # of its own config, which doesn't count
+    put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0', **WEIGHTS, **own))
     assert cfg.model.backbone.frozen_stages == 2
     assert not cfg.model.backbone.norm_eval
+
+
+def test_random_weights_are_not_frozen():
+    cfg = load_config(str(ROOT / 'configs/detection/rexnet/faster-rcnn_rexnet-1.0_fpn_1x_coco.py'))
+    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121', norm_eval=True, frozen_stages=1))
+    assert not {'frozen_stages', 'norm_eval'} & cfg.model.backbone.keys()
 
 
 def test_ssdlite_takes_another_backbone():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shlex
+import signal
 import sys
 import warnings
 from dataclasses import asdict
@@ -166,7 +167,12 @@ def add_sweep(commands: argparse._SubParsersAction) -> None:
         '--pretrained', action='store_true', help="start from ImageNet weights (as the config's)"
     )
     start.add_argument('--from-scratch', action='store_true', help='start from random weights')
-    sweep.add_argument('--gpus', type=int, metavar='N', help='train on so many, by torchrun')
+    sweep.add_argument(
+        '--gpus', type=int, default=1, metavar='N', help='train on so many, by torchrun'
+    )
+    sweep.add_argument(
+        '--size', nargs=2, type=int, metavar=('H', 'W'), help='to count for (the largest images)'
+    )
     sweep.add_argument('--rounds', type=int, default=20, help='timed runs of each (%(default)s)')
     sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
     sweep.add_argument('--device', choices=('cpu', 'cuda'), default=DEVICE, help='to measure on')
@@ -232,16 +238,28 @@ def run_sweep(args: argparse.Namespace) -> None:
     set_length(cfg, epochs=args.epochs, iters=args.iters)
     own = (cfg.model.get('backbone') or {}).get('init_cfg') is not None
     pretrained = args.pretrained or (own and not args.from_scratch)
-    backbones = [named_backbone(name, pretrained=pretrained) for name in args.backbones]
+    detects = cfg.get('default_scope') != 'mmseg'
+    backbones = [
+        named_backbone(name, pretrained=pretrained, detects=detects) for name in args.backbones
+    ]
     folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')
     command = f'python tools/benchmark.py {" ".join(map(shlex.quote, sys.argv[1:]))}'
-    sweep = Sweep(cfg, backbones, folder, command=command, pretrained=pretrained)
+    sweep = Sweep(
+        cfg,
+        backbones,
+        folder,
+        command=command,
+        pretrained=pretrained,
+        gpus=args.gpus,
+        size=tuple(args.size) if args.size else None,
+    )
     make_demo_data(cfg)
     train, test = ([sys.executable, str(ROOT / f'tools/{name}.py')] for name in ('train', 'test'))
-    if args.gpus:
+    if args.gpus > 1:
         processes = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.gpus}']
         train = [sys.executable, *processes, *train[1:], '--launcher', 'pytorch']
     be_quiet()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # takes the training along, as Ctrl-C
     console = Console()
     bars = Progress('{task.description}', BarColumn(), '{task.fields[state]}', console=console)
     with bars:

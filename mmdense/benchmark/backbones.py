@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ FAMILIES = {
 }
 SHORT = dict(tiny='t', small='s', base='b', large='l')
 OTHER_WEIGHTS = {'densenet-121': 'timm://densenet121.ra_in1k'}
+# What the recipes set besides, in both tasks and in one.
+SETTINGS = {'DenseNet': dict(tap='activated')}
+OF_DETECTORS = {'RDNet': dict(output_norm=True)}
 NO_WEIGHTS = ('densenet-264', 'densenet-232-k48', 'densenet-264-k48')
 
 
@@ -50,12 +53,14 @@ class Named:
         family: 'RDNet', 'timm' and so on.
         config: The backbone's config.
         hooks: Hooks that it is trained with.
+        pixels: What the data preprocessor has to say, if that isn't the config's.
     """
 
     name: str
     family: str
     config: dict[str, Any]
     hooks: tuple[dict[str, Any], ...] = ()
+    pixels: dict[str, Any] = field(default_factory=dict)
 
 
 def known_backbones() -> Iterator[str]:
@@ -65,14 +70,15 @@ def known_backbones() -> Iterator[str]:
             yield f'{family}-{SHORT.get(arch, arch)}'
 
 
-def named_backbone(name: str, *, pretrained: bool) -> Named:
-    """Return the backbone of a name.
+def named_backbone(name: str, *, pretrained: bool, detects: bool = True) -> Named:
+    """Return the backbone of a name, with the recipes' settings but for stochastic depth.
 
     Args:
         name: One of :func:`known_backbones`; ``timm:`` and a network of timm's; or a config file
             whose backbone is meant.
         pretrained: Let it start from the ImageNet weights that the recipes take. Without them a
             CondenseNetV2 learns its connections.
+        detects: Whether it is for a detector.
 
     Raises:
         UserError: An unknown name, a backbone without published weights, or a config that can't be
@@ -88,7 +94,8 @@ def named_backbone(name: str, *, pretrained: bool) -> Named:
                 f'timm has no network {model!r}' + (f'; close: {", ".join(close)}' if close else '')
             )
         config = dict(type='mmdense.TimmBackbone', model_name=model)
-        return Named(name, 'timm', config | _weights(f'timm://{model}', pretrained))
+        config |= _weights(f'timm://{model}', pretrained)
+        return Named(name, 'timm', config, pixels=_pixels(model) if pretrained else {})
     known = dict(zip(known_backbones(), _archs(), strict=True))
     if name not in known:
         raise UserError(
@@ -97,7 +104,9 @@ def named_backbone(name: str, *, pretrained: bool) -> Named:
         )
     family, arch = known[name]
     kind, _, address = FAMILIES[family]
-    config = dict(type=f'mmdense.{kind}', arch=arch)
+    config = dict(type=f'mmdense.{kind}', arch=arch) | SETTINGS.get(kind, {})
+    if detects:
+        config |= OF_DETECTORS.get(kind, {})
     if pretrained and name in NO_WEIGHTS:
         raise UserError(f'{name} has no published weights: leave it out, or add --from-scratch')
     config |= _weights(OTHER_WEIGHTS.get(name, address.format(_spelt(family, arch))), pretrained)
@@ -106,6 +115,13 @@ def named_backbone(name: str, *, pretrained: bool) -> Named:
             return Named(name, kind, config, (dict(type=PRUNING),))
         config['form'] = 'condensed'
     return Named(name, kind, config)
+
+
+def _pixels(model: str) -> dict[str, Any]:
+    """Return what timm's weights of a network were trained on, in pixels from 0 to 255."""
+    said = timm.models.get_pretrained_cfg(model)
+    mean, std = ([255 * value for value in values] for values in (said.mean, said.std))
+    return dict(mean=mean, std=std, bgr_to_rgb=True)
 
 
 def _archs() -> Iterator[tuple[str, str]]:

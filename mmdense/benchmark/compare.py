@@ -165,7 +165,7 @@ def contenders(
     found = []
     for whose, form in [(OURS, form) for form in forms] + [(peer, '') for peer in peers]:
         if not form or setting.mode == 'infer':
-            found.append(Contender(whose))
+            found.append(Contender(whose, form))
         found.append(Contender(whose, form, channels_last=True))
         # Compilation takes a minute each: in the faster format alone, and of ours the fastest form.
         if compiled and (whose != OURS or setting.mode == 'train' or form == forms[-1]):

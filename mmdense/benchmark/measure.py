@@ -79,6 +79,9 @@ def measure(
         progress(f'memory of {name}')
         try:
             run.model.to(device)
+            if device != 'cpu':  # what libraries allocate once and keep is nobody's
+                run.run(run.prepare(0))
+                run.model.zero_grad(set_to_none=True)
             data = run.prepare(0)
             held = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
             memory = held + peak_bytes(lambda run=run, data=data: run.run(data), device)
@@ -170,19 +173,21 @@ def measure_configs(
         size: Height and width of the images in pixels; by default of each config's largest.
         batch: Of a training step.
         rounds: Timed runs of each; 0 leaves times and memory out.
-        deployed: Predict with the backbones' fastest form.
+        deployed: Predict with the backbones' fastest form where they have one.
         device: 'cpu' or 'cuda'.
         progress: Is told what goes on.
 
     Returns:
         For each config its ``config``, ``size``, ``parts`` (name -> parameters, macs, activations),
-        ``infer`` and ``train`` (as :func:`measure` returns them, or None), or ``error``.
+        ``form`` ('deployed' or 'trained'), ``infer`` and ``train`` (as :func:`measure` returns
+        them, or None), or ``error``.
     """
     rows: dict[str, dict[str, Any]] = {}
     infers, steps = {}, {}
     for name, cfg in cfgs.items():
         progress(f'building {name}')
         row = rows[name] = dict(config=name, size=size, parts={}, infer=None, train=None)
+        row['form'] = 'trained'
         try:
             row['size'] = own = size or training_size(cfg)
             model = build_part(cfg.model, cfg.get('default_scope'))
@@ -193,11 +198,14 @@ def measure_configs(
             if rounds:
                 cfg = copy.deepcopy(cfg)
                 without_weights(cfg.model)
+                if 'size' in cfg.model.get('data_preprocessor', {}):  # mmseg's pads images to it
+                    cfg.model.data_preprocessor.size = own
                 steps[name] = training(cfg, partial(_random, cfg, batch, own), batch)
                 steps[name].model.init_weights()  # heads expect few objects
                 model = copy.deepcopy(steps[name].model).eval()
-                if deployed:
+                if deployed and hasattr(model.backbone, 'switch_to_deploy'):
                     deploy(model)
+                    row['form'] = 'deployed'
                 infers[name] = inference(model, partial(_one, _random(cfg, 1, own, model)))
         except Exception as error:  # of whatever library: it costs the others nothing
             row['error'] = reason_of(error)

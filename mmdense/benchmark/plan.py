@@ -176,11 +176,10 @@ def training_size(cfg: Config) -> tuple[int, int]:
         UserError: The config doesn't tell.
     """
     size = cfg.model.get('data_preprocessor', {}).get('size')  # what crops are padded to
-    if not size and cfg.get('train_dataloader'):
-        data = cfg.train_dataloader.dataset
-        while 'dataset' in data:
-            data = data.dataset
+    data = None if size else (cfg.get('train_dataloader') or {}).get('dataset')
+    while data and not size:  # a wrapper's own pipeline comes behind that of what it wraps
         size = _last_size(data.get('pipeline', ()))
+        data = data.get('dataset') or next(iter(data.get('datasets', ())), None)
     if not size or min(size) < 1:
         raise UserError(f'{cfg.filename} does not tell the size of its images: give --size H W')
     return tuple(-(-side // DIVISOR) * DIVISOR for side in sorted(size))

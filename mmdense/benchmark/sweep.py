@@ -8,11 +8,13 @@ where it was.
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,9 +27,10 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
+from mmdense.apis.deployment import deploy
 from mmdense.apis.pictures import METRICS, read_scalars
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, Named
@@ -47,6 +50,7 @@ CHANNELS_LAST = 'mmdense.ChannelsLastHook'
 # Of a line in mmengine's log: epoch, iteration in it, their number, time left.
 EPOCH = re.compile(r'Epoch\(train\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
 ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
+RAISED = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
 LOG_TAIL = 20_000  # characters
 POLL = 0.5  # seconds
 USUAL = dict(detection='box AP', segmentation='mIoU (%)')
@@ -112,10 +116,14 @@ class Sweep:
         folder: Where everything goes.
         command: The command line, for the report.
         pretrained: Whether the backbones start from ImageNet weights, for the report.
+        gpus: How many a training runs on, which is one of the settings.
+        size: Height and width of the images that multiply-adds are counted for, in pixels; by
+            default the config's largest.
 
     Raises:
-        UserError: A model for depth, a backbone that doesn't fit, two of one name, or a folder that
-            can't be written or holds a sweep of other settings.
+        UserError: A model for depth, learning rates that are RDNet's alone, a backbone that doesn't
+            fit, two of one name, or a folder that can't be written or holds a sweep of other
+            settings.
     """
 
     def __init__(
@@ -126,14 +134,24 @@ class Sweep:
         *,
         command: str,
         pretrained: bool,
+        gpus: int = 1,
+        size: tuple[int, int] | None = None,
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
         names = [backbone.name for backbone in backbones]
         if len({*names}) < len(names):
             raise UserError(f'two backbones of one name: {", ".join(names)}')
+        decay = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
+        others = [backbone.name for backbone in backbones if backbone.family != 'RDNet']
+        if decay.get('mode') == 'published' and others:
+            raise UserError(
+                f"{cfg.filename} has RDNet's published learning rates, not for {others[0]}: add "
+                '--cfg-options optim_wrapper.paramwise_cfg.mode=exact'
+            )
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
-        self.command, self.pretrained = command, pretrained
+        self.command, self.pretrained, self.gpus = command, pretrained, gpus
+        self.size = size or training_size(cfg)
         self.configs = {backbone.name: self._config(backbone) for backbone in backbones}
         for name, own in self.configs.items():
             self._keep(own, self._config_file(name))
@@ -148,6 +166,9 @@ class Sweep:
     def _config(self, backbone: Named) -> Config:
         cfg = copy.deepcopy(self.cfg)
         put_backbone(cfg, backbone.config)
+        if backbone.pixels:
+            cfg.model.data_preprocessor.update(backbone.pixels)
+        cfg.sweep = dict(gpus=self.gpus)
         others = [h for h in cfg.get('custom_hooks') or [] if h['type'] != PRUNING]
         cfg.custom_hooks = [*others, *backbone.hooks]
         cfg.setdefault('randomness', dict(seed=0))
@@ -156,7 +177,7 @@ class Sweep:
         if 'max_iters' in cfg.train_cfg:  # a killed run goes on from the last validation
             between = hooks.checkpoint.interval = cfg.train_cfg.val_interval
             hooks.logger.interval = min(hooks.logger.get('interval', 10), between)
-        hooks.checkpoint.max_keep_ckpts = 1
+        hooks.checkpoint.max_keep_ckpts = 2  # mmengine deletes one before it writes the next
         return cfg
 
     def _keep(self, cfg: Config, file: Path) -> None:
@@ -165,11 +186,12 @@ class Sweep:
             Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
             file.parent.mkdir(exist_ok=True)
             text = cfg.pretty_text
-            if file.exists() and file.read_text() != text:
+            if not file.exists():
+                _write_whole(file, text)
+            elif file.read_text() != text:
                 raise UserError(
                     f'{file} is of a sweep with other settings: repeat those, or name another --out'
                 )
-            file.write_text(text)
         except OSError as error:
             raise UserError(f'cannot write {file}: {error.strerror}') from error
 
@@ -220,15 +242,15 @@ class Sweep:
 
         def keep(status: str, **more: Any) -> dict[str, Any]:
             state = dict(status=status, seconds=before + time.monotonic() - begin, **more)
-            part = folder / 'state.json.part'
-            part.write_text(json.dumps(state))
-            part.replace(folder / 'state.json')
+            _write_whole(folder / 'state.json', json.dumps(state))
             return state
 
         def run(command: Sequence[str], log: Path) -> str:
             """Return why it failed, or nothing."""
-            with log.open('w') as output:
-                process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            with _locked(folder) as lock, log.open('w') as output:
+                process = subprocess.Popen(
+                    command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock]
+                )
                 try:
                     while process.poll() is None:
                         progress(Told(name, *_read_log(log, self.cfg)))
@@ -240,7 +262,6 @@ class Sweep:
                     raise
             return _error_of(log, process.returncode) if process.returncode else ''
 
-        keep('training')
         error = run([*train, config, '--resume'], folder / 'output.log')
         if error:
             return keep('failed', error=error)
@@ -280,7 +301,7 @@ class Sweep:
         if done and (held['of'] != wanted or any('error' in row for row in held['rows'].values())):
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
                 found = _measure(self, done, rounds, pictures, device, progress)
-            file.write_text(json.dumps(dict(found, of=wanted), indent=1))
+            _write_whole(file, json.dumps(dict(found, of=wanted), indent=1))
         self.report()
 
     def report(self) -> None:
@@ -306,7 +327,7 @@ class Sweep:
             rows=rows,
             truth=measured.get('truth', []),
         )
-        (self.folder / 'results.json').write_text(json.dumps(results, indent=1))
+        _write_whole(self.folder / 'results.json', json.dumps(results, indent=1))
         write_report(self.folder)
 
     def _row(self, backbone: Named, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,6 +354,31 @@ class Sweep:
 
 def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
+
+
+def _write_whole(file: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever we are killed."""
+    part = file.with_name(f'{file.name}.part')
+    part.write_text(text)
+    part.replace(file)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold a run's folder, and yield what its processes inherit: it is held until all have ended.
+
+    Raises:
+        UserError: Another one holds it.
+    """
+    with (folder / 'lock').open('w') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f'a training in {folder} still runs, of a sweep that was stopped or goes on: wait '
+                'for it, or stop it'
+            ) from error
+        yield lock.fileno()
 
 
 def _logged(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -363,11 +409,13 @@ def _read_log(log: Path, cfg: Config) -> tuple[str, float]:
 
 def _error_of(log: Path, status: int) -> str:
     """Return the line of a log that says why its process ended."""
-    lines = [line.strip() for line in log.read_text(errors='replace').splitlines() if line.strip()]
+    text = re.sub(r'^\[rank\d+\]: ', '', log.read_text(errors='replace'), flags=re.MULTILINE)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if status < 0:
         return f'killed by signal {-status}'
     own = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
-    raised = [line for line in lines if re.match(r'[\w.]*(Error|Exception|Interrupt)\b', line)]
+    # torchrun's own comes behind that of its processes.
+    raised = [line for line in lines if RAISED.match(line) and 'ChildFailedError' not in line]
     return [*lines[-1:], f'ended with status {status}', *raised[-1:], *own[-1:]][-1][:300]
 
 
@@ -395,24 +443,24 @@ def _measure(
         progress(f'loading {name}')
         own, row = sweep.configs[name], rows[name]
         try:
-            checkpoint = sweep.checkpoint(name)
-            plain = Predictor(own, checkpoint, device='cpu')
-            row['parts'] = _parts(plain.model, training_size(own))
-            try:
-                predictor = Predictor(own, checkpoint, device='cpu', deploy=True)
+            predictor = Predictor(own, sweep.checkpoint(name), device='cpu')
+            row.update(parts=_parts(predictor.model, sweep.size), form='trained')
+            if hasattr(predictor.model.backbone, 'switch_to_deploy'):
+                deploy(predictor.model)
                 row['form'] = 'deployed'
-            except UserError:  # others' have no such form
-                predictor, row['form'] = plain, 'trained'
             step = training(own, lambda model: batch, count)
             row['pictures'] = _draw(sweep.folder, name, predictor, items[:pictures])
-            truth = truth or _draw_truth(sweep.folder, predictor, items[:pictures])
         except Exception as error:  # of whatever library: it costs the others nothing
             row['error'] = f'not measured: {reason_of(error)}'
             continue
-        for model in (predictor.model, step.model) if channels_last else ():
-            model.to(memory_format=torch.channels_last)
-        infers[name] = inference(predictor.model, lambda i: images[i % len(images)])
+        # A copy: what a deployed network keeps between images would count as being there before.
+        model = copy.deepcopy(predictor.model)
+        for each in (model, step.model) if channels_last else ():
+            each.to(memory_format=torch.channels_last)
+        infers[name] = inference(model, lambda i: images[i % len(images)])
         steps[name] = step
+        if not truth and _has_truth(items[0]['data_samples']):
+            truth = _draw_truth(sweep.folder, predictor, items[:pictures])
     for kind, title, runs in (('infer', 'inference', infers), ('train', 'training', steps)):
         told = partial(_prefixed, progress, title)
         for name, found in measure(runs, rounds=rounds, device=device, progress=told).items():
@@ -425,7 +473,7 @@ def _measure(
         truth=truth,
         machine=machine(device),
         measured=dict(
-            size=training_size(cfg),
+            size=sweep.size,
             infer_batch=1,
             train_batch=count,
             rounds=rounds,
@@ -459,6 +507,11 @@ def _draw(
         picture = predictor.draw(path, predictor(path)[0], SCORE)
         files.append(_write(folder, f'pictures/{_slug(name)}_{i}.jpg', picture))
     return files
+
+
+def _has_truth(sample: BaseDataElement) -> bool:
+    """Return whether the test pipeline loads annotations."""
+    return 'gt_sem_seg' in sample or 'gt_instances' in sample
 
 
 def _draw_truth(

@@ -32,6 +32,8 @@ def test_weights_are_those_of_the_recipes(path):
     assert named.config['arch'] == backbone.arch
     assert named.config.get('form') == backbone.get('form')
     assert named.config['init_cfg'] == backbone.init_cfg
+    for key in ('output_norm', 'tap'):
+        assert named.config.get(key) == backbone.get(key)
     assert not named.hooks
 
 
@@ -47,6 +49,16 @@ def test_timm():
     assert named.family == 'timm'
     assert named.config['init_cfg']['checkpoint'] == 'timm://resnet18'
     assert build_part(named.config, 'mmdet').out_strides == (4, 8, 16, 32)
+    assert named.pixels['mean'] == pytest.approx([123.675, 116.28, 103.53])
+    halves = named_backbone('timm:tf_efficientnetv2_s.in1k', pretrained=True).pixels
+    assert halves == dict(mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True)
+    assert not named_backbone('timm:tf_efficientnetv2_s.in1k', pretrained=False).pixels
+
+
+def test_output_norms_are_for_detectors():
+    for detects in (True, False):
+        config = named_backbone('rdnet-t', pretrained=True, detects=detects).config
+        assert ('output_norm' in config) == detects
 
 
 def test_of_a_config_file():

@@ -293,6 +293,16 @@ def test_size_of_a_pipeline(steps, size):
         training_size(cfg)
 
 
+def test_size_behind_several_data_sets():
+    small, large = ([dict(scale=(side, side))] for side in (64, 640))
+    for data in (
+        dict(dataset=dict(pipeline=small), pipeline=large),  # as of mmdet's MultiImageMixDataset
+        dict(datasets=[dict(pipeline=large)] * 2),
+    ):
+        cfg = Config(dict(model=dict(), train_dataloader=dict(dataset=data)))
+        assert training_size(cfg) == (640, 640)
+
+
 @pytest.mark.slow
 def test_command_plans_a_demo(run_tool, tmp_path):
     command = [sys.executable, TOOL, 'memory', DEMOS['detection'], '--device', 'cpu']

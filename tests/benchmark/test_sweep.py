@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from mmdense.apis.config import load_config
 from mmdense.benchmark.backbones import named_backbone
-from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.benchmark.sweep import Sweep, _error_of, _locked, set_length
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
 
@@ -109,6 +109,10 @@ def test_other_settings_are_for_another_folder(tmp_path):
         UserError, match=r'rdnet-nano.py is of a sweep with other settings: .*--out'
     ):
         sweep_of(tmp_path, **{'train_cfg.max_epochs': 9})
+    cfg = load_config(str(DEMOS['detection']))
+    backbones = [named_backbone(NAMES[0], pretrained=False)]
+    with pytest.raises(UserError, match='other settings'):
+        Sweep(cfg, backbones, tmp_path, command='', pretrained=False, gpus=2)
 
 
 def test_configs_are_whole_and_train_what_was_named(tmp_path):
@@ -131,6 +135,55 @@ def test_only_condensenetv2_is_pruned(tmp_path):
         for own in configs.values()
     ]
     assert pruned == [0, 0, 1]
+
+
+def test_learning_rates_of_rdnet_alone_are_refused_at_once(tmp_path):
+    recipe = 'configs/detection/rdnet/mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco.py'
+    cfg = load_config(str(ROOT / recipe))
+    rdnet, rexnet = (named_backbone(n, pretrained=True) for n in ('rdnet-t', 'rexnet-1.0'))
+    Sweep(cfg, [rdnet], tmp_path / 'a', command='', pretrained=True)
+    with pytest.raises(UserError, match='not for rexnet-1.0: add --cfg-options .*mode=exact'):
+        Sweep(cfg, [rdnet, rexnet], tmp_path / 'b', command='', pretrained=True)
+
+
+def test_timm_networks_see_the_pixels_that_they_were_trained_on(tmp_path):
+    cfg = load_config(str(DEMOS['detection']))
+    networks = ('timm:tf_efficientnetv2_b0.in1k', 'timm:resnet18')
+    named = [named_backbone(name, pretrained=True) for name in networks]
+    sweep = Sweep(cfg, named, tmp_path, command='', pretrained=True)
+    means = [sweep.configs[name].model.data_preprocessor.mean for name in networks]
+    assert means == [[127.5] * 3, pytest.approx([123.675, 116.28, 103.53])]
+
+
+def test_a_training_that_still_runs_is_not_started_twice(tmp_path, stand_in):
+    folder = tmp_path / 'sweep'
+    sweep = sweep_of(folder, names=NAMES[1:])
+    sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
+    with _locked(folder / 'runs/timm-resnet18') as lock:
+        orphan = subprocess.Popen(sleeper, pass_fds=[lock])
+    try:
+        with pytest.raises(UserError, match='timm-resnet18 still runs'):
+            sweep.train(*stand_in)
+    finally:
+        orphan.kill()
+        orphan.wait()
+    sweep.train(*stand_in)
+    assert sweep.state('timm:resnet18')['status'] == 'done'
+
+
+@pytest.mark.parametrize(
+    ('log', 'status', 'said'),
+    [
+        ('error: no such file\n', 2, 'no such file'),
+        ('[rank1]: Traceback\n[rank1]: ValueError: 7 of 9\na.b.ChildFailedError:\n', 1, '7 of 9'),
+        ('Traceback\ntorch.OutOfMemoryError: 9 GB\n  [hint]\n', 1, 'OutOfMemoryError: 9 GB'),
+        ('Killed\n', -9, 'killed by signal 9'),
+        ('', 3, 'ended with status 3'),
+    ],
+)
+def test_why_a_training_ended(tmp_path, log, status, said):
+    (tmp_path / 'log').write_text(log)
+    assert said in _error_of(tmp_path / 'log', status)
 
 
 def test_two_of_a_name(tmp_path):
