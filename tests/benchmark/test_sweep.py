@@ -148,7 +148,7 @@ def test_learning_rates_of_rdnet_alone_are_refused_at_once(tmp_path):
 
 def test_timm_networks_see_the_pixels_that_they_were_trained_on(tmp_path):
     cfg = load_config(str(DEMOS['detection']))
-    networks = ('timm:tf_efficientnetv2_b0.in1k', 'timm:resnet18')
+    networks = ('timm:tf_efficientnetv2_s.in1k', 'timm:resnet18')
     named = [named_backbone(name, pretrained=True) for name in networks]
     sweep = Sweep(cfg, named, tmp_path, command='', pretrained=True)
     means = [sweep.configs[name].model.data_preprocessor.mean for name in networks]
