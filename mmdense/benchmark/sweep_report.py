@@ -421,24 +421,26 @@ def _how(results: Mapping[str, Any]) -> list[str]:
     if measured is None or not any(row['infer'] or row['train'] for row in rows):
         said.append('Times and memory were not measured.')
     else:
-        height, width = measured['size']
         layout = ', channels-last' if measured['channels_last'] else ''
         said.append(
-            f'Inference is the whole model on {_number(measured["infer_batch"], "image")} of '
-            f'{height} x {width} pixels; a training step is forward and backward on '
-            f'{_number(measured["train_batch"], "image")}. Both ran '
-            f'{_number(measured["rounds"], "round")} on {measured["device"]}{layout}. Median and '
+            f'Inference is the whole model, post-processing included, on '
+            f'{_number(measured["infer_batch"], "test image")} at a time; a training step is '
+            f'forward and backward on {_number(measured["train_batch"], "training image")}, '
+            f'without the update. Both ran {_number(measured["rounds"], "round")} on '
+            f'{measured["device"]}{layout}, all backbones in turn and in random order. Median and '
             'p95, the 95th percentile, are over the rounds. Speed is relative to the fastest, '
-            'whose is 1. MB are 1,000,000 bytes.'
+            'whose is 1. Memory is that of weights and all else at the peak, without the '
+            "optimizer's states; MB are 1,000,000 bytes."
         )
         for form, what in (('deployed', 'in deployed form'), ('trained', 'as trained')):
             names = [r['backbone'] for r in rows if r['infer'] and r['form'] == form]
             if names:
                 said.append(f'Inference {what}: {_list(names)}.')
     if any(row['parts'] for row in rows):
+        size = f' of {measured["size"][0]} x {measured["size"][1]} pixels' if measured else ''
         said.append(
-            'Multiply-adds are those of convolutions and matrix products in the whole model, as '
-            'trained, on one image.'
+            'Multiply-adds are those of convolutions and matrix products in the whole model, for '
+            f'one image{size}; of a pruned CondenseNetV2, those of the connections that are left.'
         )
     versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
     said.append(

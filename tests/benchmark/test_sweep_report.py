@@ -221,8 +221,8 @@ def test_percent(report):
 def test_how_it_was_measured(report):
     rows = [make_row(0), make_row(1, form='trained')]
     for text in (report(rows)[0].text, report(rows)[2]):
-        assert '1 image of 192 x 160 pixels' in text
-        assert 'a training step is forward and backward on 8 images' in text
+        assert 'one image of 192 x 160 pixels' in text
+        assert 'a training step is forward and backward on 8 training images' in text
         assert '30 rounds on cpu, channels-last' in text
         assert 'Inference in deployed form: net-0.' in text
         assert 'Inference as trained: net-1.' in text
