@@ -371,7 +371,7 @@ def _number(count: int, noun: str) -> str:
 def _status(row: Mapping[str, Any]) -> str:
     if row['status'] == 'failed':
         return f'failed: {row["error"]}'
-    return row['error'] or ('' if row['status'] == 'done' else row['status'])
+    return row.get('error') or ('' if row['status'] == 'done' else row['status'])
 
 
 def _findings(results: Mapping[str, Any], columns: Sequence[Column]) -> list[str]:
