@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
+import math
 import re
 import subprocess
 import time
@@ -23,7 +24,7 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
@@ -97,14 +98,24 @@ def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = No
     old, cfg.train_cfg[key] = cfg.train_cfg[key], new
     cfg.train_cfg.val_interval = min(cfg.train_cfg.get('val_interval', 1), new)
     schedulers = cfg.get('param_scheduler') or []
-    for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-        if scheduler.get('by_epoch', True) != by_epoch:
-            continue  # a warm-up in iterations stays what it is
-        for field in ('begin', 'end', 'T_max', 'total_iters', 'step_size'):
-            if scheduler.get(field):
-                scheduler[field] = max(1, round(scheduler[field] * new / old))
-        if scheduler.get('milestones'):
-            scheduler.milestones = [max(1, round(m * new / old)) for m in scheduler.milestones]
+    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    for scheduler in schedulers:
+        if scheduler.get('by_epoch', True) == by_epoch:  # warm-ups in iterations stay as they are
+            _stretch(scheduler, new / old)
+    cfg.param_scheduler = [s for s in schedulers if s.get('begin', 0) < s.get('end', math.inf)]
+
+
+def _stretch(scheduler: ConfigDict, factor: float) -> None:
+    whole = 'end' in scheduler and scheduler.get('T_max') == scheduler.end - scheduler.get(
+        'begin', 0
+    )
+    for field in ('begin', 'end', 'T_max', 'total_iters', 'step_size'):
+        if scheduler.get(field):
+            scheduler[field] = max(1, round(scheduler[field] * factor))
+    if whole:
+        scheduler.T_max = scheduler.end - scheduler.get('begin', 0)
+    if scheduler.get('milestones'):
+        scheduler.milestones = [max(1, round(m * factor)) for m in scheduler.milestones]
 
 
 class Sweep:

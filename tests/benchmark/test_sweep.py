@@ -203,10 +203,13 @@ def test_epochs_are_stretched_and_warm_up_is_not():
     assert cfg.train_cfg.max_epochs == 4
     warm_up, cosine = cfg.param_scheduler
     assert warm_up.end == 100
-    assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 4)
-    steps = Config(dict(train_cfg=cfg.train_cfg, param_scheduler=dict(milestones=[2, 3])))
+    assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 3)
+    set_length(cfg, epochs=1)  # too short for what begins behind the warm-up
+    assert [s.type for s in cfg.param_scheduler] == ['LinearLR']
+    loop = dict(max_epochs=4)
+    steps = Config(dict(train_cfg=loop, param_scheduler=dict(milestones=[2, 3])))
     set_length(steps, epochs=12)
-    assert steps.param_scheduler.milestones == [6, 9]
+    assert [s.milestones for s in steps.param_scheduler] == [[6, 9]]
 
 
 def test_iterations_are_stretched_all():

@@ -75,9 +75,3 @@ def test_mistakes_are_one_line(checkpoints, project, run_tool, tmp_path):
         assert status == 2, said
         assert said.splitlines()[-1].startswith(f'error: {message}')
         assert 'Traceback' not in said
-
-
-def test_help_has_an_example(run_tool):
-    status, said = run_tool(*INFER, '--help')
-    assert status == 0
-    assert 'example: python tools/infer.py configs/' in said
