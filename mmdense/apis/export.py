@@ -9,6 +9,7 @@ Shapes: N images of C channels, H x W pixels, K classes.
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import math
@@ -133,12 +134,16 @@ def export_onnx(
         normalize: Let the file subtract the mean and divide by std.
 
     Raises:
-        UserError: Missing packages, a file that cannot be written, a part that the model doesn't
-            have or that cannot be exported, outputs that differ.
+        UserError: Missing packages, a torch before 2.5, a file that cannot be written, a part that
+            the model doesn't have or that cannot be exported, outputs that differ.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(f'ONNX needs more packages: pip install {" ".join(missing)}')
+    if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters:  # before 2.5
+        raise UserError(
+            f'torch {torch.__version__} is too old for ONNX: pip install -U torch torchvision'
+        )
     file = Path(file).expanduser()
     if file.suffix != '.onnx':
         raise UserError(f'{file} must end in .onnx')
