@@ -8,6 +8,7 @@ from importlib.util import find_spec
 
 try:
     from mmengine.registry import HOOKS as _HOOKS
+    from mmengine.registry import LOOPS as _LOOPS
     from mmengine.registry import MODELS as _MODELS
     from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
     from mmengine.registry import OPTIM_WRAPPERS as _OPTIM_WRAPPERS
@@ -21,7 +22,7 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-__all__ = ['HOOKS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
+__all__ = ['HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
 # Building a model may load weights, whose schemes are in the engine.
 MODELS = Registry(
@@ -31,6 +32,7 @@ MODELS = Registry(
     locations=['mmdense.models', 'mmdense.models.heads', 'mmdense.engine'],
 )
 HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])
+LOOPS = Registry('loop', parent=_LOOPS, scope='mmdense', locations=['mmdense.engine'])
 OPTIM_WRAPPERS = Registry(
     'optimizer wrapper', parent=_OPTIM_WRAPPERS, scope='mmdense', locations=['mmdense.engine']
 )

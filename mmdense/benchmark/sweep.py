@@ -41,7 +41,7 @@ from mmdense.benchmark.measure import inference, measure, training
 from mmdense.benchmark.plan import training_size
 from mmdense.benchmark.sweep_report import write_report
 from mmdense.config import put_backbone
-from mmdense.engine.files import reason_of
+from mmdense.engine.files import reason_of, write_whole
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
 
@@ -188,7 +188,7 @@ class Sweep:
         if 'max_iters' in cfg.train_cfg:  # a killed run goes on from the last validation
             between = hooks.checkpoint.interval = cfg.train_cfg.val_interval
             hooks.logger.interval = min(hooks.logger.get('interval', 10), between)
-        hooks.checkpoint.max_keep_ckpts = 2  # mmengine deletes one before it writes the next
+        hooks.checkpoint.max_keep_ckpts = 1
         return cfg
 
     def _keep(self, cfg: Config, file: Path) -> None:
@@ -198,7 +198,7 @@ class Sweep:
             file.parent.mkdir(exist_ok=True)
             text = cfg.pretty_text
             if not file.exists():
-                _write_whole(file, text)
+                write_whole(file, text.encode())
             elif file.read_text() != text:
                 raise UserError(
                     f'{file} is of a sweep with other settings: repeat those, or name another --out'
@@ -253,7 +253,7 @@ class Sweep:
 
         def keep(status: str, **more: Any) -> dict[str, Any]:
             state = dict(status=status, seconds=before + time.monotonic() - begin, **more)
-            _write_whole(folder / 'state.json', json.dumps(state))
+            write_whole(folder / 'state.json', json.dumps(state).encode())
             return state
 
         def run(command: Sequence[str], log: Path) -> str:
@@ -312,7 +312,7 @@ class Sweep:
         if done and (held['of'] != wanted or any('error' in row for row in held['rows'].values())):
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
                 found = _measure(self, done, rounds, pictures, device, progress)
-            _write_whole(file, json.dumps(dict(found, of=wanted), indent=1))
+            write_whole(file, json.dumps(dict(found, of=wanted), indent=1).encode())
         self.report()
 
     def report(self) -> None:
@@ -338,7 +338,7 @@ class Sweep:
             rows=rows,
             truth=measured.get('truth', []),
         )
-        _write_whole(self.folder / 'results.json', json.dumps(results, indent=1))
+        write_whole(self.folder / 'results.json', json.dumps(results, indent=1).encode())
         write_report(self.folder)
 
     def _row(self, backbone: Named, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -365,13 +365,6 @@ class Sweep:
 
 def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
-
-
-def _write_whole(file: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whenever we are killed."""
-    part = file.with_name(f'{file.name}.part')
-    part.write_text(text)
-    part.replace(file)
 
 
 @contextmanager

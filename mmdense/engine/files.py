@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import pickle
 import re
+import shutil
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -33,17 +36,24 @@ except ImportError:  # numpy 1
     from numpy.core import multiarray
 
 __all__ = [
+    'PART',
+    'WriteError',
     'allow_training_state',
     'check_writable',
     'new_file',
     'read_checkpoint',
     'reason_of',
+    'refused_writing',
     'sha256_of',
     'write_checkpoint',
+    'write_whole',
 ]
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own
 _LOCK = threading.Lock()
+PART = '.part'  # ends the name of a file that is being written
+# What a disk that takes no more says: full, quota, read-only, a limit of the process.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 META = 'mmdense_meta'  # entry of a safetensors file's metadata
 # How files begin that are taken for weights by mistake.
 MISTAKEN = {
@@ -221,6 +231,71 @@ def new_file(file: str | Path) -> Path:
     return file
 
 
+class WriteError(UserError):
+    """A file that could not be written."""
+
+
+def write_whole(file: Path, content: bytes | memoryview) -> None:
+    """Write a file that is there whole or not at all, whenever the process or the machine ends.
+
+    It is written beside, under a hidden name that ends in ``.part``, brought to the disk and
+    renamed: until then the file that was there before stays.
+
+    Raises:
+        WriteError: It can't be, with the reason, and the space that is needed and free.
+    """
+    part = file.with_name(f'.{file.name}{PART}')
+    try:
+        with part.open('wb') as opened:
+            opened.write(content)
+            opened.flush()
+            os.fsync(opened.fileno())
+        part.replace(file)
+        _flush_folder(file.parent)
+    except OSError as error:
+        raise WriteError(
+            f'cannot write {file}: {error.strerror} ({len(content) / 1e6:.1f} MB needed, '
+            f'{_free(file.parent)})'
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that can't flush folders
+            raise
+    finally:
+        os.close(opened)
+
+
+def _free(folder: Path) -> str:
+    if not folder.is_dir():
+        return 'no such folder'
+    return f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free'
+
+
+@contextmanager
+def refused_writing(folder: str | Path) -> Iterator[None]:
+    """Make one line of it when the disk of a folder takes no more, whoever writes.
+
+    Raises:
+        WriteError: With the reason, and the space that is free.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = error.filename or folder
+        raise WriteError(
+            f'cannot write {where}: {error.strerror} ({_free(Path(folder))})'
+        ) from error
+
+
 def write_checkpoint(
     file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
@@ -232,22 +307,18 @@ def write_checkpoint(
         meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
 
     Raises:
-        UserError: As :func:`new_file`, or ``meta`` that JSON cannot hold.
+        UserError: As :func:`new_file` and :func:`write_whole`, or ``meta`` that JSON cannot hold.
     """
     file = new_file(file)
     # A tensor of its own each: views would drag along what they are cut from.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
-    part = file.with_name(f'.{file.name}.part')
-    try:
-        if file.suffix == '.pth':
-            with part.open('wb') as opened:  # given a name, torch would write it into the file
-                torch.save(dict(state_dict=weights, meta=dict(meta)), opened)
-        else:
-            # One entry: several would be written in an order that changes from file to file.
-            safetensors.torch.save_file(weights, part, metadata={META: _json(meta, file)})
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
+    if file.suffix == '.pth':
+        with io.BytesIO() as opened:  # given a name, torch would write it into the file
+            torch.save(dict(state_dict=weights, meta=dict(meta)), opened)
+            write_whole(file, opened.getbuffer())
+    else:
+        # One entry: several would be written in an order that changes from file to file.
+        write_whole(file, safetensors.torch.save(weights, metadata={META: _json(meta, file)}))
 
 
 def _json(meta: Mapping[str, Any], file: Path) -> str:

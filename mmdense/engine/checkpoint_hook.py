@@ -1,0 +1,182 @@
+"""Checkpoints that are whole, whatever ends the run, and finding the last of them."""
+
+from __future__ import annotations
+
+import logging
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import barrier, is_main_process
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmdense.engine.files import PART, read_checkpoint, reason_of, write_whole
+from mmdense.errors import UserError
+from mmdense.registry import HOOKS
+
+__all__ = ['CheckpointHook', 'WholeFileBackend', 'find_training', 'read_training']
+
+BACKEND = 'mmdense'
+INTERRUPTED = 'interrupted.pth'
+
+
+class WholeFileBackend(LocalBackend):
+    """The local disk, where a file is there whole or not at all, and outdated ones stay a while.
+
+    mmengine's hook deletes a checkpoint before it writes the one that takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._outdated: list[Path] = []
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write a file, and its folder if there is none.
+
+        Raises:
+            WriteError: It can't be written: what was there before stays.
+        """
+        Path(filepath).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(filepath), obj)
+
+    def remove(self, filepath: str | Path) -> None:
+        """Remember to remove a file."""
+        self._outdated.append(Path(filepath))
+
+    def remove_outdated(self) -> None:
+        """Remove what was to be removed."""
+        while self._outdated:
+            self._outdated.pop().unlink(missing_ok=True)
+
+
+register_backend(BACKEND, WholeFileBackend, force=True)
+
+
+@HOOKS.register_module()
+class CheckpointHook(MMEngineCheckpointHook):
+    """mmengine's hook, with files that are written whole, before those that they replace go.
+
+    The tools put it in place of mmengine's; the arguments are the same. Files of a ``Runner`` on
+    the local disk are meant: those on other storage, and of strategies (``FlexibleRunner``), are
+    written as by mmengine.
+
+    Raises:
+        WriteError: In training, if a file can't be written.
+    """
+
+    def before_train(self, runner: Runner) -> None:
+        """Remove what a run that was killed has left half-written."""
+        local = '://' not in str(self.out_dir or runner.work_dir)
+        if local and self.backend_args is None and self.file_client_args is None:
+            self.backend_args = dict(backend=BACKEND)
+        super().before_train(runner)
+        if local and is_main_process():
+            for part in Path(self.out_dir).glob(f'.*.pth{PART}'):
+                part.unlink(missing_ok=True)
+
+    def save_now(self, runner: Runner) -> str:
+        """Write ``interrupted.pth``, from which ``--resume`` goes on; return its name.
+
+        For between two iterations. It goes with the next checkpoint that is written.
+        """
+        with self._replacing():
+            runner.save_checkpoint(
+                self.out_dir,
+                INTERRUPTED,
+                self.file_client_args,
+                meta=dict(epoch=runner.epoch, iter=runner.iter),
+                backend_args=self.backend_args,
+            )
+        file = self.file_backend.join_path(self.out_dir, INTERRUPTED)
+        if is_main_process():
+            write_whole(Path(runner.work_dir, 'last_checkpoint'), file.encode())
+        barrier()
+        return file
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        with self._replacing(INTERRUPTED):
+            super()._save_checkpoint_with_step(runner, step, meta)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: Mapping[str, Any]) -> None:
+        with self._replacing():
+            super()._save_best_checkpoint(runner, metrics)
+
+    @contextmanager
+    def _replacing(self, *outdated: str) -> Iterator[None]:
+        """Remove what is outdated after the rest, on the main process."""
+        yield
+        if isinstance(self.file_backend, WholeFileBackend) and is_main_process():
+            for name in outdated:
+                self.file_backend.remove(Path(self.out_dir, name))
+            self.file_backend.remove_outdated()
+
+
+class NoTrainingError(UserError):
+    """A checkpoint that is whole, and not of a training."""
+
+
+def read_training(file: str | Path) -> dict[str, Any]:
+    """Read all of a checkpoint that a training wrote, and return it.
+
+    Raises:
+        UserError: No file, or one that is damaged; a :class:`NoTrainingError`, if it is whole.
+    """
+    file = Path(file)
+    if zipfile.is_zipfile(file):
+        try:
+            with zipfile.ZipFile(file) as opened:
+                wrong = opened.testzip()  # torch does not compare the checksums
+        except Exception as error:  # zipfile raises what the damage leads to
+            raise UserError(f'{file} is damaged ({reason_of(error)})') from error
+        if wrong:
+            raise UserError(f'{file} is damaged (checksum of {wrong})')
+    held = read_checkpoint(file)
+    if not {'epoch', 'iter'} <= set(held.get('meta') or ()) or 'message_hub' not in held:
+        raise NoTrainingError(f'{file} holds no training to go on with: give it to --load-from')
+    return held
+
+
+def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
+    """Find the last checkpoint of a folder that is whole.
+
+    That is the one that ``last_checkpoint`` names; if it isn't whole, the newest that is, which
+    must hold the state of the optimizer. The log says what was damaged.
+
+    Returns:
+        The file and what it holds; or None, if there is nothing to go on with. Checkpoints on other
+        storage, and those that are folders, are not read, and hold ``{}``.
+
+    Raises:
+        UserError: There are checkpoints, of which none is whole.
+    """
+    work_dir = Path(work_dir)
+    pointer = work_dir / 'last_checkpoint'
+    named = pointer.read_text().strip() if pointer.is_file() else None
+    if named and ('://' in named or Path(named).is_dir()):
+        return named, {}
+    folders = {work_dir, Path(named or pointer).parent}
+    files = {file for folder in folders for file in folder.glob('*.pth')} - {Path(named or '')}
+    newest = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    refused = [] if named is None or named else [f'{pointer} is empty']
+    for file in [Path(named)] * bool(named) + newest:
+        try:
+            held = read_training(file)
+        except UserError as error:
+            if str(file) == named or not isinstance(error, NoTrainingError):
+                refused.append(str(error))
+            continue
+        if str(file) != named and 'optimizer' not in held:
+            continue
+        for line in refused:
+            print_log(f'{line}: going on from {file}', 'current', logging.WARNING)
+        return str(file), held
+    if refused:
+        raise UserError(
+            f'no checkpoint in {work_dir} is whole: {"; ".join(refused)}. Name another by --resume '
+            'FILE, or begin again in another --work-dir'
+        )
+    return None
