@@ -16,6 +16,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdense.errors import UserError
+from mmdense.mistakes import explained
 
 __all__ = [
     'AUTO',
@@ -172,11 +173,12 @@ def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
     node = without_weights(copy.deepcopy(dict(node)))
     with MODELS.switch_scope_and_registry(scope) as registry:
         try:
-            try:
-                with torch.device('meta'):
+            with explained():
+                try:
+                    with torch.device('meta'):
+                        return registry.build(ConfigDict(node))
+                except (RuntimeError, NotImplementedError):  # reads a value at once (Swin)
                     return registry.build(ConfigDict(node))
-            except (RuntimeError, NotImplementedError):  # reads a value while it is built (Swin)
-                return registry.build(ConfigDict(node))
         except (ValueError, TypeError, KeyError, AssertionError) as error:
             raise UserError(f'cannot build {node.get("type")}: {error.args[0]}') from error
 

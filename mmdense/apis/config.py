@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,7 +12,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
+from mmdense.apis.reading import check_options, check_sections, did_you_mean, read_config
 from mmdense.config import fill_channels
+from mmdense.engine.checkpoint_hook import find_training, read_training
 from mmdense.errors import UserError
 
 __all__ = [
@@ -51,18 +52,11 @@ def load_config(
         launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: No such config or base, a config without a model, or ``in_channels='auto'``
-            where nothing is known to fill in.
+        UserError: As :func:`.read_config`, :func:`.check_sections` and :func:`.check_options`, a
+            config without a model, or ``in_channels='auto'`` where nothing is known to fill in.
     """
-    file = Path(path)
-    if not file.is_file():
-        siblings = [str(other) for other in file.parent.glob('*.py')]
-        close = difflib.get_close_matches(path, siblings, n=1, cutoff=0.4)
-        raise UserError(f'no config {path}' + (f'; did you mean {close[0]}?' if close else ''))
-    try:
-        cfg = Config.fromfile(file)
-    except FileNotFoundError as error:
-        raise UserError(f'{path} inherits a config that does not exist: {error}') from error
+    cfg = read_config(path)
+    check_sections(cfg, path)
     options = dict(options or {})
     if 'data_root' in options:
         old, new = (str(c.get('data_root') or '').rstrip('/') for c in (cfg, options))
@@ -73,12 +67,18 @@ def load_config(
         for key, child in list(cfg.items()):
             cfg[key] = _move_data(child, old, new)
         del options['data_root']
-    cfg.merge_from_dict(options)
+    check_options(cfg, options)
+    try:
+        cfg.merge_from_dict(options)
+    except (KeyError, TypeError) as error:  # it merges, and nothing else
+        raise UserError(f'--cfg-options: {error.args[0]}') from error
     if 'model' not in cfg:
         raise UserError(f'{path} names no model: choose a config outside _base_')
+    if not isinstance(cfg.model, dict):
+        raise UserError(f'model must be a dict, but is {cfg.model!r}')
     fill_channels(cfg)
     cfg.launcher = launcher
-    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / file.stem)
+    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
     return cfg
 
 
@@ -198,31 +198,44 @@ def use_checkpoint(
 ) -> None:
     """Go on from a checkpoint, from the latest of the work dir ('auto'), or from none (None).
 
+    The checkpoint is read to its end, so that a damaged one is not taken. A run without a seed goes
+    on with the one that it was started with.
+
     Args:
         cfg: Changed in place.
-        resume: The run to go on with.
+        resume: The run to go on with; None leaves it to the config.
         load_from: Weights of a whole model to start from instead; by default the config's.
         min_coverage: Share of the backbone's tensors that those must fill. Where they fill all,
             the backbone's own ``init_cfg`` is left out.
 
     Raises:
-        UserError: A checkpoint is named, here or by ``load_from``, and isn't there.
+        UserError: A checkpoint is named, here or by ``load_from``, and isn't there or isn't whole;
+            or the work dir has checkpoints, of which none is whole.
     """
     if load_from:
         if resume:
             raise UserError('--resume goes on with a run, --load-from starts one: choose one')
         cfg.load_from = load_from
+    elif not resume and cfg.get('resume'):
+        resume = cfg.get('load_from') or 'auto'
     if resume:  # a first start has nothing to go on with: it begins as without
-        found = resume != 'auto' or Path(cfg.work_dir, 'last_checkpoint').is_file()
-        cfg.resume = found
-        if found:
-            cfg.load_from = None if resume == 'auto' else resume
+        found = find_training(cfg.work_dir) if resume == 'auto' else (resume, _held(resume))
+        cfg.resume = found is not None
+        if found is not None:
+            cfg.load_from, held = found
+            seed = held.get('meta', {}).get('seed')
+            if seed is not None and (cfg.get('randomness') or {}).get('seed') is None:
+                cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
     if cfg.get('resume') or (cfg.get('load_from') and min_coverage == 1):
         # The checkpoint holds all weights: those that training began with need not be there.
         cfg.model.get('backbone', {}).pop('init_cfg', None)
     start = cfg.get('load_from')
     if start and '://' not in start and not Path(start).exists():
-        raise UserError(f'no checkpoint {start}')
+        raise UserError(f'no checkpoint {start}{did_you_mean(start, "*.pth")}')
+
+
+def _held(file: str) -> dict[str, Any]:
+    return read_training(file) if Path(file).is_file() else {}
 
 
 def use_tta(cfg: Config) -> None:

@@ -12,7 +12,11 @@ __all__ = ['report_errors']
 
 
 def report_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a command's ``main`` end with one line and status 2 on a :class:`.UserError`."""
+    """Make a command's ``main`` end with one line and status 2 on a mistake that users can mend.
+
+    That is a :class:`.UserError`, or an error of building from a config that
+    :func:`mmdense.mistakes.explain` knows. All others keep their traceback.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
@@ -20,10 +24,25 @@ def report_errors(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             sys.exit(_fail(str(error)))
+        except Exception as error:
+            told = _explain(error)
+            if told is None:
+                raise
+            sys.exit(_fail(str(told)))
 
     return wrapped
 
 
+def _explain(error: Exception) -> UserError | None:
+    if 'mmengine' not in sys.modules:  # nothing was built from a config
+        return None
+    from mmdense.mistakes import explain
+
+    return explain(error)
+
+
 def _fail(message: str) -> int:
-    sys.stderr.write(f'error: {message}\n')
+    # Names in files may hold line breaks, or codes that a terminal obeys.
+    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
+    sys.stderr.write(f'error: {line}\n')
     return 2

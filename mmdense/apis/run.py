@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_main_process
-from mmengine.hooks import EMAHook
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import print_log
-from mmengine.registry import HOOKS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.registry import DATASETS, HOOKS, LOOPS, RUNNERS, Registry
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 
 from mmdense.apis.config import drop_amp
+from mmdense.apis.data import data_sets, name_bad_samples
+from mmdense.apis.reading import did_you_mean
 from mmdense.config import readers
 from mmdense.engine.coverage import CoverageHook, unwrap
+from mmdense.engine.files import check_writable, reason_of, refused_writing
 from mmdense.errors import UserError
+from mmdense.mistakes import arguments, explained
 
-__all__ = ['build_runner', 'load_weights', 'unwrap']
+__all__ = ['build_runner', 'check_data', 'load_weights', 'unwrap']
+
+FSDP = 'FSDPStrategy'
+# What is trained by instead of mmengine's, with the same arguments.
+OURS = {
+    CheckpointHook: 'mmdense.CheckpointHook',
+    EpochBasedTrainLoop: 'mmdense.EpochBasedTrainLoop',
+    IterBasedTrainLoop: 'mmdense.IterBasedTrainLoop',
+}
 
 
 def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float = 1.0) -> Runner:
@@ -31,14 +45,24 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
         cfg: As :func:`.load_config` returns it. Changed where the machine asks for it: without a
             GPU, mixed precision becomes plain precision, with one warning, the processes of
             launcher 'pytorch' talk through gloo, and batch norm is not synchronised among them.
+            For training, mmengine's loops and hook for checkpoints become those of
+            :mod:`mmdense.engine`, which a killed run goes on with exactly.
         loaders: Which loaders will run: of 'train', 'val' and 'test'.
         min_coverage: Least share of the model's tensors, from 0 to 1, that a checkpoint must hold:
             of the backbone's, where training starts from it (``load_from``).
 
     Raises:
-        UserError: A file of a data set is missing, or channels don't fit.
+        UserError: A file of a data set is missing, something can't be built from the config,
+            channels or numbers of classes don't fit, FSDP with what it can't do, or the work dir
+            can't be written to.
     """
-    _check_data(cfg, loaders)
+    check_data(cfg, loaders)
+    check_writable(Path(cfg.work_dir, 'last_checkpoint'))
+    if 'train' in loaders:
+        with explained():
+            _make_resumable(cfg)
+    if 'train' in loaders:
+        _check_fsdp(cfg)
     if not torch.cuda.is_available():
         if cfg.get('launcher') == 'pytorch':
             _distribute_on_cpu(cfg)
@@ -47,12 +71,54 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     if 'train' not in loaders:  # the average is what a checkpoint calls the model's weights
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [hook for hook in hooks if not _averages(hook)]
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    with refused_writing(cfg.work_dir), explained():
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    _report_once(runner.logger)
+    name_bad_samples(runner)
     part = 'backbone' if 'train' in loaders else ''
     runner.register_hook(CoverageHook(min_coverage, part))
-    model = cfg.model
-    _check_channels(unwrap(runner.model), model.get('module', model))
+    built, model = unwrap(runner.model), cfg.model
+    if isinstance(built, nn.Module):  # a FlexibleRunner's is built when it starts
+        _check_channels(built, model.get('module', model))
+        _check_classes(built, cfg, loaders)
     return runner
+
+
+def _make_resumable(cfg: Config) -> None:
+    loop = cfg.train_cfg
+    if 'by_epoch' in loop:  # mmengine's short form, in place of a type
+        loop['type'] = f'{"Epoch" if loop.pop("by_epoch") else "Iter"}BasedTrainLoop'
+    _take_ours(loop, LOOPS)
+    hooks = cfg.setdefault('default_hooks', ConfigDict())
+    hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))  # mmengine's default
+    for hook in (*hooks.values(), *(cfg.get('custom_hooks') or [])):
+        _take_ours(hook, HOOKS)
+
+
+def _take_ours(node: Any, registry: Registry) -> None:
+    if isinstance(node, dict) and 'type' in node:
+        kind = node['type']
+        node['type'] = OURS.get(registry.get(kind) if isinstance(kind, str) else kind, kind)
+
+
+def _report_once(logger: logging.Logger) -> None:
+    """Say once that a log file takes no more; logging would print a traceback for each line."""
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handleError = _Lost(logger, handler)
+
+
+class _Lost:
+    def __init__(self, logger: logging.Logger, handler: logging.FileHandler) -> None:
+        self.logger = logger
+        self.handler = handler
+
+    def __call__(self, record: logging.LogRecord) -> None:
+        why = reason_of(sys.exc_info()[1])
+        self.handler.setLevel(logging.CRITICAL + 1)  # taken off, it would confuse who calls it
+        self.logger.warning(
+            f'cannot write {self.handler.baseFilename} ({why}): the log goes on without it'
+        )
 
 
 def _averages(hook: Any) -> bool:
@@ -62,7 +128,12 @@ def _averages(hook: Any) -> bool:
 
 def _distribute_on_cpu(cfg: Config) -> None:
     """Start the process group and wrap the model: mmengine takes a GPU for given in both."""
-    torch.distributed.init_process_group('gloo')
+    if not is_distributed():
+        torch.distributed.init_process_group('gloo')
+    strategy = cfg.get('strategy') or {}
+    if strategy.get('type') == FSDP:
+        own = strategy.get('model_wrapper') or {}
+        strategy.model_wrapper = dict(type='MMFullyShardedDataParallel', device_id='cpu') | own
     wrapper = dict(
         type='MMDistributedDataParallel',
         broadcast_buffers=False,
@@ -80,6 +151,19 @@ def _distribute_on_cpu(cfg: Config) -> None:
         )
 
 
+def _check_fsdp(cfg: Config) -> None:
+    """Refuse what is wrong under FSDP without a word: a process sees flat shares of parameters."""
+    if (cfg.get('strategy') or {}).get('type') != FSDP:
+        return
+    wrapper = cfg.get('optim_wrapper') or {}
+    for key, why in (
+        ('clip_grad', 'each process would clip by the norm of its own share of the gradients'),
+        ('paramwise_cfg', 'nothing can be told from the dimensions of parameters'),
+    ):
+        if wrapper.get(key):
+            raise UserError(f'{FSDP}: {why}: add --cfg-options optim_wrapper.{key}=None')
+
+
 def _plain_batch_norm(node: Any) -> bool:
     """Replace SyncBN, which needs a GPU, by BN; return whether there was one."""
     if isinstance(node, dict):
@@ -90,23 +174,19 @@ def _plain_batch_norm(node: Any) -> bool:
     return isinstance(node, list) and any([*map(_plain_batch_norm, node)])
 
 
-def _data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Yield every data set config below ``node`` that reads files, with its place."""
-    if isinstance(node, dict):
-        if node.get('ann_file') or node.get('data_prefix'):
-            yield where, node
-        for key in ('dataset', 'datasets'):
-            if key in node:
-                yield from _data_sets(node[key], f'{where}.{key}')
-    elif isinstance(node, list):
-        for i, child in enumerate(node):
-            yield from _data_sets(child, f'{where}[{i}]')
+def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Look whether the annotation files and folders of data sets are there.
 
+    Args:
+        cfg: As :func:`.load_config` returns it.
+        loaders: Whose data sets: of 'train', 'val' and 'test'.
 
-def _check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
+    Raises:
+        UserError: One is not.
+    """
     for loader in loaders:
         place = f'{loader}_dataloader'
-        for where, data in _data_sets(cfg.get(place), place):
+        for where, data in data_sets(cfg.get(place), place):
             root = data.get('data_root') or ''
             prefixes = [p for p in (data.get('data_prefix') or {}).values() if isinstance(p, str)]
             for name in [data.get('ann_file'), *prefixes]:
@@ -132,6 +212,53 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
             )
 
 
+def _check_classes(model: nn.Module, cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Compare the heads' numbers of classes with the data sets', before these read their files."""
+    for loader in loaders:
+        place = f'{loader}_dataloader'
+        for where, node in data_sets(cfg.get(place), place):
+            kind = DATASETS.get(node['type']) if isinstance(node['type'], str) else node['type']
+            if kind is None or 'lazy_init' in arguments(kind):  # or it would read its files
+                with explained():
+                    data = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
+                _compare_classes(model, data.metainfo, where)
+
+
+def _compare_classes(model: nn.Module, meta: Mapping[str, Any], where: str) -> None:
+    classes = meta.get('classes')
+    if isinstance(classes, str):
+        raise UserError(
+            f'{where}: classes is a text: for a class of that name write ({classes!r},)'
+        )
+    if classes is None or hasattr(model, 'language_model'):  # whose classes are words
+        return
+    things = meta.get('thing_classes', classes)
+    for name, head in model.named_modules():
+        if {'', 'backbone', 'rpn_head'} & {*name.split('.')}:  # ImageNet's, objects or none
+            continue
+        said = {
+            key: getattr(head, key, None)
+            for key in ('num_things_classes', 'num_stuff_classes', 'num_classes')
+        }
+        if said['num_things_classes'] is None:
+            wanted = dict(num_classes=len(things))
+        elif 'thing_classes' in meta:
+            wanted = dict(num_things_classes=len(things))
+            wanted['num_stuff_classes'] = len(meta['stuff_classes'])
+        else:  # a panoptic head on other data
+            said['num_classes'] = said['num_things_classes'] + said['num_stuff_classes']
+            wanted = dict(num_classes=len(classes))
+        if said['num_classes'] == 1 == getattr(head, 'out_channels', None):  # depth
+            continue
+        for key, number in wanted.items():
+            known = isinstance(said[key], int) and type(head).__name__ != 'FusedSemanticHead'
+            if known and said[key] != number:  # (HTC's has classes of its own)
+                raise UserError(
+                    f'model.{name}.{key} is {said[key]}, but {where} has {number} such classes: '
+                    "make one fit the other (the data set's are in its metainfo.classes)"
+                )
+
+
 def load_weights(runner: Runner, path: str) -> dict:
     """Load a trained model's weights into the runner's model, and return the checkpoint.
 
@@ -143,7 +270,7 @@ def load_weights(runner: Runner, path: str) -> dict:
         UserError: The file is missing, is no checkpoint, or doesn't fill the model.
     """
     if '://' not in path and not Path(path).exists():
-        raise UserError(f'no checkpoint {path}')
+        raise UserError(f'no checkpoint {path}{did_you_mean(path, "*.pth")}')
     try:
         return runner.load_checkpoint(path)
     except UserError as error:

@@ -15,13 +15,14 @@ stem is stage 0. Maps are tapped before any downsampling that follows them.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from mmdense.errors import suggest
 
 __all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch', 'suggest']
 
@@ -58,14 +59,6 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
     if missing:
         raise ValueError(f'arch lacks {missing}; fields: {list(fields)}')
     return arch_type(**arch)
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known name closest to a wrong one, and all."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    hint = f'; did you mean {close[0]!r}?' if close else ''
-    return f'{hint} (known: {known})'
 
 
 class Backbone(BaseModule):
