@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import timm
+from huggingface_hub import hf_hub_url, try_to_load_from_cache
 from mmengine.dist import barrier
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import (
@@ -31,11 +32,12 @@ from mmdense.engine.files import read_checkpoint, reason_of
 from mmdense.errors import UserError
 from mmdense.weights import convert, state_dict_of
 
-__all__ = ['fetch', 'load_from_condensenetv2', 'load_from_timm']
+__all__ = ['fetch', 'load_from_condensenetv2', 'load_from_timm', 'locate']
 
 FOLDER = 'MMDENSE_WEIGHTS'
 CONDENSENETV2 = 'https://github.com/jianghaojun/CondenseNetV2#results'
 SUFFIXES = ('.safetensors', '.pth', '.bin')
+HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 CHECKSUM = re.compile(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.')  # digits alone may be a date
 
 
@@ -67,10 +69,7 @@ def fetch(url: str) -> Path:
     """
     name = Path(urlparse(url).path).name
     checksum = CHECKSUM.search(name)
-    cache = Path(get_dir(), 'checkpoints')
-    if not checksum:
-        cache /= Path('mmdense', hashlib.sha256(url.encode()).hexdigest()[:16])
-    file = _in_folder(name) or cache / name
+    file = _place(url)
     error = None
     if not file.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         try:
@@ -86,10 +85,63 @@ def fetch(url: str) -> Path:
     return file
 
 
+def _place(url: str) -> Path:
+    """Return where the file of an address is, or goes to."""
+    name = Path(urlparse(url).path).name
+    cache = Path(get_dir(), 'checkpoints')
+    if not CHECKSUM.search(name):
+        cache /= Path('mmdense', hashlib.sha256(url.encode()).hexdigest()[:16])
+    return _in_folder(name) or cache / name
+
+
+def locate(filename: str) -> Path | str:
+    """Return where weights would be taken from, without loading them or asking the network.
+
+    Args:
+        filename: As a config names them: a file, an address, or SCHEME://NAME.
+
+    Returns:
+        A file, which is there; or the address that it would be downloaded from.
+
+    Raises:
+        UserError: There is no such file, or a scheme doesn't know the name.
+    """
+    scheme, separator, name = filename.partition('://')
+    if scheme == 'timm':
+        published, file = _published_by_timm(name)
+        if file:
+            return file
+        if not published.hf_hub_id:
+            return published.url
+        cached = (try_to_load_from_cache(published.hf_hub_id, own) for own in HUB_FILES)
+        file = next((file for file in cached if isinstance(file, str)), None)
+        return Path(file) if file else hf_hub_url(published.hf_hub_id, HUB_FILES[0])
+    if scheme == 'condensenetv2':
+        return _condensenetv2_file(name)
+    where: Path | str = filename if separator else Path(filename).expanduser()
+    if scheme in ('torchvision', 'modelzoo'):
+        where = _address(filename, get_torchvision_models())
+    elif scheme in ('openmmlab', 'open-mmlab'):
+        where = _of_openmmlab(filename)
+    elif scheme == 'mmcls':
+        where = _address(filename, get_mmcls_models())
+    elif separator and scheme not in ('http', 'https'):
+        raise _no_scheme(filename)
+    if isinstance(where, str):
+        return _place(where) if _place(where).is_file() else where
+    if not where.is_file():
+        raise UserError(f'no checkpoint {where}')
+    return where
+
+
+def _no_scheme(filename: str) -> UserError:
+    known = sorted(p for p in CheckpointLoader._schemes if re.fullmatch(r'[\w-]+://', p))
+    return UserError(f'{filename}: no such scheme (known: {", ".join(known)})')
+
+
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     if '://' in filename:
-        known = sorted(p for p in CheckpointLoader._schemes if re.fullmatch(r'[\w-]+://', p))
-        raise UserError(f'{filename}: no such scheme (known: {", ".join(known)})')
+        raise _no_scheme(filename)
     return read_checkpoint(filename, map_location)
 
 
@@ -102,12 +154,17 @@ def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, 
 
 
 def load_from_openmmlab(filename: str, map_location: Any = None) -> dict[str, Any]:
+    where = _of_openmmlab(filename)
+    load = load_from_http if isinstance(where, str) else read_checkpoint
+    return load(where, map_location)
+
+
+def _of_openmmlab(filename: str) -> Path | str:
     scheme, _, name = filename.partition('://')
     name = get_deprecated_model_names().get(name, name)
     address = _address(f'{scheme}://{name}', get_external_models())
-    if '://' not in address:  # of the user's own list
-        return read_checkpoint(Path(_get_mmengine_home(), address), map_location)
-    return load_from_http(address, map_location)
+    # Of the user's own list, some are files.
+    return address if '://' in address else Path(_get_mmengine_home(), address)
 
 
 def load_from_mmcls(filename: str, map_location: Any = None) -> dict[str, Any]:
@@ -145,19 +202,7 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
         UserError: timm has no such weights, they can be had from none of these, or they don't fit.
     """
     name = filename.removeprefix('timm://')
-    try:
-        published = timm.models.get_pretrained_cfg(name)
-    except RuntimeError:  # a network that timm knows, with a tag that it doesn't
-        published = None
-    if published is None or not published.has_weights:
-        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
-        hint = f'; did you mean timm://{close[0]}?' if close else ''
-        raise UserError(f'timm has no weights named {name}{hint}')
-    tagged = f'{published.architecture}.{published.tag}' if published.tag else name
-    file = _in_folder(
-        *(own + suffix for own in (name, tagged) for suffix in SUFFIXES),
-        *(f'{tagged}/{own}' for own in ('model.safetensors', 'pytorch_model.bin')),
-    )
+    published, file = _published_by_timm(name)
     overlay = dict(state_dict=state_dict_of(read_checkpoint(file))) if file else None
     try:
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -170,6 +215,24 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
         ) from error
     net.reset_classifier(0)
     return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in net.state_dict().items()})
+
+
+def _published_by_timm(name: str) -> tuple[Any, Path | None]:
+    """Return what timm knows of its weights, and their file if it is in the user's folder."""
+    try:
+        published = timm.models.get_pretrained_cfg(name)
+    except RuntimeError:  # a network that timm knows, with a tag that it doesn't
+        published = None
+    if published is None or not published.has_weights:
+        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
+        hint = f'; did you mean timm://{close[0]}?' if close else ''
+        raise UserError(f'timm has no weights named {name}{hint}')
+    tagged = f'{published.architecture}.{published.tag}' if published.tag else name
+    file = _in_folder(
+        *(own + suffix for own in (name, tagged) for suffix in SUFFIXES),
+        *(f'{tagged}/{own}' for own in HUB_FILES),
+    )
+    return published, file
 
 
 @CheckpointLoader.register_scheme(prefixes='condensenetv2://')
@@ -191,14 +254,19 @@ def load_from_condensenetv2(filename: str, map_location: Any = None) -> dict[str
     Raises:
         UserError: There is no such file, or it holds no released CondenseNetV2.
     """
-    path = Path(filename.removeprefix('condensenetv2://')).expanduser()
-    file = path if path.is_file() else _in_folder(path.name)
-    if file is None:
-        raise UserError(f'no file {path}: download the model that is linked in {CONDENSENETV2}')
+    file = _condensenetv2_file(filename.removeprefix('condensenetv2://'))
     try:
         return dict(state_dict=convert(read_checkpoint(file, map_location), 'condensenetv2'))
     except ValueError as error:
         raise UserError(f'{file} is no model of {CONDENSENETV2}: {error}') from error
+
+
+def _condensenetv2_file(name: str) -> Path:
+    path = Path(name).expanduser()
+    file = path if path.is_file() else _in_folder(path.name)
+    if file is None:
+        raise UserError(f'no file {path}: download the model that is linked in {CONDENSENETV2}')
+    return file
 
 
 # In place of mmengine's, which fall back to unsafe loading (the maintained one) or have no other.

@@ -30,7 +30,7 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 
 from mmdense.engine import checkpoints, read_checkpoint, write_checkpoint
-from mmdense.engine.checkpoints import FOLDER, fetch
+from mmdense.engine.checkpoints import FOLDER, fetch, locate
 from mmdense.engine.files import TRUST
 from mmdense.errors import UserError
 
@@ -696,6 +696,36 @@ def test_other_names_of_mmengine(scheme, server, tmp_path, monkeypatch):
     assert_equal(CheckpointLoader.load_checkpoint(f'{scheme}://mine'), tensors())
 
 
+def test_locating_asks_nobody(server, tmp_path, monkeypatch):
+    url = f'{server.url}/x.pth'
+    models = dict(x=url, mine='mine.pth')
+    for table in ('get_torchvision_models', 'get_external_models', 'get_mmcls_models'):
+        monkeypatch.setattr(checkpoints, table, lambda: models)
+    monkeypatch.setattr(checkpoints, 'get_deprecated_model_names', lambda: dict(old='x'))
+    names = (url, 'torchvision://x', 'modelzoo://x', 'openmmlab://old', 'mmcls://x')
+    assert {locate(name) for name in names} == {url}
+    assert not server.asked
+    save_zip(tensors(), server.folder / 'x.pth')
+    file = fetch(url)
+    assert {locate(name) for name in names} == {file}
+
+    monkeypatch.setenv('MMENGINE_HOME', str(tmp_path))
+    for name, missing in (
+        ('openmmlab://mine', 'mine.pth'),
+        (str(tmp_path / 'mine.pth'), 'mine.pth'),
+        ('condensenetv2://c.tar', 'no file c.tar'),
+        ('mmcls://y', 'no weights named y'),
+        ('s3://x', 's3://x: no such scheme (known: '),
+    ):
+        with pytest.raises(UserError) as error:
+            locate(name)
+        assert missing in str(error.value)
+    save_zip(tensors(), tmp_path / 'mine.pth')
+    for name in ('openmmlab://mine', str(tmp_path / 'mine.pth')):
+        assert locate(name) == tmp_path / 'mine.pth'
+    assert locate(f'condensenetv2://{tmp_path}/mine.pth') == tmp_path / 'mine.pth'
+
+
 def test_nothing_in_a_download_is_run(server, tmp_path):
     made = tmp_path / 'made'
     save_zip(dict(state_dict=Call(os.mkdir, str(made))), server.folder / 'x.pth')
@@ -788,6 +818,23 @@ def test_damaged_files_for_timm(own):
         CheckpointLoader.load_checkpoint(f'timm://{TIMM}')
     assert '\n' not in str(error.value)
     assert f'{own / TIMM}.safetensors' in str(error.value)
+
+
+def test_locating_weights_of_timm(own, tmp_path, monkeypatch):
+    cache = partial(checkpoints.try_to_load_from_cache, cache_dir=str(tmp_path / 'hub'))
+    monkeypatch.setattr(checkpoints, 'try_to_load_from_cache', cache)
+    name, repo = f'timm://{TIMM}', f'timm/{TIMM}'
+    assert locate(name).endswith(f'{repo}/resolve/main/model.safetensors')
+    folder = tmp_path / 'hub' / f'models--{repo.replace("/", "--")}'
+    write = dict(refs='main', snapshots='0/pytorch_model.bin')
+    for kind, path in write.items():
+        (folder / kind / path).parent.mkdir(parents=True)
+        (folder / kind / path).write_text('0')
+    assert locate(name) == folder / 'snapshots/0/pytorch_model.bin'
+    save_safetensors(tensors(), own / f'{TIMM}.safetensors')
+    assert locate(name) == own / f'{TIMM}.safetensors'
+    with pytest.raises(UserError, match='did you mean'):
+        locate(f'{name}x')
 
 
 OFFLINE = """
