@@ -81,4 +81,4 @@ def _attend(value: Tensor, locations: Tensor, weights: Tensor, level: Level) -> 
     samples = F.grid_sample(maps, grid, align_corners=False)  # [B M, D, Q, P]
     weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # [B M, 1, Q, P]
     out = (samples * weights).sum(-1)
-    return out.unflatten(0, (len(value), -1)).permute(0, 3, 1, 2).flatten(2)
+    return out.unflatten(0, (len(value), value.size(2))).permute(0, 3, 1, 2).flatten(2)

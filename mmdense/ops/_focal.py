@@ -4,9 +4,16 @@
 column, by convention the number of classes; the softmax form skips negative ones. ``weight`` [C],
 empty for none, is indexed by the target: there the background, which has no entry, weighs 1
 (mmcv's kernels read past the end).
+
+
+The sigmoid form takes log(1 - p) from the logit: 1 - p rounds to 0 in float32 from logits of 17 on,
+where mmcv's kernels jump to their clamp, a loss of 87 in place of 17.
 """
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdense.ops._common import widen
@@ -19,9 +26,9 @@ def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
     """Write the loss [N, C] of the logits ``input`` [N, C]."""
-    prob, positive, scale = _sigmoid_terms(input, target, weight)
-    hit = alpha * (1 - prob) ** gamma * _log(prob)
-    miss = (1 - alpha) * prob**gamma * _log(1 - prob)
+    prob, rest, log_prob, log_rest, positive, scale = _sigmoid_terms(input, target, weight)
+    hit = alpha * rest**gamma * log_prob
+    miss = (1 - alpha) * prob**gamma * log_rest
     output.copy_(-torch.where(positive, hit, miss) * scale)
 
 
@@ -30,10 +37,9 @@ def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
     """Write the derivative [N, C] of each loss by its logit."""
-    prob, positive, scale = _sigmoid_terms(input, target, weight)
-    rest = 1 - prob
-    hit = alpha * rest**gamma * (rest - gamma * prob * _log(prob))
-    miss = (1 - alpha) * prob**gamma * (gamma * rest * _log(rest) - prob)
+    prob, rest, log_prob, log_rest, positive, scale = _sigmoid_terms(input, target, weight)
+    hit = alpha * rest**gamma * (rest - gamma * prob * log_prob)
+    miss = (1 - alpha) * prob**gamma * (gamma * rest * log_rest - prob)
     grad_input.copy_(-torch.where(positive, hit, miss) * scale)
 
 
@@ -63,7 +69,8 @@ def softmax_focal_loss_backward(
     """
     prob, scale = _softmax_terms(input, target, weight)
     rest = 1 - prob
-    slope = gamma * rest ** (gamma - 1) * prob * _log(prob) if gamma else 0
+    # It vanishes towards certainty, where a power below 0 would give infinity times zero.
+    slope = torch.where(rest > 0, gamma * rest ** (gamma - 1) * prob * _log(prob), 0)
     shared = alpha * (slope - rest**gamma) * scale
     buff.copy_(shared)
     classes = torch.arange(input.size(1), device=input.device)
@@ -74,7 +81,9 @@ def softmax_focal_loss_backward(
 def _sigmoid_terms(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     input, weight = widen(input, weight)
     classes = torch.arange(input.size(1), device=input.device)
-    return input.sigmoid(), classes == target[:, None], _weigh(weight, target, input)[:, None]
+    logs = (F.logsigmoid(x).clamp(min=math.log(TINY)) for x in (input, -input))
+    scale = _weigh(weight, target, input)[:, None]
+    return input.sigmoid(), (-input).sigmoid(), *logs, classes == target[:, None], scale
 
 
 def _softmax_terms(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

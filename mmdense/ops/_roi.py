@@ -51,7 +51,7 @@ def roi_align_forward(
         fine = aligned_height * grid_y, aligned_width * grid_x
         if not (fine[0] and fine[1]):
             continue
-        step = max(1, CHUNK // (input.size(1) * fine[0] * fine[1]))
+        step = max(1, CHUNK // max(1, input.size(1) * fine[0] * fine[1]))
         for rows in (kind == k).nonzero()[:, 0].split(step):
             samples = roi_align(input, rois[rows], spatial_scale, *fine, 1, aligned)
             bins = samples.unflatten(3, (-1, grid_x)).unflatten(2, (-1, grid_y))
@@ -63,7 +63,7 @@ def roi_align_forward(
             ):
                 place = torch.arange(size[axis], device=index.device) * grid
                 place = place[:, None] if axis == 0 else place
-                at = (place + index + 0.5) / fine[axis]
+                at = (place + index + 0.5).to(side) / fine[axis]
                 origin, length = (v[rows, axis, None, None, None] for v in (corner, side))
                 out[rows] = (origin + at * length).to(out)
 
@@ -134,7 +134,7 @@ def roi_pool_forward(
     counts = torch.broadcast_tensors(y_count[:, :, None], x_count[:, None])
     rows, columns = (c.flatten() for c in counts)
 
-    pixels = input.permute(0, 2, 3, 1).reshape(-1, channels)
+    pixels = input.permute(0, 2, 3, 1).flatten(0, 2)
     best = pixels.new_full((first.numel(), channels), -torch.inf)
     where = argmax.new_full(best.shape, -1)
     # Bins differ in size: one round for each pixel of the largest, over those that have it.
