@@ -1,11 +1,16 @@
 """What the command lines under tools/ do, as functions."""
 
+import os
 from importlib import import_module
 from typing import Any
 
 from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
 from mmdense.apis.errors import report_errors
 from mmdense.errors import UserError
+
+# OpenCV gives up where Pillow does, half a gigabyte in colour: its own limit, read when it is
+# imported, is three.
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
 
 __all__ = ['Predictor', 'UserError', 'deploy', 'report_errors']
 

@@ -10,7 +10,6 @@ import copy
 import json
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.structures import BaseDataElement
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 from pycocotools import mask as coco_mask
 from torch import nn
 
 from mmdense.apis.config import load_config
 from mmdense.apis.deployment import deploy as deploy_backbone
 from mmdense.config import fill_channels
+from mmdense.datasets.check import ERROR, Reading, check_image
 from mmdense.engine.coverage import load_covering
 from mmdense.engine.files import check_writable, reason_of
 from mmdense.errors import UserError
@@ -156,7 +156,10 @@ class Predictor:
     def _load_image(self, image: str | Path | np.ndarray) -> dict[str, Any]:
         """Return what the config's loader of images would put into the pipeline."""
         if not isinstance(image, np.ndarray):
-            _check_file(Path(image))
+            reading = Reading(self._read.imdecode_backend, self._read.color_type)
+            for finding in check_image(image, reading=reading):
+                if finding.severity == ERROR:
+                    raise UserError(str(finding))
             try:
                 return self._read(dict(img_path=str(image), img_id=0))
             except Exception as error:  # OpenCV, Pillow and the file system each raise their own
@@ -515,25 +518,6 @@ def _coco_classes() -> tuple[str, ...]:
 
 
 # Images
-
-
-def _check_file(file: Path) -> None:
-    """Refuse a file that is damaged: OpenCV makes up what is missing at the end of one."""
-    if not file.is_file():
-        raise UserError(f'{file}: no such image')
-    if not file.stat().st_size:
-        raise UserError(f'{file}: empty file')
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # of large images, and odd metadata
-        try:
-            image = Image.open(file)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError):
-            return  # a format, or a size, that OpenCV may read
-        with image:
-            try:
-                image.load()
-            except Exception as error:  # each of Pillow's formats raises its own
-                raise UserError(f'{file}: damaged ({reason_of(error)})') from error
 
 
 def _rgb(pixels: np.ndarray) -> np.ndarray:

@@ -1,0 +1,300 @@
+"""Bad images, annotations and label maps: all found before training, or trained through as said."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+
+import bad_data as bad
+from mmdense.apis import UserError
+from mmdense.apis.config import load_config
+from mmdense.apis.data import name_bad_samples
+from mmdense.apis.run import build_runner
+from support import DEMOS, ROOT
+
+PY, CHECK, TRAIN = sys.executable, ROOT / 'tools/check_dataset.py', ROOT / 'tools/train.py'
+DIGITS = tuple('0123456789')
+MASKS = 'train_dataloader.dataset.pipeline.1.with_mask=True'
+pytestmark = pytest.mark.slow
+
+# Annotations of image 1, 96 x 64, and what the check calls them.
+LEFT_OUT = {
+    'empty box': bad.box(20, bbox=(8, 8, 0, 30)),
+    'box outside': bad.box(21, bbox=(200, 8, 40, 30)),
+}
+TRAINED = {
+    None: bad.box(30, category=3, bbox=(10, 20, 40, 30)),
+    'box across the border': bad.box(31, category=4, bbox=(80, 40, 40, 40)),
+}
+IGNORED = {
+    None: bad.box(40, iscrowd=1, bbox=(50, 4, 30, 30)),
+    'polygon': bad.box(41, bbox=(4, 4, 30, 30), segmentation=[[4, 4, 34, 34]]),
+}
+ERRORS = {
+    'fields': bad.box(50) | dict(bbox=None),
+    'unknown image': bad.box(51, image=99),
+    'unknown category': bad.box(52, category=77),
+    'mask': bad.box(53, segmentation=dict(size=[9, 9], counts=[81])),
+    'duplicate id': bad.box(50),
+}
+
+
+def detection(folder, files, annotations, split='train', classes=DIGITS):
+    """Write images 1, 2, ... of sizes as seen, and their annotation file."""
+    for name, (content, *_) in files.items():
+        bad.write(folder / split, name, content)
+    sizes = [seen[0] if len(seen) == 2 else (96, 64) for _, *seen in files.values()]
+    images = [(i + 1, name, *sizes[i]) for i, name in enumerate(files)]
+    held = bad.coco(images, annotations, classes)
+    bad.write_json(folder / f'annotations/instances_{split}.json', held)
+
+
+def whole_boxes(files):
+    """Return a box as large as the image for each but the first."""
+    sizes = [size for _, size, _ in files.values()]
+    return [bad.box(100 + i, i, bbox=(0, 0, *sizes[i - 1])) for i in range(2, len(files) + 1)]
+
+
+def segmentation(folder, split, maps, content=bad.WHOLE):
+    """Write images of one content with their label maps."""
+    for name, held in maps.items():
+        bad.write(folder / split, f'{name}.jpg', content)
+        bad.write(folder / 'foreground' / split, f'{name}.png', held)
+
+
+LABELS = np.tile([[0, 1], [1, 255]], (32, 48)).astype(np.uint8)
+MAPS = {
+    'good': (bad.png(LABELS), None),
+    'unknown': (bad.png(LABELS * 7), 'unknown label'),
+    'small': (bad.png(LABELS[:, :90]), 'another size'),
+    'colour': (bad.png(bad.PIXELS), 'label map'),
+    'deep': (bad.png(LABELS.astype(np.uint16) * 300), 'label map'),
+    'ignored': (bad.png(LABELS * 0 + 255), 'nothing labelled'),
+    'truncated': (bad.encode('PNG')[:4000], 'damaged file'),
+    'missing': (None, 'missing file'),
+}
+
+
+def checked(run_tool, config, folder, *options):
+    """Run the check; return the status, what it said, and {kind: ids or names of files}."""
+    file = folder / 'found.json'
+    status, said = run_tool(
+        *(PY, CHECK, config, '--json', file, '--workers', 2),
+        *('--cfg-options', f'data_root={folder}', *options),
+    )
+    found = {}
+    for row in json.loads(file.read_text()):
+        assert row['severity'] in ('error', 'warning')
+        assert row['mend']
+        found.setdefault(row['kind'], []).append((row['file'], row['id']))
+    return status, said, found
+
+
+def test_all_that_is_wrong_with_detection_data_is_found_in_one_run(run_tool, tmp_path):
+    files = {**bad.USABLE, **bad.UNUSABLE}
+    wrong = {**LEFT_OUT, **TRAINED, **IGNORED, **ERRORS}
+    annotations = [*wrong.values(), *whole_boxes(bad.USABLE)]
+    detection(tmp_path, files, annotations)
+    detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
+    status, said, found = checked(run_tool, DEMOS['detection'], tmp_path, MASKS)
+    assert status == 1, said
+    assert 'Traceback' not in said
+    assert '100%' in said
+    ids = {name: f'image {i}' for i, name in enumerate(files, 1)}
+    for name, (*_, kind) in files.items():
+        named = (str(tmp_path / 'train' / name), ids[name])
+        assert sum(named in rows for rows in found.values()) == bool(kind), name
+        assert not kind or named in found[kind], name
+    file = str(tmp_path / 'annotations/instances_train.json')
+    for kind, annotation in wrong.items():
+        parts = [part for f, part in found.get(kind, ()) if f == file]
+        assert not kind or any(f'annotation {annotation["id"]}' in part for part in parts), kind
+    assert {part for _, part in found['no object']} == {ids[name] for name in bad.UNUSABLE}
+    for kind, rows in found.items():  # the first of each in the text, too
+        assert f'{kind}\n' in said
+        assert rows[0][0] in said
+    count = len(files) + 1
+    assert f'{count} images: ' in said.splitlines()[-1]
+
+
+def test_all_that_is_wrong_with_label_maps_is_found_in_one_run(run_tool, tmp_path):
+    segmentation(tmp_path, 'train', {name: content for name, (content, _) in MAPS.items()})
+    segmentation(tmp_path, 'val', dict(good=MAPS['good'][0]))
+    status, said, found = checked(run_tool, DEMOS['segmentation'], tmp_path)
+    assert status == 1, said
+    for name, (_, kind) in MAPS.items():
+        named = (str(tmp_path / f'foreground/train/{name}.png'), '')
+        assert [k for k, rows in found.items() if named in rows] == ([kind] if kind else []), name
+    assert said.splitlines()[-1] == f'{len(MAPS) + 1} images: 6 errors, 1 warnings'
+
+
+class Recorder(Hook):
+    """Keeps what the model is given, by the image's name, and the loss."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        samples = zip(data_batch['inputs'], data_batch['data_samples'], strict=True)
+        self.given = {sample.img_path.split('/')[-1]: (x, sample) for x, sample in samples}
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.loss = float(outputs['loss'])
+
+
+def train(task, folder, *, workers=0, **options):
+    """Train for one batch in this process; return what was recorded."""
+    config = load_config(
+        str(DEMOS[task]),
+        options={
+            'data_root': str(folder),
+            'train_dataloader.batch_size': 16,
+            'train_dataloader.num_workers': workers,
+            'train_dataloader.persistent_workers': False,
+            'train_dataloader.sampler.shuffle': False,
+            'val_dataloader.num_workers': 0,
+            'val_dataloader.persistent_workers': False,
+            **({'train_cfg.max_epochs': 1} if task == 'detection' else {'train_cfg.max_iters': 1}),
+            **options,
+        },
+        work_dir=str(folder / 'work'),
+    )
+    runner = build_runner(config, loaders=('train', 'val'))
+    recorder = Recorder()
+    runner.register_hook(recorder)
+    runner.train()
+    return recorder
+
+
+def test_what_the_check_only_warns_of_is_trained_through(tmp_path):
+    annotations = [*LEFT_OUT.values(), *TRAINED.values(), *IGNORED.values()]
+    annotations += whole_boxes(bad.USABLE)[:-1]  # the last image is without an object
+    detection(tmp_path, bad.USABLE, annotations)
+    detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
+    recorder = train('detection', tmp_path, **dict([MASKS.split('=')]))
+    assert set(recorder.given) == set(bad.USABLE)
+    assert np.isfinite(recorder.loss)
+    # Images have the size that they are seen at, scaled to 192 pixels.
+    shapes = {name: tuple(x.shape) for name, (x, _) in recorder.given.items()}
+    assert shapes.pop('turned.jpg') == (3, 192, 128)
+    assert shapes.pop('dot.png') == (3, 192, 192)
+    assert shapes.pop('line.png') == (3, 1, 192)
+    assert set(shapes.values()) == {(3, 128, 192)}
+    # Colours are those of the picture, whatever they are kept in.
+    picture = recorder.given['opaque.png'][0].int()
+    for name, allowed in (
+        ('clear.png', 0),
+        ('deep.png', 0),
+        ('deep.tif', 1),
+        ('whole.jpg', 4),
+        ('progressive.jpg', 4),
+        ('cmyk.jpg', 4),
+    ):
+        difference = (recorder.given[name][0].int() - picture).abs().float().mean()
+        assert difference <= allowed, name
+    grey = recorder.given['deep-grey.png'][0]
+    assert (grey == grey[:1]).all()
+    assert (grey[0].int() == picture[0]).all()
+    upright = recorder.given['turned.jpg'][0].int()
+    lying = recorder.given['whole.jpg'][0].int()
+    assert (upright.rot90(1, (1, 2)) - lying).abs().float().mean() < 2
+    # Boxes: what is across the border is cut off, crowds and lines of two points are ignored.
+    sample = recorder.given['whole.jpg'][1]
+    assert sample.gt_instances.bboxes.tensor.tolist() == [[20, 40, 100, 100], [160, 80, 192, 128]]
+    assert sample.gt_instances.labels.tolist() == [2, 3]
+    ignored = sample.ignored_instances.bboxes.tensor.tolist()
+    assert ignored == [[100, 8, 160, 68], [8, 8, 68, 68]]
+    assert recorder.given['turned.jpg'][1].gt_instances.bboxes.tensor.tolist() == [[0, 0, 128, 192]]
+    assert len(recorder.given['line.png'][1].gt_instances) == 0
+
+
+def test_training_stops_with_one_line(run_tool, tmp_path):
+    """In a worker process, as users run it."""
+    for split in ('train', 'val'):
+        detection(
+            tmp_path,
+            dict(bad.USABLE, **{'truncated.png': bad.UNUSABLE['truncated.png']}),
+            [],
+            split,
+        )
+    status, said = run_tool(
+        *(PY, TRAIN, DEMOS['detection'], '--work-dir', tmp_path / 'work'),
+        *('--cfg-options', f'data_root={tmp_path}'),
+    )
+    assert status == 2, said
+    assert 'Traceback' not in said
+    assert said.splitlines()[-1].startswith(
+        f'error: {tmp_path}/train/truncated.png: image 15: damaged ('
+    )
+    assert 'tools/check_dataset.py' in said.splitlines()[-1]
+
+
+def loader(task, folder, workers=0, **options):
+    """Build a training's loader of one batch, as the tools do."""
+    options = {f'train_dataloader.{key}': value for key, value in options.items()}
+    config = load_config(str(DEMOS[task]), options={'data_root': str(folder), **options})
+    config.train_dataloader.update(
+        batch_size=16,
+        num_workers=workers,
+        persistent_workers=bool(workers),
+        sampler=dict(type='DefaultSampler', shuffle=False),
+    )
+    runner = SimpleNamespace(build_dataloader=Runner.build_dataloader)
+    name_bad_samples(runner)
+    with DefaultScope.overwrite_default_scope(config.default_scope):
+        return runner.build_dataloader(config.train_dataloader, seed=0)
+
+
+def stops(task, folder, workers=0, **options):
+    """Return the one line that reading a batch ends with."""
+    with pytest.raises(UserError) as error:
+        next(iter(loader(task, folder, workers, **options)))
+    assert '\n' not in str(error.value)
+    assert str(error.value).endswith('(tools/check_dataset.py CONFIG finds all that is wrong)')
+    return str(error.value)
+
+
+@pytest.mark.parametrize('name', bad.UNUSABLE)
+def test_training_names_an_image_that_it_cannot_use(name, tmp_path):
+    detection(tmp_path, {name: bad.UNUSABLE[name]}, [bad.box(1)])
+    if name == 'zeros.jpg':  # OpenCV fills in what is missing, without a word
+        assert next(iter(loader('detection', tmp_path)))['inputs'][0].shape == (3, 128, 192)
+        return
+    said = stops('detection', tmp_path)
+    assert said.startswith(f'{tmp_path}/train/{name}: image 1: ')
+
+
+@pytest.mark.parametrize('name', [name for name, (_, kind) in MAPS.items() if kind])
+@pytest.mark.parametrize('workers', [0, 1])
+def test_training_names_a_label_map_that_it_cannot_use(name, workers, tmp_path):
+    segmentation(tmp_path, 'train', dict(good=MAPS['good'][0], wrong=MAPS[name][0]))
+    said = stops('segmentation', tmp_path, workers)
+    assert said.startswith(f'{tmp_path}/foreground/train/wrong.png: ')
+
+
+def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
+    file = tmp_path / 'annotations/instances_train.json'
+    for classes, missing in (
+        (DIGITS[:9], 'no category 9 (it has 0, 1, 2, 3, 4, 5, 6, 7, 8)'),
+        (('cat', 'dog'), 'no category 0, 1, 2, 3, 4 and 5 more (it has cat, dog)'),
+    ):
+        detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], classes=classes)
+        assert stops('detection', tmp_path).startswith(f'{file}: {missing}: ')
+    # mmdet leaves out every image, and numpy has nothing to join.
+    filters = {'dataset.filter_cfg': dict(filter_empty_gt=True)}
+    assert stops('detection', tmp_path, **filters).startswith(f'{file}: {missing}: ')
+
+
+def test_training_names_what_is_wrong_with_the_annotation_file(tmp_path):
+    whole = {'whole.jpg': bad.USABLE['whole.jpg']}
+    file = tmp_path / 'annotations/instances_train.json'
+    for annotations, said in (
+        ([bad.box(1), bad.box(1)], 'annotation 1: has the id of another: '),
+        ([bad.box(1) | dict(bbox=None)], 'image 1, annotation 1: bbox is None, area is 1200: '),
+    ):
+        detection(tmp_path, whole, annotations)
+        assert stops('detection', tmp_path).startswith(f'{file}: {said}')
+    file.write_bytes(file.read_bytes()[:-20])
+    assert stops('detection', tmp_path).startswith(f'{file}: JSONDecodeError: ')
