@@ -4,6 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdense.apis import config, deploy, options, report_errors, run
+from mmdense.apis.memory import explain_out_of_memory
 
 
 @report_errors
@@ -35,7 +36,8 @@ def main() -> None:
     run.load_weights(runner, args.checkpoint)
     if args.deploy:
         deploy(run.unwrap(runner.model))
-    metrics = runner.test()
+    with explain_out_of_memory(cfg, 'test'):
+        metrics = runner.test()
     if runner.rank == 0:
         table = Table('metric', 'value')
         for name, value in metrics.items():

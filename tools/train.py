@@ -1,6 +1,7 @@
 """Train a detector or a segmentor."""
 
 from mmdense.apis import config, options, report_errors, run
+from mmdense.apis.memory import explain_out_of_memory
 
 
 @report_errors
@@ -53,7 +54,8 @@ def main() -> None:
     if args.auto_scale_lr:
         config.use_auto_scale_lr(cfg)
     config.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
-    run.build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
+    with explain_out_of_memory(cfg, 'train'):
+        run.build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
 
 
 if __name__ == '__main__':
