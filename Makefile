@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 MM ?= mm
 BIN := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Tests run in two processes of a thread each: most of their time is Python's, which has one.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 DEMO ?= configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py
 WORK = work_dirs/$(basename $(notdir $(DEMO)))
@@ -17,12 +19,16 @@ else
 $(info $(MM) on Python $(PY_VERSION) (tested: mm on $(TESTED)): pip chooses the versions)
 endif
 
+# Versions of torch in place of the tested ones.
+TORCH ?=
+OLDEST := torch==2.4.* torchvision==0.19.*
+
 # Threads that wait for one another sleep rather than spin: kinder to a small, shared machine
 # (docs/decisions.md, 10).
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: help setup demo demo-segmentation test test-fast test-openmmlab benchmark lint format check
-.PHONY: tested
+.PHONY: help setup demo demo-segmentation test test-fast test-oldest test-newest test-openmmlab
+.PHONY: benchmark lint format check tested
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /: /' | column -t -s ':'
@@ -31,7 +37,7 @@ setup: $(VENV)/.ready  ## install into .venv, with the versions that were tested
 
 $(VENV)/.ready: setup.py pyproject.toml requirements/tested.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(MM),dev]' $(CONSTRAINTS)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(MM),dev]' $(TORCH) $(CONSTRAINTS)
 	touch $@
 
 demo: setup  ## make data, train DEMO (a config), evaluate it, draw what it sees
@@ -49,10 +55,15 @@ test: setup  ## run all tests, as CI does
 test-fast: setup  ## run the tests of the daily loop
 	$(PYTEST) -m 'not slow'
 
-test-openmmlab:  ## run fast tests and a short training on the original MM packages
-	$(MAKE) setup VENV=.venv-openmmlab MM=openmmlab
-	.venv-openmmlab/bin/python -m pytest -m 'not slow'
-	.venv-openmmlab/bin/python -m pytest tests/tools -k 'not two_processes'
+test-oldest:  ## run all tests on the oldest torch that is supported
+	$(MAKE) test VENV=.venv-oldest TORCH='$(OLDEST)' CONSTRAINTS=
+
+test-newest:  ## run all tests on the newest versions that pip finds
+	rm -rf .venv-newest
+	$(MAKE) test VENV=.venv-newest CONSTRAINTS=
+
+test-openmmlab:  ## run all tests on the original MM packages
+	$(MAKE) test VENV=.venv-openmmlab MM=openmmlab
 
 RECORD ?= benchmarks/results/cpu.json
 COMPARE = $(BIN)/python tools/benchmark.py compare --json $(RECORD)

@@ -27,7 +27,7 @@ OPENMMLAB = [
 ]
 DEMO = ['scikit-learn>=1.3', 'pillow>=9.1', 'rich', 'matplotlib']
 ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
-TEST = [*DEMO, *ONNX, 'pytest>=8']
+TEST = [*DEMO, *ONNX, 'pytest>=8', 'pytest-xdist>=3.6']
 
 setup(
     name='mmdense',
