@@ -155,14 +155,15 @@ def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     """
     work_dir = Path(work_dir)
     pointer = work_dir / 'last_checkpoint'
-    named = pointer.read_text().strip() if pointer.is_file() else None
+    named = pointer.read_text().strip() if pointer.is_file() else ''
     if named and ('://' in named or Path(named).is_dir()):
         return named, {}
-    folders = {work_dir, Path(named or pointer).parent}
-    files = {file for folder in folders for file in folder.glob('*.pth')} - {Path(named or '')}
+    first = [Path(named)] if named else []
+    folders = {work_dir, *(file.parent for file in first)}
+    files = {file for folder in folders for file in folder.glob('*.pth')}.difference(first)
     newest = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    refused = [] if named is None or named else [f'{pointer} is empty']
-    for file in [Path(named)] * bool(named) + newest:
+    refused = [f'{pointer} is empty'] if pointer.is_file() and not named else []
+    for file in first + newest:
         try:
             held = read_training(file)
         except UserError as error:

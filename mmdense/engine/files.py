@@ -15,6 +15,7 @@ import re
 import shutil
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,10 @@ PART = '.part'  # ends the name of a file that is being written
 # What a disk that takes no more says: full, quota, read-only, a limit of the process.
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 META = 'mmdense_meta'  # entry of a safetensors file's metadata
+TAR_AT, TAR = 257, b'ustar'
+# Tensors may share values, such as tied weights, and averages at the start: so often at most.
+REPEATED = 16
+SMALL = 1 << 26  # bytes that nobody minds
 # How files begin that are taken for weights by mistake.
 MISTAKEN = {
     b'version https://git-lfs': 'a Git LFS pointer: run git lfs pull',
@@ -113,19 +118,19 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
         map_location: Device that the tensors go to.
 
     Returns:
-        A dict; for safetensors ``dict(state_dict=..., meta=...)``, whose ``meta`` is the file's
+        A dict, without ``meta['config']``; for safetensors ``dict(state_dict=..., meta=...)``, whose ``meta`` is the file's
         metadata.
 
     Raises:
-        UserError: No file, an empty, damaged or foreign one, or one that would have to be
-            unpickled.
+        UserError: No file, an empty, damaged or foreign one, one that would have to be unpickled,
+            or one that would take far more memory than its size.
     """
     file = Path(file).expanduser()
     try:
         if not file.is_file():
             raise UserError(f'no file {file}' + (': it is a folder' if file.is_dir() else ''))
         with file.open('rb') as opened:
-            begin = opened.read(64)
+            begin = opened.read(TAR_AT + len(TAR))
         if not begin:
             raise UserError(f'{file} is empty (0 bytes): download it again')
         if begin[8:9] == b'{' and int.from_bytes(begin[:8], 'little') < file.stat().st_size:
@@ -134,14 +139,56 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
             for mistaken, what in MISTAKEN.items():
                 if begin.lstrip().startswith(mistaken):
                     raise UserError(f'{file} is no checkpoint, but {what}')
+            if begin[TAR_AT:] == TAR:  # torch would unpack it, links and all
+                raise UserError(f'{file} is a tar archive: unpack it, and name the file inside')
+            if zipfile.is_zipfile(file):
+                _check_archive(file)
             held = _read_torch(file, map_location)
+            _check_tensors(held, file)
     except UserError:
         raise
     except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
         raise UserError(f'{file} is damaged, or no checkpoint ({reason_of(error)})') from error
     if not isinstance(held, dict):
         raise UserError(f'{file} holds a {type(held).__name__}, not a checkpoint')
+    if isinstance(held.get('meta'), dict):
+        # mmengine would run it as a Python program when it resumes; no version of it writes that.
+        held['meta'].pop('config', None)
     return held
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse an archive that unpacks to more than there is: torch compresses nothing."""
+    with zipfile.ZipFile(file) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > file.stat().st_size:
+        raise UserError(
+            f'{file} has {file.stat().st_size:.3g} bytes and would unpack to {size:.3g}: torch '
+            'writes no such files'
+        )
+
+
+def _check_tensors(held: Any, file: Path) -> None:
+    """Refuse tensors without values, and those that repeat a few values a million times."""
+    todo, seen, size = [held], set(), 0
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, list | tuple):
+            todo += value
+        elif isinstance(value, Tensor):
+            if value.is_meta:
+                raise UserError(f'{file} holds tensors without values')
+            size += value.numel() * value.element_size()
+    if size > max(REPEATED * file.stat().st_size, SMALL):
+        raise UserError(
+            f'{file} has {file.stat().st_size:.3g} bytes, but its tensors would take {size:.3g}: '
+            'it is damaged, or made to fill the memory'
+        )
 
 
 def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
@@ -246,19 +293,21 @@ def write_whole(file: Path, content: bytes | memoryview) -> None:
     """
     part = file.with_name(f'.{file.name}{PART}')
     try:
-        with part.open('wb') as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        part.replace(file)
-        _flush_folder(file.parent)
+        try:
+            with part.open('wb') as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+            part.replace(file)
+            _flush_folder(file.parent)
+        finally:
+            if part.exists():  # a read-only system would refuse to remove even what isn't there
+                part.unlink()
     except OSError as error:
         raise WriteError(
             f'cannot write {file}: {error.strerror} ({len(content) / 1e6:.1f} MB needed, '
             f'{_free(file.parent)})'
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:

@@ -31,7 +31,7 @@ from mmdense.registry import LOOPS
 
 __all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']
 
-MODEL, BATCH = 0, 1  # what is seeded: neither may draw the numbers of the other
+MODEL, BATCH, VALIDATION = range(3)  # what is seeded: none may draw the numbers of another
 # Entries of the message hub, which is part of each checkpoint.
 EPOCH, VALIDATED = 'epoch_begun', 'validated_at'
 
@@ -112,6 +112,7 @@ class _Resumable:
         known = runner.message_hub.runtime_info.get(VALIDATED)
         if runner.val_loop is None or not due or known == self._iter:
             return
+        seed_all(*self._key(VALIDATION), self._iter)
         try:
             runner.val_loop.run()
         except Stopped:

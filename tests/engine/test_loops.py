@@ -1,0 +1,216 @@
+"""Runs that end early and go on, with a model of one layer."""
+
+import itertools
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
+from torch import nn
+
+from mmdense.engine import read_checkpoint
+from mmdense.engine.stopping import STATUS
+
+NUMBERS = itertools.count()
+LOOPS = dict(
+    epochs=dict(type='mmdense.EpochBasedTrainLoop', max_epochs=3, val_interval=2),
+    iterations=dict(type='mmdense.IterBasedTrainLoop', max_iters=12, val_interval=5),
+)
+
+
+@pytest.fixture(autouse=True)
+def _quiet(monkeypatch):
+    """Leave out the report on the machine, which takes longer than the runs."""
+    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
+    yield
+    DefaultScope._instance_dict.clear()
+
+
+class Dropped(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x, mode):
+        out = self.layer(nn.functional.dropout(x, 0.5, self.training))
+        return dict(loss=out.square().mean()) if mode == 'loss' else list(out)
+
+
+class Noisy(torch.utils.data.Dataset):
+    metainfo = None
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return dict(x=index + torch.rand(4))
+
+
+class Count(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results += data_samples
+
+    def compute_metrics(self, results):
+        return dict(score=sum(r.item() for r in results), count=next(NUMBERS))
+
+
+class Act(Hook):
+    """Do something after an iteration, or while a validation runs."""
+
+    def __init__(self, at, act, validating=False):
+        self.at, self.act, self.validating = at, act, validating
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.at and not self.validating:
+            self.act()
+
+    def before_val_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter == self.at and self.validating:
+            self.act()
+
+
+def tell():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accumulate=1, seed=0):
+    torch.manual_seed(0)
+    by_epoch = kind == 'epochs'
+    saved = dict(type='mmdense.CheckpointHook', by_epoch=by_epoch, interval=2 if by_epoch else 4)
+    loader = dict(
+        batch_size=batch_size,
+        num_workers=0,
+        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
+        dataset=Noisy(),
+        collate_fn=dict(type='default_collate'),
+    )
+    return Runner(
+        Dropped(),
+        str(folder),
+        train_dataloader=loader,
+        val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
+        train_cfg=dict(LOOPS[kind]),
+        val_cfg=dict(),
+        val_evaluator=dict(type=Count),
+        optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1), accumulative_counts=accumulate),
+        param_scheduler=dict(type='PolyLR', by_epoch=False, end=12, eta_min=0.001),
+        default_hooks=dict(checkpoint=saved if checkpoint is None else checkpoint),
+        custom_hooks=[dict(type='EMAHook'), *hooks],
+        load_from=resume,
+        resume=resume is not None,
+        randomness=dict(seed=seed),
+        experiment_name=f'{folder.name}-{len(hooks)}-{resume}-{accumulate}-{kind}',
+        log_level='WARNING',
+    )
+
+
+def state(runner):
+    hub = runner.message_hub.log_scalars
+    history = {k: hub[k].data[0].tolist() for k in ('train/loss', 'train/lr', 'val/score')}
+    average = next(hook for hook in runner.hooks if hasattr(hook, 'ema_model')).ema_model
+    weights = {**runner.model.state_dict(), **average.state_dict()}
+    return history, {name: tensor.tolist() for name, tensor in weights.items()}
+
+
+def last(folder):
+    return (folder / 'last_checkpoint').read_text()
+
+
+@pytest.mark.parametrize('validating', [False, True])
+@pytest.mark.parametrize('kind', LOOPS)
+def test_a_run_that_was_told_to_stop_ends_alike(kind, validating, tmp_path):
+    whole = build(tmp_path / 'whole', kind)
+    whole.train()
+    at = dict(epochs=8, iterations=5)[kind] if validating else 6
+    runner = build(tmp_path / 'told', kind, Act(at, tell, validating))
+    with pytest.raises(SystemExit) as ended:
+        runner.train()
+    assert ended.value.code == STATUS
+    assert last(tmp_path / 'told') == str(tmp_path / 'told/interrupted.pth')
+    meta = read_checkpoint(last(tmp_path / 'told'))['meta']
+    assert (meta['epoch'], meta['iter']) == (at // 4 if kind == 'epochs' else 0, at)
+    rest = build(tmp_path / 'told', kind, resume=last(tmp_path / 'told'))
+    rest.train()
+    assert len(state(whole)[0]['train/loss']) == 12
+    assert len(state(whole)[0]['val/score']) == dict(epochs=2, iterations=3)[kind]
+    assert state(rest) == state(whole)
+    assert not (tmp_path / 'told/interrupted.pth').exists()
+    assert sorted(f.name for f in (tmp_path / 'told').glob('*.pth')) == sorted(
+        f.name for f in (tmp_path / 'whole').glob('*.pth')
+    )
+
+
+@pytest.mark.parametrize('kind', LOOPS)
+def test_seeds_differ(kind, tmp_path):
+    one, other = (build(tmp_path / str(seed), kind, seed=seed) for seed in (0, 1))
+    one.train()
+    other.train()
+    assert state(one)[0]['train/loss'] != state(other)[0]['train/loss']
+
+
+def test_it_stops_where_no_gradients_are_pending(tmp_path):
+    runner = build(tmp_path, 'epochs', Act(4, tell), accumulate=3)
+    with pytest.raises(SystemExit):
+        runner.train()
+    assert read_checkpoint(last(tmp_path))['meta']['iter'] == 6
+
+
+def test_another_batch_size_goes_on_after_the_same_share(tmp_path):
+    with pytest.raises(SystemExit):
+        build(tmp_path, 'epochs', Act(6, tell)).train()
+    seen = []
+    runner = build(tmp_path, 'epochs', batch_size=1, resume=last(tmp_path))
+    runner.register_hook(Act(None, None))
+    runner.hooks[-1].after_train_iter = lambda runner, batch_idx, **more: seen.append(batch_idx)
+    runner.train()
+    assert seen[:5] == [4, 5, 6, 7, 0]  # two of four batches are four of eight
+
+
+def test_without_checkpoints_it_says_that_nothing_is_kept(tmp_path, caplog):
+    runner = build(tmp_path, 'epochs', Act(2, tell), checkpoint=dict(type=Act, at=0, act=None))
+    said = []
+    runner.logger.warning = said.append
+    with pytest.raises(SystemExit):
+        runner.train()
+    assert said == [
+        'SIGTERM: stopped after 2 of 12; nothing is kept, as the config saves no checkpoints'
+    ]
+
+
+def test_what_is_replaced_goes_after_what_replaces_it(tmp_path, monkeypatch):
+    """mmengine's hook deletes first: a process that was killed in between had neither."""
+    hook = dict(
+        type='mmdense.CheckpointHook',
+        interval=1,
+        max_keep_ckpts=1,
+        save_best='count',
+        rule='greater',
+    )
+    seen = set()
+    replace = Path.replace
+
+    def note(part, file):
+        seen.add((file.name, *sorted(f.name for f in tmp_path.glob('*.pth'))))
+        return replace(part, file)
+
+    monkeypatch.setattr(Path, 'replace', note)
+    build(tmp_path, 'epochs', checkpoint=hook).train()
+    assert ('epoch_3.pth', 'best_count_epoch_2.pth', 'epoch_2.pth') in seen
+    assert ('best_count_epoch_3.pth', 'best_count_epoch_2.pth', 'epoch_3.pth') in seen
+    assert sorted(f.name for f in tmp_path.glob('*.pth')) == [
+        'best_count_epoch_3.pth',
+        'epoch_3.pth',
+    ]
+
+
+def test_a_part_of_a_killed_run_is_removed_at_the_next_start(tmp_path):
+    (tmp_path / '.epoch_1.pth.part').touch()
+    (tmp_path / '.other').touch()
+    build(tmp_path, 'iterations').train()
+    assert [f.name for f in tmp_path.glob('.*')] == ['.other']

@@ -1,0 +1,107 @@
+"""Random numbers by iteration, in the main process and in workers."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from mmengine.dataset import DefaultSampler, InfiniteSampler
+from torch.utils.data import DataLoader, Dataset
+
+from mmdense.engine.seeding import NumberedBatches, seed_all
+
+
+def draws():
+    return [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+
+
+def test_all_generators_are_seeded_by_all_numbers():
+    seed_all(1, 2)
+    one = draws()
+    seed_all(1, 2)
+    assert draws() == one
+    for key in ((1, 3), (2, 2), (1,)):
+        seed_all(*key)
+        other = draws()
+        assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+class Drawing(Dataset):
+    """Samples that are their index, and one number of each generator."""
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return [index, *draws()]
+
+
+class Whole(Drawing):
+    """One that has a way of its own to load a batch."""
+
+    def __getitems__(self, indices):
+        return [[-index, *draws()] for index in indices]
+
+
+def load(sampler, *, workers=0, skip=0, count=5, data=None, key=(1,), **more):
+    """Return batches with their numbers, the first of them ``skip``."""
+    data = data or Drawing()
+    loader = DataLoader(
+        data, 2, sampler=sampler(data, seed=3), num_workers=workers, collate_fn=list, **more
+    )
+    batches = NumberedBatches(loader, endless=sampler is InfiniteSampler)
+    assert list(loader) == []  # not begun
+    batches.start(key, first=skip, skip=skip)
+    assert len(loader) == 5
+    return [batch for batch, _ in zip(loader, range(count), strict=False)]
+
+
+@pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
+def test_a_batch_depends_on_its_number_alone(sampler):
+    plain = load(sampler)
+    assert len(plain) == 5
+    samples = [sample for batch in plain for sample in batch]
+    assert sorted(sample[0] for sample in samples) == list(range(10))
+    assert len({sample[1] for sample in samples}) == 10
+    assert load(sampler, skip=3) == plain[3:] + load(sampler, skip=5, count=3)
+    assert load(sampler, key=(2,)) != plain
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('persistent', [False, True])
+def test_workers_draw_what_the_main_process_does(persistent):
+    plain = load(InfiniteSampler, count=8)
+    more = dict(workers=2, persistent_workers=persistent)
+    assert load(InfiniteSampler, count=8, **more) == plain
+    assert load(InfiniteSampler, skip=3, **more) == plain[3:]
+
+
+def test_an_endless_sampler_of_one_pass_is_told_the_epoch():
+    data = Drawing()
+    loader = DataLoader(data, 2, sampler=DefaultSampler(data, seed=3), collate_fn=list)
+    batches = NumberedBatches(loader, endless=True)
+    batches.start((1,), first=0, skip=0)
+    stream = [sample[0] for batch, _ in zip(loader, range(10), strict=False) for sample in batch]
+    assert sorted(stream) == sorted([*range(10)] * 2)
+    assert stream[:10] != stream[10:]
+    batches.start((1,), first=7, skip=7)
+    assert [s[0] for batch, _ in zip(loader, range(3), strict=False) for s in batch] == stream[14:]
+
+
+def test_a_data_set_may_load_whole_batches_and_be_read_by_another_loader():
+    data = Whole()
+    plain = load(DefaultSampler, data=data)
+    assert all(sample[0] <= 0 for batch in plain for sample in batch)
+    assert load(DefaultSampler, data=Whole()) == plain
+    other = next(iter(DataLoader(data, 2, collate_fn=list)))
+    assert [sample[0] for sample in other] == [0, -1]
+
+
+def test_a_loader_may_be_numbered_again():
+    data = Drawing()
+    loader = DataLoader(data, 2, sampler=DefaultSampler(data, seed=3), collate_fn=list)
+    first = NumberedBatches(loader, endless=False)
+    second = NumberedBatches(loader, endless=False)
+    assert second.inner is first.inner
+    assert second.sampler is loader.sampler
+    assert second.batch_size == 2
