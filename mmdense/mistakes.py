@@ -7,11 +7,12 @@ is read from the frames that they were raised in, so a fault inside a model keep
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import linecache
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -20,7 +21,7 @@ from mmengine.registry import Registry, build_from_cfg
 
 from mmdense.errors import UserError, suggest
 
-__all__ = ['arguments', 'explain', 'explained']
+__all__ = ['arguments', 'check_keys', 'explain', 'explained']
 
 # Where names are looked up: function -> its variables for the name and for what it found.
 LOOKUPS = dict(
@@ -182,6 +183,19 @@ def arguments(built: Callable) -> list[str]:
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
     return list(names)
+
+
+def check_keys(node: Mapping[str, Any], registry: Registry) -> None:
+    """Look for misspelt keys where ``**kwargs`` takes any, and nobody would say so.
+
+    Raises:
+        UserError: A key that isn't, but almost is, the name of an argument.
+    """
+    kind = node['type']
+    known = arguments(registry.get(kind) if isinstance(kind, str) else kind)
+    for key in node:
+        if key not in known and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
+            raise UserError(f'{kind} has no argument {key!r}{suggest(key, known)}')
 
 
 def _refused(error: Exception, frames: list[FrameType]) -> str | None:

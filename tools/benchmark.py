@@ -217,7 +217,7 @@ def run_cost(args: argparse.Namespace) -> None:
 def cost_table(row: dict) -> Table:
     """Return what the parts of a config cost, with their shares of the whole."""
     at = ' at {} x {}'.format(*row['size']) if row['size'] else ''
-    table = Table('part', title=f'{Path(row["config"]).stem}{at}', title_justify='left')
+    table = Table('part', title=f'{escape(Path(row["config"]).stem)}{at}', title_justify='left')
     for title, _ in COLUMNS.values():
         table.add_column(title, justify='right')
     whole = {key: sum(part[key] for part in row['parts'].values()) for key in COLUMNS}
@@ -279,7 +279,7 @@ def run_sweep(args: argparse.Namespace) -> None:
             progress=status.update,
         )
     failed = [b.name for b in backbones if sweep.state(b.name)['status'] != 'done']
-    console.print(f'report: {folder / "report.html"}', soft_wrap=True)
+    console.print(f'report: {folder / "report.html"}', soft_wrap=True, markup=False)
     if failed:
         sys.exit(f'failed: {", ".join(failed)} (logs: {folder}/runs/*/output.log)')
 
@@ -341,7 +341,7 @@ def run_memory(args: argparse.Namespace) -> None:
     batch = min(batch, cost.largest(gpu_bytes))
     changes = ' '.join(settings(cfg, cost.mode, batch))
     how = f'with --cfg-options {changes}' if changes else 'with the config as it is'
-    console.print(f'A batch of {batch} per GPU fits {how}.', soft_wrap=True)
+    console.print(f'A batch of {batch} per GPU fits {how}.', soft_wrap=True, markup=False)
 
 
 def be_quiet() -> None:

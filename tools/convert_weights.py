@@ -43,12 +43,15 @@ def main() -> None:
     console = Console(soft_wrap=True)
     console.print(
         f'{args.target}: {done.tensors} tensors from the format {done.format}; left out: '
-        f'{", ".join(done.dropped) or "nothing"}'
+        f'{", ".join(done.dropped) or "nothing"}',
+        markup=False,
     )
     if not done.coverage and not done.compared:
         console.print('whether these fill a network was not checked: --config or --check does')
     if done.coverage:
-        console.print(f'{done.coverage.model}:\n{done.coverage.table()}', highlight=False)
+        console.print(
+            f'{done.coverage.model}:\n{done.coverage.table()}', highlight=False, markup=False
+        )
     if done.compared:
         differences = ', '.join(f'{difference:.1e}' for difference in done.differences)
         console.print(f'maps of {done.compared} differ by {differences} of their largest value')

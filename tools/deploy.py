@@ -85,7 +85,8 @@ def main() -> None:
     unknown = sum((cost.not_counted for cost in costs), Counter())
     if unknown:
         console.print(not_counted(unknown), soft_wrap=True)
-    console.print(f'checkpoint: {out}; config: {out.with_suffix(".py")}', soft_wrap=True)
+    written = f'checkpoint: {out}; config: {out.with_suffix(".py")}'
+    console.print(written, soft_wrap=True, markup=False)
 
 
 if __name__ == '__main__':

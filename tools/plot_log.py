@@ -46,7 +46,7 @@ def main() -> None:
         table.add_section()
     console = Console()
     console.print(table)
-    console.print(f'picture: {args.out}', soft_wrap=True)
+    console.print(f'picture: {args.out}', soft_wrap=True, markup=False)
 
 
 def show(point: tuple[int, float] | None) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """Test a trained detector or segmentor."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mmdense.apis import config, deploy, options, report_errors, run
@@ -41,7 +42,7 @@ def main() -> None:
     if runner.rank == 0:
         table = Table('metric', 'value')
         for name, value in metrics.items():
-            table.add_row(name, f'{value:.3f}')
+            table.add_row(escape(name), f'{value:.3f}')
         Console().print(table)
 
 

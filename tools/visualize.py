@@ -34,7 +34,8 @@ def main() -> None:
             if key in metrics[-1]:
                 table.add_row(name, f'{metrics[-1][key]:.3f}')
         console.print(table)
-    console.print(f'pictures: {out / "predictions.png"} {out / "curves.png"}', soft_wrap=True)
+    written = f'pictures: {out / "predictions.png"} {out / "curves.png"}'
+    console.print(written, soft_wrap=True, markup=False)
 
 
 if __name__ == '__main__':

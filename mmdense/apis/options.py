@@ -21,6 +21,17 @@ _HIDDEN = '\0{}\0'
 class _Settings(DictAction):
     """mmengine's KEY=VALUE, where a quoted element stays text: classes="('0','1')" names digits."""
 
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: Any, values: Any, *args: Any
+    ) -> None:
+        for text in values:
+            if '=' not in text:
+                parser.error(f'--cfg-options {text}: write KEY=VALUE')
+        try:
+            super().__call__(parser, namespace, values, *args)
+        except (AssertionError, RecursionError):
+            parser.error(f"--cfg-options {' '.join(values)[:200]}: its brackets don't match")
+
     @staticmethod
     def _parse_iterable(val: str) -> Any:
         if _QUOTED.fullmatch(val):  # quotes around the whole mean nothing, as in mmengine

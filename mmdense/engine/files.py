@@ -118,8 +118,8 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
         map_location: Device that the tensors go to.
 
     Returns:
-        A dict, without ``meta['config']``; for safetensors ``dict(state_dict=..., meta=...)``, whose ``meta`` is the file's
-        metadata.
+        A dict, without ``meta['config']``; for safetensors ``dict(state_dict=..., meta=...)``,
+        whose ``meta`` is the file's metadata.
 
     Raises:
         UserError: No file, an empty, damaged or foreign one, one that would have to be unpickled,
@@ -163,8 +163,8 @@ def _check_archive(file: Path) -> None:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > file.stat().st_size:
         raise UserError(
-            f'{file} has {file.stat().st_size:.3g} bytes and would unpack to {size:.3g}: torch '
-            'writes no such files'
+            f'{file} has {file.stat().st_size / 1e6:.3g} MB, but would unpack to {size / 1e6:.3g} '
+            'MB: torch writes no such files'
         )
 
 
@@ -186,8 +186,8 @@ def _check_tensors(held: Any, file: Path) -> None:
             size += value.numel() * value.element_size()
     if size > max(REPEATED * file.stat().st_size, SMALL):
         raise UserError(
-            f'{file} has {file.stat().st_size:.3g} bytes, but its tensors would take {size:.3g}: '
-            'it is damaged, or made to fill the memory'
+            f'{file} has {file.stat().st_size / 1e6:.3g} MB, but its tensors would take '
+            f'{size / 1e6:.3g} MB: it is damaged, or made to fill the memory'
         )
 
 
