@@ -2,6 +2,10 @@
 
 R: RoIs, rows of (image index, x1, y1, x2, y2); C: channels; H, W: size of the maps [N, C, H, W];
 P, Q: size of the outputs [R, C, P, Q]. Pairs are (y, x) unless said otherwise.
+
+A RoI that isn't finite, as a diverging network proposes it, gives NaN and sends back no gradient:
+torchvision's kernel would read anywhere in memory for it. One of an image that isn't there is an
+IndexError.
 """
 
 import torch
@@ -33,10 +37,12 @@ def roi_align_forward(
     both modes; mmcv's max pooling leaves its smallest number there.
     """
     input, rois = widen(input, rois)
+    rois, bad = _usable(rois, len(input))
     size = aligned_height, aligned_width
     roi_align = torch.ops.torchvision.roi_align
     if pool_mode != MAX:
         output.copy_(roi_align(input, rois, spatial_scale, *size, sampling_ratio, aligned))
+        output[bad] = torch.nan
         return
     corner, side = _frames(rois, spatial_scale, aligned)
     grids = (side / side.new_tensor(size)).ceil().long().clamp(min=0)
@@ -66,6 +72,8 @@ def roi_align_forward(
                 at = (place + index + 0.5).to(side) / fine[axis]
                 origin, length = (v[rows, axis, None, None, None] for v in (corner, side))
                 out[rows] = (origin + at * length).to(out)
+    output[bad] = torch.nan
+    argmax_y[bad] = -1
 
 
 @torch.no_grad()
@@ -84,8 +92,11 @@ def roi_align_backward(
 ) -> None:
     """Write the gradient of the maps to ``grad_input`` [N, C, H, W]."""
     grad, rois, y, x = widen(grad_output, rois, argmax_y, argmax_x)
+    rois, bad = _usable(rois, len(grad_input))
     if pool_mode != MAX:
         size = aligned_height, aligned_width
+        if bad.numel():
+            grad = grad.index_fill(0, bad, 0)
         grad_input.copy_(
             torch.ops.torchvision._roi_align_backward(
                 grad, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
@@ -123,6 +134,7 @@ def roi_pool_forward(
     """
     channels, height, width = input.shape[1:]
     (rois,) = widen(rois)
+    rois, bad = _usable(rois, len(input))
     low, high = rois[:, 1:3] * spatial_scale, (rois[:, 3:] + 1) * spatial_scale
     x, x_count = _bin_edges(low[:, 0], high[:, 0], pooled_width, width)
     y, y_count = _bin_edges(low[:, 1], high[:, 1], pooled_height, height)
@@ -152,6 +164,8 @@ def roi_pool_forward(
     shape = rois.size(0), pooled_height, pooled_width, channels
     output.copy_(best.view(shape).permute(0, 3, 1, 2))
     argmax.copy_(where.view(shape).permute(0, 3, 1, 2))
+    output[bad] = torch.nan
+    argmax[bad] = -1
 
 
 @torch.no_grad()
@@ -166,10 +180,22 @@ def roi_pool_backward(
 ) -> None:
     """Write the gradient of the maps to ``grad_input`` [N, C, H, W]."""
     (grad,) = widen(grad_output)
+    rois, _ = _usable(rois, len(grad_input))
     total = grad.new_zeros(grad_input.numel())
     index = _planes(rois, grad_input) + argmax.clamp(min=0)
     total.scatter_add_(0, index.flatten(), (grad * (argmax >= 0)).flatten())
     grad_input.copy_(total.view_as(grad_input))
+
+
+def _usable(rois: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Return RoIs that the kernels can take, and the indices of those that weren't finite."""
+    finite = rois.isfinite().all(1)
+    rois = rois.where(finite[:, None], 0)
+    inside = (rois[:, 0] >= 0) & (rois[:, 0] < images)
+    if not inside.all():
+        wanted = rois[~inside, 0][0].item()
+        raise IndexError(f'a RoI of image {wanted:g}, where there are {images} images')
+    return rois, (~finite).nonzero()[:, 0]
 
 
 def _frames(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 import pytest
+import references
 import torch
-import torch.nn.functional as F
 from mmcv.ops import SigmoidFocalLoss, sigmoid_focal_loss, softmax_focal_loss
 from torch.autograd import gradcheck
 
@@ -17,10 +17,6 @@ def target(device):
     return torch.tensor(TARGET, device=device)
 
 
-def by_definition(prob, alpha, gamma):
-    return -alpha * (1 - prob) ** gamma * prob.log()
-
-
 def test_sigmoid_by_hand(device):
     # At logit 0 all probabilities are 1/2: log 2 / 4, times alpha or 1 - alpha.
     loss = sigmoid_focal_loss(
@@ -34,28 +30,40 @@ def test_sigmoid_by_hand(device):
 @pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])
 def test_sigmoid_equals_its_definition(logits, target, gamma, alpha):
     logits.requires_grad_()
-    hot = F.one_hot(target, 4)[:, :3].double()
-    prob = logits.sigmoid()
-    expected = hot * by_definition(prob, alpha, gamma)
-    expected = expected + (1 - hot) * by_definition(1 - prob, 1 - alpha, gamma)
+    exact = logits.detach().cpu().requires_grad_()
+    expected = references.sigmoid_focal_loss(exact, target.cpu(), gamma, alpha)
     loss = sigmoid_focal_loss(logits, target, gamma, alpha, None, 'none')
-    torch.testing.assert_close(loss, expected)
-    grads = [torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected)]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(loss.cpu(), expected)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(grad.cpu(), torch.autograd.grad(expected.sum(), exact)[0])
+
+
+def test_sigmoid_of_sure_mistakes_is_the_logit(device):
+    """1 - p would be 0 in float32, and its logarithm whatever it is clamped to."""
+    logits = torch.tensor([[17.0, 30, 80]], device=device)
+    loss = sigmoid_focal_loss(logits, torch.tensor([3], device=device), 2.0, 0.25, None, 'none')
+    torch.testing.assert_close(loss, 0.75 * logits)
+
+
+@pytest.mark.parametrize('gamma', [0.0, 0.5, 1.0])
+def test_softmax_of_certainty_has_a_gradient(device, gamma):
+    logits = torch.tensor([[200.0, 0]], device=device, requires_grad=True)
+    target = torch.tensor([0], device=device)
+    softmax_focal_loss(logits, target, gamma, 0.25, None, 'sum').backward()
+    assert not logits.grad.any()
 
 
 @pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])
 def test_softmax_equals_its_definition(logits, target, gamma, alpha):
     target = target % 3
     logits.requires_grad_()
-    prob = logits.softmax(1).gather(1, target[:, None])[:, 0]
-    expected = by_definition(prob, alpha, gamma)
+    prob = logits.detach().softmax(1).cpu()
+    expected, slope = references.softmax_focal_loss(prob, target.cpu(), gamma, alpha)
     loss = softmax_focal_loss(logits, target, gamma, alpha, None, 'none')
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss.cpu(), expected)
     # mmcv's own backward can't broadcast the gradient of single losses.
     loss = softmax_focal_loss(logits, target, gamma, alpha, None, 'sum')
-    grads = [torch.autograd.grad(value.sum(), logits)[0] for value in (loss, expected)]
-    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0].cpu(), slope)
 
 
 @pytest.mark.parametrize('function', [sigmoid_focal_loss, softmax_focal_loss])

@@ -7,6 +7,7 @@ where there is one. A case is its operator and its seed. This runs one alone, an
 """
 
 import random
+import subprocess
 import sys
 from functools import partial
 
@@ -544,13 +545,100 @@ def test_further_cases(operator, device):
         case(operator, seed, device)
 
 
-def test_ten_thousand_cases_reach_every_operator():
-    assert sum(CASES.values()) >= 10_000
+def test_cases_reach_every_operator(monkeypatch):
     called = set()
-    for name in _ext.__all__:
-        if not name.startswith('get_compil'):
-            called.add(name)
-    assert called
+
+    def watch(name, operator):
+        return lambda *args, **options: called.add(name) or operator(*args, **options)
+
+    names = {name for name in _ext.__all__ if not name.startswith('get_')}
+    for module in (_ext, sys.modules['mmcv._ext']):
+        for name in names:
+            monkeypatch.setattr(module, name, watch(name, getattr(module, name)))
+    for operator in OPERATORS:
+        for seed in range(8):
+            case(operator, seed)
+    assert called == names
+    assert sum(CASES.values()) >= 10_000
+
+
+MISTAKES = """
+import torch
+from torch import rand as r
+import mmdense
+from mmdense.ops import _ext
+from mmcv import ops
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as Attention
+
+sizes = dict(kernel_h=3, kernel_w=3, stride_h=1, stride_w=1, pad_h=1, pad_w=1, dilation_h=1)
+sizes |= dict(dilation_w=1, group=1, deformable_group=1, with_bias=False)
+none, index = r(0), torch.tensor([0])
+for mistake in (
+    lambda: _ext.nms(r(4, 3), r(4), 0.5, 0),
+    lambda: _ext.nms(r(4, 4), r(3), 0.5, 0),
+    lambda: _ext.softnms(r(4, 4), r(3), r(4, 5), 0.5, 0.5, 0.1, 1, 0),
+    lambda: _ext.softnms(r(4, 4), r(4), r(2, 5), 0.5, 0.5, 0.1, 1, 0),
+    lambda: _ext.nms_match(r(4, 3), 0.5),
+    lambda: _ext.bbox_overlaps(r(4, 4), r(3, 4), r(4, 4), 0, False, 0),
+    lambda: _ext.bbox_overlaps(r(4, 4), r(3, 4), r(4), 0, True, 0),
+    lambda: ops.roi_align(r(1, 2, 4, 4), torch.tensor([[5.0, 0, 0, 3, 3]]), 2),
+    lambda: ops.roi_align(r(1, 2, 4, 4).long(), r(3, 5) * 0, 2),
+    lambda: ops.roi_align(r(1, 2, 4, 4).double(), r(3, 5) * 0, 2),
+    lambda: _ext.roi_align_forward(
+        r(1, 2, 4, 4), r(3, 4) * 0, r(3, 2, 2, 2), none, none, 2, 2, 1.0, 2, 1, True
+    ),
+    lambda: ops.roi_pool(r(1, 2, 4, 4), torch.tensor([[-1.0, 0, 0, 3, 3]]), 2),
+    lambda: ops.deform_conv2d(r(1, 4, 5, 5), r(1, 17, 5, 5), r(2, 4, 3, 3), 1, 1),
+    lambda: ops.deform_conv2d(r(1, 3, 5, 5), r(1, 18, 5, 5), r(2, 4, 3, 3), 1, 1),
+    lambda: ops.deform_conv2d(
+        r(1, 4, 5, 5).long(), r(1, 18, 5, 5).long(), r(2, 4, 3, 3).long(), 1, 1
+    ),
+    lambda: ops.modulated_deform_conv2d(
+        r(2, 4, 5, 5), r(2, 18, 5, 5), r(1, 9, 5, 5), r(2, 4, 3, 3), None, 1, 1
+    ),
+    lambda: _ext.modulated_deform_conv_forward(
+        r(1, 4, 5, 5), r(2, 4, 3, 3), none, none, r(1, 18, 5, 5), r(1, 8, 5, 5), r(1, 2, 5, 5),
+        none, **sizes
+    ),
+    lambda: _ext.sigmoid_focal_loss_forward(r(3, 4), torch.tensor([1]), none, r(3, 5), 2.0, 0.5),
+    lambda: ops.softmax_focal_loss(r(3, 4), torch.tensor([1, 2, 4])),
+    lambda: ops.softmax_focal_loss(r(3, 4), torch.tensor([1, 2, 10**12])),
+    lambda: Attention.apply(
+        r(1, 20, 2, 3), torch.tensor([[4, 5]]), index + 9, r(1, 2, 2, 1, 3, 2), r(1, 2, 2, 1, 3), 9
+    ),
+    lambda: Attention.apply(
+        r(1, 20, 2, 3), torch.tensor([[4, 5]]), index, r(1, 2, 4, 1, 3, 2), r(1, 2, 4, 1, 3), 9
+    ),
+    lambda: _ext.carafe_naive_forward(r(1, 4, 3, 3), r(1, 9, 6, 6), r(1, 4, 6, 6), 3, 2, 2),
+    lambda: _ext.masked_im2col_forward(r(1, 2, 4, 4), index + 70, index, r(18, 1), 3, 3, 1, 1),
+    lambda: _ext.masked_im2col_forward(r(1, 2, 4, 4), index - 70, index, r(18, 1), 3, 3, 1, 1),
+    lambda: _ext.masked_col2im_forward(r(2, 1), index + 70, index, r(1, 2, 4, 4), 4, 4, 2),
+    lambda: _ext.psamask_forward(r(1, 8, 4, 4), r(1, 16, 4, 4), 0, 1, 4, 4, 3, 3, 1, 1),
+    lambda: _ext.psamask_backward(r(1, 16, 4, 4), r(1, 8, 4, 4), 0, 1, 4, 4, 3, 3, 1, 1),
+    lambda: _ext.sync_bn_forward_mean(r(2, 3, 4), r(2)),
+):
+    line = mistake.__code__.co_firstlineno
+    try:
+        mistake()
+    except Exception as error:
+        print(line, type(error).__name__)
+    else:
+        print(line, 'passes')
+print('end')
+"""
+
+
+@pytest.mark.slow
+def test_mistakes_are_errors_of_python_and_never_crash():
+    """Wrong shapes, dtypes and indices: in a process of their own, which they might end."""
+    done = subprocess.run(
+        [sys.executable, '-c', MISTAKES], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    *lines, end = done.stdout.splitlines()
+    assert end == 'end'
+    assert len(lines) == MISTAKES.count('lambda:')
+    assert not [line for line in lines if 'passes' in line]
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+import references
 import torch
 from mmcv.ops import RoIAlign, RoIPool
 from torch import tensor
@@ -174,24 +175,6 @@ def test_memory_format_and_autocast_change_nothing(device, rng, layer):
     assert torch.equal(out, expected)
 
 
-def pool(maps, rois, size, scale):
-    """mmcv's RoIPool, bin by bin."""
-    height, width = maps.shape[2:]
-    out = maps.new_zeros(len(rois), maps.size(1), *size)
-    for r, (image, x1, y1, x2, y2) in enumerate(rois.tolist()):
-        x1, y1, x2, y2 = x1 * scale, y1 * scale, (x2 + 1) * scale, (y2 + 1) * scale
-        for p in range(size[0]):
-            for q in range(size[1]):
-                h, w = (y2 - y1) / size[0], (x2 - x1) / size[1]
-                top, left = max(math.floor(p * h + y1), 0), max(math.floor(q * w + x1), 0)
-                bottom = min(math.ceil((p + 1) * h + y1), height)
-                right = min(math.ceil((q + 1) * w + x1), width)
-                if bottom > top and right > left:
-                    bin_ = maps[int(image), :, top:bottom, left:right]
-                    out[r, :, p, q] = bin_.amax((1, 2))
-    return out
-
-
 def test_roi_pool_by_hand(device):
     maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
     out = RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device))
@@ -211,7 +194,7 @@ def test_roi_pool_equals_pooling_bin_by_bin(device, rng, scale):
     maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device, dtype=torch.float64)
     rois = random_rois(rng, 20)
     rois[0, 1:] += 20  # off the map
-    expected = pool(maps, rois, (3, 2), scale)
+    expected = references.roi_pool(maps.cpu(), rois.cpu(), (3, 2), scale).to(device)
     assert not expected[0].any()
     assert torch.equal(RoIPool((3, 2), scale)(maps, rois), expected)
 
@@ -233,3 +216,28 @@ def test_roi_pool_of_malformed_and_distant_rois_is_zero(device):
     out.sum().backward()
     assert not out.any()
     assert not maps.grad.any()
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)])
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, layer, value):
+    maps = torch.ones(2, 1, SIZE, SIZE, device=device, requires_grad=True)
+    for column in range(5):
+        rois = tensor([[1.0, 1, 1, 5, 5], [0, 1, 1, 5, 5]], device=device)
+        rois[1, column] = value
+        out = layer(maps, rois)
+        assert (out[0] == 1).all()
+        assert out[1].isnan().all()
+        (grad,) = torch.autograd.grad(out.sum(), maps)
+        assert not grad[0].any()
+        assert grad[1].sum().item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)])
+@pytest.mark.parametrize('image', [-1, 2, 1e9])
+def test_rois_of_images_that_are_not_there(device, layer, image):
+    maps = torch.ones(2, 1, SIZE, SIZE, device=device)
+    with pytest.raises(IndexError, match='where there are 2 images'):
+        layer(maps, tensor([[image, 1, 1, 5, 5]], device=device))
+    with pytest.raises(IndexError, match='where there are 0 images'):
+        layer(maps[:0], tensor([[0.0, 1, 1, 5, 5]], device=device))

@@ -1,4 +1,5 @@
 import pytest
+import references
 import torch
 import torch.nn.functional as F
 from mmcv.ops import MaskedConv2d, PSAMask, carafe, carafe_naive
@@ -17,18 +18,10 @@ def carafe_inputs(rng, device):
     return features, masks
 
 
-def carafe_by_unfolding(features, masks):
-    windows = F.unfold(features, KERNEL, padding=KERNEL // 2)
-    windows = windows.view(2, GROUPS, 2, KERNEL**2, *features.shape[2:])
-    windows = windows.repeat_interleave(SCALE, 4).repeat_interleave(SCALE, 5)
-    masks = masks.view(2, GROUPS, 1, KERNEL**2, *masks.shape[2:])
-    return (windows * masks).sum(3).flatten(1, 2)
-
-
 @pytest.mark.parametrize('function', [carafe, carafe_naive])
-def test_carafe_equals_unfolding(carafe_inputs, function):
+def test_carafe_equals_its_definition(carafe_inputs, function):
     out = function(*carafe_inputs, KERNEL, GROUPS, SCALE)
-    torch.testing.assert_close(out, carafe_by_unfolding(*carafe_inputs))
+    torch.testing.assert_close(out, references.carafe(*carafe_inputs, KERNEL, GROUPS, SCALE))
 
 
 def test_carafe_gradient(carafe_inputs):
@@ -40,9 +33,9 @@ def test_carafe_gradient(carafe_inputs):
 
 
 @pytest.mark.parametrize('naive', [False, True])
-def test_carafe_gradient_equals_that_of_unfolding(carafe_inputs, rng, naive):
+def test_carafe_gradient_equals_that_of_its_definition(carafe_inputs, rng, naive):
     leaves = [t.requires_grad_() for t in carafe_inputs]
-    out = carafe_by_unfolding(*leaves)
+    out = references.carafe(*leaves, KERNEL, GROUPS, SCALE)
     grad = torch.randn(out.shape, generator=rng, device=out.device, dtype=out.dtype)
     expected = torch.autograd.grad(out, leaves, grad)
     if naive:  # mmcv lets only a GPU go backward through it
@@ -84,30 +77,13 @@ def test_masked_columns_are_windows(device, rng):
     assert torch.equal(columns, F.unfold(x, 3, padding=1)[0])
 
 
-def spread(mask, psa_type, size):
-    """PSANet's masks, value by value."""
-    images, _, height, width = mask.shape
-    out = mask.new_zeros(images, height * width, height, width)
-    for i in range(size[0]):
-        for j in range(size[1]):
-            for h in range(height):
-                for w in range(width):
-                    y, x = h + i - (size[0] - 1) // 2, w + j - (size[1] - 1) // 2
-                    if 0 <= y < height and 0 <= x < width:
-                        value = mask[:, i * size[1] + j, h, w]
-                        if psa_type == 'collect':
-                            out[:, y * width + x, h, w] = value
-                        else:
-                            out[:, h * width + w, y, x] = value
-    return out
-
-
 @pytest.mark.parametrize('psa_type', ['collect', 'distribute'])
 @pytest.mark.parametrize('size', [(5, 7), (3, 1), (4, 2)])
 def test_psa_mask_spreads_value_by_value(device, rng, psa_type, size):
     options = dict(generator=rng, device=device, dtype=torch.float64)
     mask = torch.randn(2, size[0] * size[1], 3, 4, **options).requires_grad_()
-    outs = PSAMask(psa_type, size)(mask), spread(mask, psa_type, size)
+    expected = references.psa_mask(mask, psa_type == 'collect', size)
+    outs = PSAMask(psa_type, size)(mask), expected
     assert torch.equal(*outs)
     grad = torch.randn(2, 12, 3, 4, **options)
     assert torch.equal(*(torch.autograd.grad(out, mask, grad)[0] for out in outs))
@@ -117,6 +93,6 @@ def test_psa_mask_spreads_value_by_value(device, rng, psa_type, size):
 def test_psa_mask_of_halves(device, rng, dtype):
     mask = torch.randn(1, 9, 3, 4, generator=rng, device=device).to(dtype).requires_grad_()
     out = PSAMask('collect', (3, 3))(mask)
-    assert torch.equal(out, spread(mask.detach(), 'collect', (3, 3)))
+    assert torch.equal(out, references.psa_mask(mask.detach(), True, (3, 3)))
     out.sum().backward()
     assert mask.grad.dtype == dtype
