@@ -55,6 +55,9 @@ def turned():
 
 WHOLE, DEEP = encode(), PIXELS.astype(np.uint16) * 256 + 99
 PROGRESSIVE = encode(progressive=True)
+# Of bytes enough that zeros make up the rest of the pixels.
+NOISY = cv2.imencode('.jpg', np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8))[1]
+NOISY = NOISY.tobytes()
 # Name -> content, (width, height) as seen, and what the check calls it.
 USABLE = {
     'whole.jpg': (WHOLE, (96, 64), None),
@@ -77,7 +80,7 @@ UNUSABLE = {
     'truncated.jpg': (WHOLE[: len(WHOLE) // 2], 'damaged file'),
     'truncated-progressive.jpg': (PROGRESSIVE[: len(PROGRESSIVE) // 2], 'damaged file'),
     'truncated.png': (encode('PNG')[:4000], 'damaged file'),
-    'zeros.jpg': (WHOLE[: len(WHOLE) // 2] + bytes(len(WHOLE) // 2), 'damaged file'),
+    'zeros.jpg': (NOISY[: len(NOISY) // 2] + bytes(len(NOISY) // 2), 'damaged file'),
     'text.jpg': (b'no image at all', 'no image'),
     'drawing.jpg': (SVG, 'no image'),
     'postscript.jpg': (EPS, 'no image'),

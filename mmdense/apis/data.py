@@ -14,6 +14,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 from PIL import EpsImagePlugin
 
 from mmdense.datasets.check import (
@@ -22,7 +23,6 @@ from mmdense.datasets.check import (
     Reading,
     Sample,
     check_coco,
-    check_label_map,
     check_sample,
 )
 from mmdense.engine.files import reason_of
@@ -174,14 +174,18 @@ def check_files(files: Sequence[tuple[Sample, Reading]], workers: int) -> Iterat
     Raises:
         UserError: A process was killed, by the system or by a file.
     """
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(0)  # before the fork, which takes OpenCV's threads for alive
     try:
-        with ProcessPoolExecutor(workers, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+        with ProcessPoolExecutor(workers) as pool:
             yield from pool.map(check_sample, *zip(*files, strict=True), chunksize=CHUNK)
     except BrokenProcessPool as error:
         raise UserError(
             'a process that decodes images was killed, for want of memory in most cases: take '
             'fewer with --workers'
         ) from error
+    finally:
+        cv2.setNumThreads(threads)
 
 
 # During training
@@ -249,12 +253,22 @@ def _prepare(dataset: BaseDataset, reading: Reading, index: int) -> Any:
     except Exception as error:  # each transform raises its own
         _blame(check_sample(sample, reading), error)
         raise RuntimeError(f'{sample.image}: cannot be prepared ({reason_of(error)})') from error
-    if reading.classes and data is not None and 'gt_sem_seg' in data.get('data_samples', ()):
-        labels = data['data_samples'].gt_sem_seg.data
-        if (((labels < 0) | (labels >= reading.classes)) & (labels != reading.ignored)).any():
-            _blame(check_label_map(sample.label_map, reading=reading))
-            raise UserError(
-                f'{sample.label_map}: the pipeline makes labels of it that are none of the '
-                f'{reading.classes} classes'
-            )
+    packed = data.get('data_samples') if isinstance(data, dict) else None
+    if reading.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
+        _check_labels(packed, sample, reading)
     return data
+
+
+def _check_labels(packed: BaseDataElement, sample: Sample, reading: Reading) -> None:
+    """Refuse labels that are no class, and a map that is laid over another image's pixels."""
+    labels = packed.gt_sem_seg.data
+    unknown = ((labels < 0) | (labels >= reading.classes)) & (labels != reading.ignored)
+    # Resized with the image, or not.
+    shapes = [tuple(packed.get(key, ()))[:2] for key in ('img_shape', 'ori_shape')]
+    if unknown.any() or tuple(labels.shape[-2:]) not in shapes:
+        _blame(check_sample(sample, reading))
+    if unknown.any():
+        raise UserError(
+            f'{sample.label_map}: the pipeline makes labels of it that are none of the '
+            f'{reading.classes} classes'
+        )

@@ -12,6 +12,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
+from bad_data import EPS, bomb
 from mmdense.apis import Predictor, UserError, predict
 from mmdense.apis.config import load_config
 from mmdense.apis.predict import find_images, save_predictions
@@ -305,6 +306,8 @@ def test_files_that_are_no_images(detector, pixels, tmp_path):
         ('half.jpg', whole[: len(whole) // 2], r'damaged \(OSError: image file is truncated'),
         ('half.png', png[: len(png) // 2], r'damaged \(.*[Tt]runcated'),
         ('head.jpg', whole[:20], 'not an image that can be read$|damaged'),
+        ('bomb.png', bomb(50_000, 50_000), 'exceeds limit of 178956970 pixels'),
+        ('drawing.png', EPS, 'not an image that can be read$'),
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=reason) as error:

@@ -266,7 +266,7 @@ def test_training_names_an_image_that_it_cannot_use(name, tmp_path):
     assert said.startswith(f'{tmp_path}/train/{name}: image 1: ')
 
 
-@pytest.mark.parametrize('name', [name for name, (_, kind) in MAPS.items() if kind])
+@pytest.mark.parametrize('name', [name for name in MAPS if name not in ('good', 'ignored')])
 @pytest.mark.parametrize('workers', [0, 1])
 def test_training_names_a_label_map_that_it_cannot_use(name, workers, tmp_path):
     segmentation(tmp_path, 'train', dict(good=MAPS['good'][0], wrong=MAPS[name][0]))
