@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Test on several processes: tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [options of test.py]
-# One machine by default; for more set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
+# One machine and any free port; for several set NNODES, NODE_RANK, MASTER_ADDR and PORT on each.
 set -euo pipefail
 if [ $# -lt 3 ]; then sed -n 2,3p "$0" >&2; exit 2; fi
-exec "${PYTHON:-python}" -m torch.distributed.run \
-    --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "$3" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}" \
+where=(--standalone)
+if [ "${NNODES:-1}" -gt 1 ] || [ -n "${PORT:-}" ]; then
+    where=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
+fi
+exec "${PYTHON:-python}" -m torch.distributed.run "${where[@]}" --nproc_per_node "$3" \
     "$(dirname "$0")/test.py" "$1" "$2" --launcher pytorch "${@:4}"

@@ -9,12 +9,13 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from mmdense.engine.files import reason_of
 from mmdense.errors import UserError
 
 __all__ = ['explain_out_of_memory']
 
-# What torch's allocators for CPUs say in a plain RuntimeError.
-CPU_SIGNS = ("can't allocate memory", 'not enough memory')
+# What torch's allocator for CPUs, CUDA's libraries and CUDA itself say in a plain RuntimeError.
+SIGNS = ('DefaultCPUAllocator', 'STATUS_ALLOC_FAILED', 'CUDA error: out of memory')
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def explain_out_of_memory(cfg: Config, loader: str) -> Iterator[None]:
 
 def _is_out_of_memory(error: Exception) -> bool:
     known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return known or any(sign in str(error) for sign in CPU_SIGNS)
+    return known or any(sign in str(error) for sign in SIGNS)
 
 
 def _advice(cfg: Config, loader: str, error: Exception) -> str:
@@ -59,8 +60,7 @@ def _advice(cfg: Config, loader: str, error: Exception) -> str:
     elif batch > 1:
         ways.append(f'--cfg-options test_dataloader.batch_size={batch // 2}')
     ways.append('smaller images')
-    reason = ' '.join(str(error).split()) or type(error).__name__
-    return f'{said}. Try {", then ".join(ways)}. ({reason})'
+    return f'{said}. Try {", then ".join(ways)}. ({reason_of(error)})'
 
 
 def _training_size(cfg: Config) -> tuple[int, int] | None:

@@ -40,12 +40,23 @@ def test_backbones_without_modes_and_images_of_unknown_size():
     assert 'batch_size=8. Try train_dataloader.batch_size=4 with' in line
 
 
-@pytest.mark.parametrize('error', [MemoryError(), torch.cuda.OutOfMemoryError('CUDA\nis full')])
-def test_errors_of_python_and_of_gpus(error):
+@pytest.mark.parametrize(
+    ('error', 'said'),
+    [
+        (MemoryError(), 'MemoryError'),
+        (torch.cuda.OutOfMemoryError('CUDA is full.\nBy 1 GiB.'), 'OutOfMemoryError: CUDA is full'),
+        (RuntimeError('CUDNN_STATUS_ALLOC_FAILED'), '.*ALLOC_FAILED'),
+        (RuntimeError('CUDA error: out of memory'), '.*CUDA error: out of memory'),
+    ],
+)
+def test_errors_of_python_and_of_gpus(error, said):
     cfg = config.load_config(str(DEMOS['detection']))
-    said = 'MemoryError' if isinstance(error, MemoryError) else 'CUDA is full'
-    with pytest.raises(UserError, match=rf'\({said}\)$'), explain_out_of_memory(cfg, 'train'):
+    with pytest.raises(UserError, match=rf' \({said}\)$'), explain_out_of_memory(cfg, 'train'):
         raise error
+
+
+def test_memory_of_numpy():
+    cfg = config.load_config(str(DEMOS['detection']))
     with pytest.raises(UserError, match='Unable to allocate'), explain_out_of_memory(cfg, 'train'):
         np.empty(1 << 60)
 

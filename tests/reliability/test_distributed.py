@@ -1,0 +1,334 @@
+"""Two processes on one CPU, which talk through gloo: they train and test as one does."""
+
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.config import ConfigDict
+from mmengine.dist import all_gather_object
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+from mmengine.structures import InstanceData, PixelData
+
+from mmdense.apis import UserError, config, run
+from mmdense.config import fill_channels
+from mmdense.datasets import make_digits
+from mmdense.engine import read_checkpoint
+from support import DEMOS, ROOT
+
+pytestmark = pytest.mark.slow
+
+ITERS, SIDE = 3, 64
+TRAIN, VAL = 16, 5  # images; the second number is odd
+FSDP = {'runner_type': 'FlexibleRunner', 'strategy.type': 'FSDPStrategy'}
+FSDP['strategy.state_dict_cfg'] = 'full'
+# FSDP needs what torch has for CPUs since 2.5: older ones crash.
+NEW_TORCH = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 5)
+# Norms by the statistics of an own batch would not give the same.
+BACKBONES = dict(
+    rdnet=None,  # the demo's
+    densenet=dict(
+        type='mmdense.DenseNet',
+        arch=dict(growth_rate=8, layers=(1, 2, 1)),
+        norm_eval=True,
+        memory='lean',
+    ),
+    condensenetv2=dict(
+        type='mmdense.CondenseNetV2',
+        arch=dict(layers=(2, 2), growth=(8, 8), groups=2),
+        form='learned',
+        norm_eval=True,
+    ),
+)
+
+
+class Watch(Hook):
+    """Keep what every step is made of."""
+
+    def __init__(self):
+        self.losses, self.grads = [], []
+
+    def before_train(self, runner):
+        def keep(optimizer, args, kwargs):
+            named = runner.model.named_parameters()  # under FSDP some are with another process
+            grads = {n.removeprefix('module.'): p.grad for n, p in named if p.grad is not None}
+            self.grads.append({name: grad.clone() for name, grad in grads.items()})
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(keep)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        self.losses.append(outputs['loss'].item())
+
+
+def segmentor(backbone, folder, images, **options):
+    """Return the config of the demo's segmentor, with plain steps on fixed images."""
+    pipeline = [
+        dict(type='LoadImageFromFile'),
+        dict(type='LoadAnnotations'),
+        dict(type='Resize', scale=(SIDE, SIDE), keep_ratio=False),
+        dict(type='PackSegInputs'),
+    ]
+    groups = dict(type='GN', num_groups=8)
+    options = {
+        'data_root': str(folder / 'digits'),
+        'train_cfg.max_iters': ITERS,
+        'train_cfg.val_interval': 100,
+        'train_dataloader.batch_size': images,
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'train_dataloader.dataset.pipeline': pipeline,
+        'default_hooks.checkpoint.interval': ITERS,
+        'model.data_preprocessor.size': (SIDE, SIDE),
+        **{f'model.{head}.norm_cfg': groups for head in ('decode_head', 'auxiliary_head')},
+        **{f'model.{head}.dropout_ratio': 0.0 for head in ('decode_head', 'auxiliary_head')},
+        'optim_wrapper.clip_grad': None,
+        'optim_wrapper.paramwise_cfg': None,
+        **options,
+    }
+    cfg = config.load_config(str(DEMOS['segmentation']), options=options)
+    cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.1, momentum=0.9, weight_decay=0.01)
+    cfg.param_scheduler = []
+    if backbone == 'rdnet' and 'strategy' not in cfg:
+        cfg.optim_wrapper.constructor = 'mmdense.LayerDecayOptimWrapperConstructor'
+        cfg.optim_wrapper.paramwise_cfg = dict(decay_rate=0.5)
+    if BACKBONES[backbone]:
+        cfg.model.backbone = ConfigDict(BACKBONES[backbone], out_indices=(0, 1))
+        for head, index in (('decode_head', [0, 1]), ('auxiliary_head', 1)):
+            cfg.model[head].update(in_channels='auto', in_index=index)
+        fill_channels(cfg)
+    if backbone == 'condensenetv2':
+        cfg.custom_hooks = [dict(type='mmdense.CondenseScheduleHook')]
+    return cfg
+
+
+def trained(cfg, folder, launcher):
+    """Train a config, and return what a process saw of it."""
+    cfg.update(launcher=launcher, work_dir=str(folder))
+    runner = run.build_runner(cfg, loaders=('train',))
+    watch = Watch()
+    runner.register_hook(watch)
+    runner.train()
+    model = run.unwrap(runner.model)
+    masks = {n: b.clone() for n, b in model.named_buffers() if b.dtype not in (torch.float32,)}
+    return dict(losses=watch.losses, grads=watch.grads, masks=masks)
+
+
+@MODELS.register_module()
+class Oracle(BaseModel):
+    """A model that knows the answers, and gets those of every other image half wrong."""
+
+    def forward(self, inputs, data_samples, mode):
+        for sample in data_samples:
+            self.seen.append(Path(sample.img_path).stem)
+            wrong = int(self.seen[-1]) % 2
+            if isinstance(sample, DetDataSample):
+                truth = sample.gt_instances
+                labels = truth.labels.clone()
+                labels[: wrong * len(labels) // 2 + wrong] += 1
+                scores = torch.linspace(0.9, 0.5, len(labels)) - 0.01 * int(self.seen[-1])
+                found = InstanceData(bboxes=truth.bboxes, labels=labels % 10, scores=scores)
+                sample.pred_instances = found
+            else:
+                labels = sample.gt_sem_seg.data.clone()
+                labels[:, : wrong * labels.shape[1] // 2] = 1
+                sample.pred_sem_seg = PixelData(data=labels)
+        return data_samples
+
+
+def evaluated(task, folder, launcher):
+    """Test the model that knows, and return the metrics and which images were looked at."""
+    options = {
+        'data_root': str(folder / 'digits'),
+        'test_dataloader.batch_size': 1,
+        'test_dataloader.num_workers': 0,
+        'test_dataloader.persistent_workers': False,
+    }
+    cfg = config.load_config(str(DEMOS[task]), options=options)
+    cfg.model = ConfigDict(type='Oracle')
+    cfg.update(launcher=launcher, work_dir=str(folder / f'test-{task}-{launcher}'))
+    cfg.default_hooks.pop('visualization')
+    runner = run.build_runner(cfg, loaders=('test',))
+    Oracle.seen = []
+    metrics = runner.test()
+    return dict(metrics=metrics, seen=all_gather_object(Oracle.seen))
+
+
+def work(number, port, folder):
+    """Be one of two processes, or the one that does all by itself: number 2."""
+    torch.set_num_threads(1)
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''
+    Runner._log_env = lambda self, env_cfg: None
+    launcher, images = 'none', 4
+    if number < 2:
+        env = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=2)
+        env |= dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        os.environ.update({key: str(value) for key, value in env.items()})
+        launcher, images = 'pytorch', 2
+    held = {}
+    for name in BACKBONES:
+        cfg = segmentor(name, folder, images)
+        held[name] = trained(cfg, folder / f'{name}-{launcher}', launcher)
+    if NEW_TORCH:
+        cfg = segmentor('rdnet', folder, images, **(FSDP if number < 2 else {}))
+        cfg.optim_wrapper.update(constructor='DefaultOptimWrapperConstructor', paramwise_cfg=None)
+        trained(cfg, folder / f'fsdp-{launcher}', launcher)
+    for task in DEMOS:
+        held[task] = evaluated(task, folder, launcher)
+    torch.save(held, folder / f'{number}.pth')
+    if number < 2:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('distributed')
+    make_digits(folder / 'digits', train=TRAIN, val=VAL, size=SIDE)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def processes(folder):
+    """What was seen by two processes and by one alone, which takes all images of both."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(work, (port, folder), nprocs=3)
+    return [torch.load(folder / f'{number}.pth', weights_only=False) for number in range(3)]
+
+
+def weights(folder):
+    return read_checkpoint(folder / f'iter_{ITERS}.pth')['state_dict']
+
+
+def same(a, b, tolerance=1e-4):
+    """Assert that two dicts of tensors are equal but for rounding."""
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        wanted = b[name].double()
+        error = (value.double() - wanted).norm()
+        assert error <= tolerance * wanted.norm() + 1e-7, (name, float(error))
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_two_processes_train_as_one_with_the_doubled_batch(backbone, processes, folder):
+    """With layer decay (RDNet), lean memory (DenseNet), and pruning (CondenseNetV2)."""
+    first, second, alone = (held[backbone] for held in processes)
+    assert len(alone['grads']) == ITERS
+    for one, other, both in zip(first['losses'], second['losses'], alone['losses'], strict=True):
+        assert one != other  # of other images
+        assert (one + other) / 2 == pytest.approx(both, rel=1e-5)
+    for one, other, both in zip(first['grads'], second['grads'], alone['grads'], strict=True):
+        same(one, both)
+        for name, grad in one.items():
+            assert torch.equal(grad, other[name])
+    same(*(weights(folder / f'{backbone}-{launcher}') for launcher in ('pytorch', 'none')))
+
+
+def test_two_processes_prune_alike(processes):
+    first, second, alone = (held['condensenetv2']['masks'] for held in processes)
+    masks = [name for name in first if name.endswith('mask')]
+    assert masks
+    assert any((first[name] == 0).any() for name in masks)
+    for name in masks:
+        assert torch.equal(first[name], second[name])
+        assert torch.equal(first[name], alone[name])
+
+
+@pytest.mark.skipif(not NEW_TORCH, reason='torch 2.4 crashes under FSDP without a GPU')
+def test_fsdp_trains_as_one_process(processes, folder):
+    """Its checkpoint has the names and shapes of any other."""
+    same(*(weights(folder / f'fsdp-{launcher}') for launcher in ('pytorch', 'none')))
+
+
+@pytest.mark.parametrize('task', DEMOS)
+def test_an_odd_number_of_images_counts_each_once(task, processes):
+    first, second, alone = (held[task] for held in processes)
+    assert first['metrics'] == second['metrics'] == alone['metrics']
+    key = dict(detection='coco/bbox_mAP', segmentation='mIoU')[task]
+    assert 0 < alone['metrics'][key] < dict(detection=1, segmentation=100)[task]
+    assert [len(seen) for seen in alone['seen']] == [VAL]
+    shares = first['seen']
+    assert [len(seen) for seen in shares] == [VAL // 2 + 1] * 2  # one image comes twice
+    assert {*shares[0], *shares[1]} == {*alone['seen'][0]}
+
+
+@pytest.mark.parametrize('key', ['clip_grad', 'paramwise_cfg'])
+def test_fsdp_refuses_what_it_would_do_wrong(key, folder):
+    cfg = segmentor('rdnet', folder, 2, **FSDP)
+    cfg.optim_wrapper[key] = dict(max_norm=1.0) if key == 'clip_grad' else dict(flat_decay_mult=0.0)
+    with pytest.raises(UserError, match=f'FSDP.*: add --cfg-options optim_wrapper.{key}=None'):
+        run.build_runner(cfg, loaders=('train',))
+
+
+KILL = """
+import os, signal
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    priority = 'LOWEST'
+
+    def after_train_iter(self, runner, **_):
+        if runner.rank == 1 and runner.iter == 2 and 'KILLED' in os.environ:
+            open(os.environ['KILLED'], 'w').close()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(scope='module')
+def killed(folder, run_tool):
+    """Kill one of two processes in the third iteration, behind a checkpoint of the second."""
+    (folder / 'kill_hook.py').write_text(KILL)
+    arguments = [DEMOS['segmentation'], '--cfg-options', f'data_root={folder / "digits"}']
+    arguments += ['custom_imports.imports=mmdense,kill_hook', 'custom_hooks.0.type=KillHook']
+    arguments += [f'model.data_preprocessor.size=({SIDE},{SIDE})', 'randomness.seed=1']
+    arguments += [f'train_dataloader.dataset.pipeline.2.scale=({SIDE},{SIDE})']
+    arguments += ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.interval=2']
+    arguments += ['train_cfg.max_iters=4', 'train_cfg.val_interval=4']
+    arguments += ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']
+    env = dict(PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    command = [ROOT / 'tools/dist_train.sh', arguments[0], 2, '--work-dir', folder / 'killed']
+    env['KILLED'] = str(folder / 'sign')
+    status, said = run_tool(*command, *arguments[1:], **env)
+    seconds = time.time() - (folder / 'sign').stat().st_mtime
+    del env['KILLED']
+    return arguments, env, status, said, seconds
+
+
+def test_a_killed_process_ends_all(killed, folder):
+    """The command returns when the last process has closed what it writes to."""
+    *_, status, said, seconds = killed
+    assert status not in (0, 2), said
+    assert 'SIGKILL' in said  # torchrun's report
+    assert seconds < 60
+    assert [file.name for file in (folder / 'killed').glob('*.pth')] == ['iter_2.pth']
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_killed_training_goes_on_with_any_number_of_processes(
+    processes, killed, run_tool, folder
+):
+    arguments, env, *_ = killed
+    work_dir = folder / f'resumed-{processes}'
+    shutil.copytree(folder / 'killed', work_dir)
+    command = [ROOT / 'tools/dist_train.sh', arguments[0], processes]
+    if processes == 1:
+        command = [sys.executable, ROOT / 'tools/train.py', arguments[0]]
+    resume = ['--work-dir', work_dir, '--resume']
+    status, said = run_tool(*command, *resume, *arguments[1:], **env)
+    assert status == 0, said
+    assert f'Distributed training: {processes > 1}' in said
+    assert 'resumed epoch: 0, iter: 2' in said
+    assert 'mIoU' in said
+    held = read_checkpoint(work_dir / 'iter_4.pth')
+    assert held['meta']['iter'] == 4
+    assert all(value.isfinite().all() for value in held['state_dict'].values())

@@ -1,0 +1,70 @@
+"""Memory that runs out, in training on a GPU (simulated) and in a test on a CPU (for real)."""
+
+import sys
+
+import pytest
+import torch
+
+from support import DEMOS, ROOT
+
+pytestmark = pytest.mark.slow
+
+DETECTOR = """
+import torch
+from mmdet.models import FasterRCNN
+from mmengine.registry import MODELS
+
+@MODELS.register_module()
+class Greedy(FasterRCNN):
+    def loss(self, inputs, samples):
+        raise torch.cuda.OutOfMemoryError(
+            'CUDA out of memory. Tried to allocate 2.00 GiB.\\\\nGPU 0 has 1.00 GiB free.'
+        )
+
+    def predict(self, inputs, samples):
+        return torch.empty(1 << 60)
+"""
+
+
+@pytest.fixture(scope='module')
+def greedy(run_tool, tmp_path_factory):
+    """Run a tool with a detector that takes too much; return its status and its last line."""
+    folder = tmp_path_factory.mktemp('greedy')
+    (folder / 'greedy.py').write_text(DETECTOR)
+
+    def run(tool, *arguments):
+        status, said = run_tool(
+            *(sys.executable, ROOT / 'tools' / tool, DEMOS['detection'], *arguments),
+            *('--work-dir', folder, '--cfg-options', 'custom_imports.imports=mmdense,greedy'),
+            *('model.type=Greedy', 'train_dataloader.num_workers=0'),
+            'train_dataloader.persistent_workers=False',
+            PYTHONPATH=str(folder),
+        )
+        assert 'Traceback' not in said
+        return status, said.splitlines()[-1]
+
+    return run
+
+
+def test_training_says_how_to_need_less(greedy):
+    status, line = greedy('train.py')
+    assert status == 2
+    assert line == (
+        'error: out of memory with train_dataloader.batch_size=8 and images of up to 192 x 192. '
+        'Try --cfg-options model.backbone.memory=lean, then train_dataloader.batch_size=4 with '
+        '--auto-scale-lr, then --amp-dtype bfloat16, then what `python tools/benchmark.py memory '
+        f'{DEMOS["detection"]}` says would fit, then smaller images. '
+        '(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB)'
+    )
+
+
+def test_test_says_how_to_need_less(greedy, tmp_path):
+    torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
+    status, line = greedy('test.py', tmp_path / 'empty.pth', '--min-coverage', '0')
+    assert status == 2
+    assert line.startswith(
+        'error: out of memory with test_dataloader.batch_size=8. Try --cfg-options '
+        'test_dataloader.batch_size=4, then smaller images. ('
+    )
+    assert "can't allocate memory" in line
+    assert str(1 << 62) in line  # bytes
