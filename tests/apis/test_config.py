@@ -1,9 +1,12 @@
 """Configs as the tools read and change them, and the mistakes that they explain."""
 
+import logging
+import sys
+
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.hooks import EMAHook
+from mmengine.hooks import CheckpointHook, EMAHook
 
 from mmdense.apis import UserError, config, run
 from support import DEMOS, ROOT
@@ -165,9 +168,15 @@ def test_auto_scale_lr():
         config.use_auto_scale_lr(cfg)
 
 
+def training(file, **meta):
+    """Write the checkpoint of a training."""
+    held = dict(meta=dict(epoch=1, iter=1, **meta), state_dict={}, message_hub={}, optimizer={})
+    torch.save(held, file)
+    return file
+
+
 def test_resume(tmp_path):
-    file = tmp_path / 'x.pth'
-    file.touch()
+    file = training(tmp_path / 'x.pth')
     cfg = config.load_config(COCO, work_dir=str(tmp_path))
     config.use_checkpoint(cfg, str(file))
     assert cfg.resume
@@ -178,14 +187,36 @@ def test_resume(tmp_path):
     cfg.load_from = 'another'
     config.use_checkpoint(cfg, 'auto')
     assert cfg.resume
-    assert cfg.load_from is None
+    assert cfg.load_from == str(file)
+    file.write_bytes(file.read_bytes()[:-100])
+    for resume in ('auto', str(file)):
+        with pytest.raises(UserError, match='x.pth is damaged'):
+            config.use_checkpoint(cfg, resume)
+
+
+@pytest.mark.parametrize('by_option', [False, True])
+@pytest.mark.parametrize('seed', [None, 5])
+def test_a_resumed_run_keeps_its_seed(by_option, seed, tmp_path):
+    """mmengine restores it after the samplers have been built with another."""
+    file = training(tmp_path / 'x.pth', seed=7)
+    cfg = config.load_config(COCO, work_dir=str(tmp_path))
+    if seed:
+        cfg.randomness = dict(seed=seed, deterministic=True)
+    if by_option:
+        config.use_checkpoint(cfg, str(file))
+    else:
+        cfg.resume = True  # as a config may say
+        config.use_checkpoint(cfg, None)
+        assert cfg.load_from == str(file)
+    assert cfg.randomness.seed == (seed or 7)
+    assert cfg.randomness.get('deterministic', False) == bool(seed)
 
 
 @pytest.mark.parametrize('other', [None, 'x.pth'])
 def test_a_first_start_with_resume_begins_as_without(other, tmp_path):
     cfg = config.load_config(COCO, work_dir=str(tmp_path))
     if other:
-        (tmp_path / other).touch()
+        torch.save(dict(state_dict={}), tmp_path / other)
         cfg.load_from = str(tmp_path / other)
     config.use_checkpoint(cfg, 'auto')
     assert not cfg.resume
@@ -197,7 +228,10 @@ def test_a_first_start_with_resume_begins_as_without(other, tmp_path):
 @pytest.mark.parametrize('resume', [None, 'auto', 'latest in the work dir', 'x.pth'])
 def test_resuming_asks_for_no_imagenet_weights(tmp_path, resume):
     file = tmp_path / 'x.pth'
-    file.touch()
+    if resume in ('x.pth', 'latest in the work dir'):
+        training(file)
+    else:
+        torch.save(dict(state_dict={}), file)
     cfg = config.load_config(COCO, work_dir=str(tmp_path))
     if resume == 'latest in the work dir':
         (tmp_path / 'last_checkpoint').write_text(str(file))
@@ -391,3 +425,39 @@ def test_checkpoints_that_are_none(project, tmp_path):
         runner.model.backbone.stem[0].weight.zero_()
     run.load_weights(runner, str(file))
     assert torch.equal(runner.model.backbone.stem[0].weight, before)
+
+
+@pytest.mark.parametrize('task', DEMOS)
+def test_training_takes_loops_and_checkpoints_of_ours(task, project, tmp_path):
+    cfg = demo(task, project, tmp_path)
+    del cfg.default_hooks['checkpoint']
+    kind = cfg.train_cfg.pop('type')
+    cfg.train_cfg.by_epoch = kind.startswith('Epoch')  # mmengine's short form
+    cfg.custom_hooks.append(dict(type=CheckpointHook, interval=7))
+    runner = run.build_runner(cfg, loaders=('train',))
+    assert type(runner.train_loop).__module__ == 'mmdense.engine.loops'
+    assert type(runner.train_loop).__name__ == kind
+    kept = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+    assert [type(hook).__module__ for hook in kept] == ['mmdense.engine.checkpoint_hook'] * 2
+    assert [hook.interval for hook in kept] == [1, 7]
+
+
+def test_a_log_file_on_a_full_disk_is_left_out_with_one_line(project, tmp_path, capfd):
+    cfg = demo('detection', project, tmp_path)
+    cfg.log_level = 'INFO'
+    runner = run.build_runner(cfg, loaders=())
+    file, screen = (
+        next(h for h in runner.logger.handlers if isinstance(h, logging.FileHandler) == wanted)
+        for wanted in (True, False)
+    )
+    file.stream.close()
+    file.stream = open('/dev/full', 'w')  # noqa: SIM115
+    screen.stream = sys.stderr
+    for i in range(3):
+        runner.logger.info(f'line {i}')
+    said = capfd.readouterr().err
+    assert 'Traceback' not in said
+    assert said.count('No space left on device): the log goes on without it') == 1
+    assert all(f'line {i}' in said for i in range(3))
+    with pytest.raises(OSError, match='No space'):  # what is left in the buffer
+        file.close()
