@@ -105,9 +105,11 @@ def versions() -> dict[str, str]:
     found = {'python': '.'.join(map(str, sys.version_info[:3]))}
     for name in ('mmdense', *(name for row in PACKAGES.values() for name in row)):
         try:
-            found[name] = metadata.version(name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
+        if version:  # an interrupted installation leaves none
+            found[name] = version
     return found
 
 
@@ -123,7 +125,7 @@ def examine(config: str | None = None) -> list[Finding]:
         *check_versions(installed),
         *check_imports(results, installed),
         *check_operators(results['operators']),
-        *check_gpu(results['gpu'].get('facts'), _nvidia_smi(), installed),
+        *check_gpu(results['gpu'], _nvidia_smi(), installed),
         *check_machine(),
         *check_config(results.get('config')),
     ]
@@ -150,9 +152,7 @@ def check_versions(installed: Mapping[str, str]) -> Iterator[Finding]:
     rows = {name: row for row in (*PACKAGES.values(), ('python',)) for name in row}
     complaints = []
     for name in [name for name in installed if name != 'python']:
-        python = metadata.metadata(name)['Requires-Python']
-        wishes = [*([f'python {python}'] if python else []), *(metadata.requires(name) or ())]
-        for wanted in map(parse, wishes):
+        for wanted in _wishes(name, parse):
             row = rows.get(wanted.name.lower().replace('_', '-'))
             if row is None or (wanted.marker and not wanted.marker.evaluate({'extra': extra})):
                 continue
@@ -163,6 +163,15 @@ def check_versions(installed: Mapping[str, str]) -> Iterator[Finding]:
         known = ', '.join(f'{name} {version}' for name, version in installed.items())
         complaints = [Finding('versions', 'ok', known)]
     yield from complaints
+
+
+def _wishes(name: str, parse: Callable[[str], Any]) -> Iterator[Any]:
+    python = metadata.metadata(name)['Requires-Python']
+    for text in [*([f'python {python}'] if python else []), *(metadata.requires(name) or ())]:
+        try:
+            yield parse(text)
+        except ValueError:  # in a form that pip doesn't take any more
+            continue
 
 
 def _complain(name: str, wanted: Any, got: str | None) -> Finding:
@@ -316,7 +325,7 @@ def _import(name: str) -> dict[str, Any]:
     module = importlib.import_module(name)
     if getattr(module, '__file__', None) is None:
         raise ImportError(f'{list(module.__path__)[0]} is a folder without the package')
-    return dict(file=module.__file__, version=getattr(module, '__version__', None))
+    return dict(file=module.__file__, version=str(getattr(module, '__version__', '')))
 
 
 def _import_cv2() -> dict[str, Any]:
@@ -449,17 +458,18 @@ def check_operators(result: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def check_gpu(
-    facts: Mapping[str, Any] | None, cards: Sequence[str], installed: Mapping[str, str]
+    result: Mapping[str, Any], cards: Sequence[str], installed: Mapping[str, str]
 ) -> Iterator[Finding]:
     """Say whether torch can use the machine's GPUs.
 
     Args:
-        facts: Of the step 'gpu'; None where torch cannot be imported.
+        result: Of the step 'gpu'; without facts where torch cannot be imported.
         cards: NVIDIA's GPUs as their driver lists them, which needs no torch.
         installed: As :func:`versions` returns them.
     """
-    if facts is None:
+    if 'facts' not in result:
         return
+    facts = result['facts']
     built, card = facts['built_for'], ', '.join(cards)
     if not facts['devices']:
         if not cards:
@@ -474,8 +484,13 @@ def check_gpu(
             mend = f'{PIP} install --force-reinstall --index-url {PYPI} {pins}'
             yield Finding('gpu', 'warning', says, mend)
         else:
-            says = f'{card} is not used: its driver is too old for CUDA {built} of this torch'
-            mend = f'{PIP} install --force-reinstall --index-url {WHEELS}/cu126 torch torchvision'
+            told = [text for text in result['warnings'] if 'driver' in text or 'CUDA' in text]
+            why = ' '.join(told[0].partition('(Triggered')[0].split()) if told else 'no reason told'
+            says = f'{card} is not used, though torch was built for CUDA {built}: {why}'
+            mend = 'sudo modprobe -r nvidia_uvm && sudo modprobe nvidia_uvm'
+            if 'too old' in why:
+                pair = 'torch torchvision'
+                mend = f'{PIP} install --force-reinstall --index-url {WHEELS}/cu126 {pair}'
             yield Finding('gpu', 'warning', says, mend)
         return
     for name, (major, minor) in facts['devices']:
@@ -485,7 +500,7 @@ def check_gpu(
         else:
             known = ' '.join(facts['architectures'])
             says = f'{capability}: torch {facts["torch"]} has kernels for {known} alone'
-            index = f'{WHEELS}/{"cu126" if major < 8 else "cu130"}'
+            index = f'{WHEELS}/{"cu126" if (major, minor) < (7, 5) else "cu130"}'
             mend = f'{PIP} install --force-reinstall --index-url {index} torch torchvision'
             yield Finding('gpu', 'error', says, mend)
 

@@ -193,11 +193,15 @@ def test_versions_that_do_not_fit(run_doctor):
     assert found['versions']['mend'].endswith('--force-reinstall torch torchvision')
 
 
+# Of the distribution that isn't installed.
+OTHERS = 'mmdet' if 'onedl-mmdetection' in doctor.versions() else 'onedl-mmdetection'
+
+
 @pytest.mark.parametrize(
     ('file', 'says', 'mend'),
     [
         (distribution('timm', '0.9.0'), 'mmdense wants timm>=', "install 'timm>="),
-        (distribution('mmcv-lite', '2.1.0'), 'several distributions are mixed', 'uninstall -y'),
+        (distribution(OTHERS, '3.3.0'), 'several distributions are mixed', 'uninstall -y'),
         (distribution('mmcv-full', '1.7.0'), 'several distributions are mixed', 'mmcv-full'),
     ],
 )
@@ -273,17 +277,23 @@ FACTS = dict(torch='2.9', built_for='12.8', hip=False, devices=[], architectures
 )
 def test_kernels_for_a_gpu(capability, architectures, level):
     facts = {**FACTS, 'devices': [('A card', capability)], 'architectures': architectures}
-    (finding,) = doctor.check_gpu(facts, ['A card'], {})
+    (finding,) = doctor.check_gpu(dict(facts=facts), ['A card'], {})
     assert finding.level == level
     assert 'compute capability' in finding.says
 
 
 def test_drivers_and_machines_without_a_gpu():
-    (finding,) = doctor.check_gpu(FACTS, ['A card'], {})
-    assert 'driver is too old for CUDA 12.8' in finding.says
-    (finding,) = doctor.check_gpu(FACTS, [], {})
+    for warning, mend in (
+        ('CUDA initialization: The NVIDIA driver on your system is too old (...)', '/whl/cu126'),
+        ('CUDA initialization: CUDA unknown error', 'modprobe nvidia_uvm'),
+    ):
+        result = dict(facts=FACTS, warnings=['other', warning])
+        (finding,) = doctor.check_gpu(result, ['A card'], {})
+        assert finding.says.endswith(f'built for CUDA 12.8: {warning}')
+        assert mend in finding.mend
+    (finding,) = doctor.check_gpu(dict(facts=FACTS), [], {})
     assert finding.level == 'ok'
-    assert not [*doctor.check_gpu(None, ['A card'], {})]
+    assert not [*doctor.check_gpu(dict(needs='torch'), ['A card'], {})]
 
 
 def test_a_machine_that_is_too_small(monkeypatch, tmp_path):
