@@ -327,7 +327,7 @@ class Sweep:
         length = [f'{loop[k]} {n}' for k, n in LENGTHS.items() if k in loop]
         results = dict(
             task=task,
-            config=str(self.cfg.filename),
+            config=_from_here(Path(self.cfg.filename)),
             command=self.command,
             schedule=length[0],
             data=str(self.cfg.get('data_root') or '').rstrip('/'),
@@ -361,6 +361,12 @@ class Sweep:
         )
         unknown = dict(parts={}, form=None, infer=None, train=None, pictures=[])
         return row | unknown | measured
+
+
+def _from_here(file: Path) -> str:
+    """Return a path as the working folder has it: a report is read on other machines."""
+    here = Path.cwd()
+    return str(file.resolve().relative_to(here) if here in file.resolve().parents else file)
 
 
 def _slug(name: str) -> str:

@@ -102,6 +102,16 @@ def test_what_was_killed_before_its_validation_is_tested(tmp_path, stand_in):
     assert row['validations'] == [{'iter': 1, 'box AP': 0.25}]
 
 
+def test_a_report_names_its_config_as_the_working_folder_does(tmp_path, monkeypatch):
+    for here, said in (
+        (ROOT, DEMOS['detection'].relative_to(ROOT)),
+        (tmp_path, DEMOS['detection']),
+    ):
+        monkeypatch.chdir(here)
+        sweep_of(tmp_path / 'sweep').report()
+        assert json.loads((tmp_path / 'sweep/results.json').read_text())['config'] == str(said)
+
+
 def test_other_settings_are_for_another_folder(tmp_path):
     sweep_of(tmp_path)
     sweep_of(tmp_path, names=[*NAMES, str(CONDENSED)])  # one more is none
