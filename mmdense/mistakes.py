@@ -21,7 +21,7 @@ from mmengine.registry import Registry, build_from_cfg
 
 from mmdense.errors import UserError, suggest
 
-__all__ = ['arguments', 'check_keys', 'explain', 'explained']
+__all__ = ['arguments', 'check_keys', 'explain', 'explained', 'find']
 
 # Where names are looked up: function -> its variables for the name and for what it found.
 LOOKUPS = dict(
@@ -61,8 +61,8 @@ def explain(error: Exception) -> UserError | None:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not frames or isinstance(error, UserError):
         return None
-    for find in (_not_registered, _without_type, _wrong_argument, _refused):
-        if told := find(error, frames):
+    for look in (_not_registered, _without_type, _wrong_argument, _refused):
+        if told := look(error, frames):
             return UserError(told)
     return None
 
@@ -185,17 +185,30 @@ def arguments(built: Callable) -> list[str]:
     return list(names)
 
 
+def find(node: Mapping[str, Any], registry: Registry) -> Callable:
+    """Return what a part of a config would be built from, looked for in the scope that it says.
+
+    Raises:
+        UserError: Nothing.
+    """
+    kind = node['type']
+    with registry.switch_scope_and_registry(node.get('_scope_')) as scoped:
+        found = scoped.get(kind) if isinstance(kind, str) else kind
+    if found is None:
+        raise UserError(f'nothing is registered as {kind!r}{_closest(kind, scoped)}')
+    return found
+
+
 def check_keys(node: Mapping[str, Any], registry: Registry) -> None:
     """Look for misspelt keys where ``**kwargs`` takes any, and nobody would say so.
 
     Raises:
         UserError: A key that isn't, but almost is, the name of an argument.
     """
-    kind = node['type']
-    known = arguments(registry.get(kind) if isinstance(kind, str) else kind)
+    known = arguments(find(node, registry))
     for key in node:
         if key not in known and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise UserError(f'{kind} has no argument {key!r}{suggest(key, known)}')
+            raise UserError(f'{node["type"]} has no argument {key!r}{suggest(key, known)}')
 
 
 def _refused(error: Exception, frames: list[FrameType]) -> str | None:

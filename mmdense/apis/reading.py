@@ -158,6 +158,11 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
     """
     for key, value in options.items():
         section, *_ = names = key.split('.')
+        if section == 'custom_imports':
+            raise UserError(
+                f'--cfg-options {key}: modules are imported while a config is read: name them in a '
+                'config file of your own'
+            )
         if section not in SECTIONS:
             if section in cfg:
                 raise UserError(

@@ -14,7 +14,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_distributed, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, HOOKS, LOOPS, RUNNERS, Registry
+from mmengine.registry import DATASETS, HOOKS, LOOPS, METRICS, RUNNERS, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 from torch import nn
 
@@ -25,7 +25,7 @@ from mmdense.config import readers
 from mmdense.engine.coverage import CoverageHook, unwrap
 from mmdense.engine.files import check_writable, reason_of, refused_writing
 from mmdense.errors import UserError
-from mmdense.mistakes import arguments, explained
+from mmdense.mistakes import arguments, check_keys, explained, find
 
 __all__ = ['build_runner', 'check_data', 'load_weights', 'unwrap']
 
@@ -38,6 +38,7 @@ OURS = {
 }
 
 
+@explained()
 def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float = 1.0) -> Runner:
     """Build the runner after checking what usually goes wrong.
 
@@ -59,9 +60,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     check_data(cfg, loaders)
     check_writable(Path(cfg.work_dir, 'last_checkpoint'))
     if 'train' in loaders:
-        with explained():
-            _make_resumable(cfg)
-    if 'train' in loaders:
+        _make_resumable(cfg)
         _check_fsdp(cfg)
     if not torch.cuda.is_available():
         if cfg.get('launcher') == 'pytorch':
@@ -71,7 +70,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     if 'train' not in loaders:  # the average is what a checkpoint calls the model's weights
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [hook for hook in hooks if not _averages(hook)]
-    with refused_writing(cfg.work_dir), explained():
+    with refused_writing(cfg.work_dir):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     _report_once(runner.logger)
     name_bad_samples(runner)
@@ -81,6 +80,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     if isinstance(built, nn.Module):  # a FlexibleRunner's is built when it starts
         _check_channels(built, model.get('module', model))
         _check_classes(built, cfg, loaders)
+    _check_keys(cfg, loaders)
     return runner
 
 
@@ -212,15 +212,24 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
             )
 
 
+def _check_keys(cfg: Config, loaders: tuple[str, ...]) -> None:
+    """Compare keys with arguments where they would be handed on, and read late or never."""
+    evaluators = [cfg.get(f'{loader}_evaluator') for loader in loaders]
+    hooks = [*(cfg.get('default_hooks') or {}).values(), cfg.get('custom_hooks')]
+    for registry, parts in ((METRICS, evaluators), (HOOKS, hooks)):
+        for part in parts:
+            for node in part if isinstance(part, list | tuple) else [part]:
+                if isinstance(node, dict) and 'type' in node:
+                    check_keys(node, registry)
+
+
 def _check_classes(model: nn.Module, cfg: Config, loaders: tuple[str, ...]) -> None:
     """Compare the heads' numbers of classes with the data sets', before these read their files."""
     for loader in loaders:
         place = f'{loader}_dataloader'
         for where, node in data_sets(cfg.get(place), place):
-            kind = DATASETS.get(node['type']) if isinstance(node['type'], str) else node['type']
-            if kind is None or 'lazy_init' in arguments(kind):  # or it would read its files
-                with explained():
-                    data = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
+            if 'lazy_init' in arguments(find(node, DATASETS)):  # or it would read its files
+                data = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
                 _compare_classes(model, data.metainfo, where)
 
 
