@@ -90,7 +90,7 @@ def at_end(work_dir):
 
 
 def files(work_dir):
-    return sorted(file.name for file in work_dir.glob('*.pth*'))
+    return sorted(file.name for file in work_dir.glob('[!.]*.pth'))
 
 
 @pytest.fixture(scope='module')
@@ -257,7 +257,7 @@ def test_scalars_that_cannot_be_written(project):
     options = [
         'train_dataloader.dataset.indices=2',
         'default_hooks.logger.interval=1',
-        'default_hooks.logger.json_log_path=../../full.json',
+        'visualizer.vis_backends.0.scalar_save_file=../../full.json',
     ]
     config = write_config(project / 'full.py', DEMOS['detection'], DETECTION)
     command = [config, '--work-dir', work_dir, '--cfg-options', *options]
