@@ -64,7 +64,7 @@ KINDS = {
         ERROR,
         f'cut it into tiles, or allow more: export {PIXELS_VARIABLE}=NUMBER, which takes memory',
     ),
-    'another size': (ERROR, 'annotate the upright image, as it is seen in training'),
+    'another size': (ERROR, 'annotate the image upright, and at the size that it has'),
     'extreme shape': (WARNING, 'resizing may leave nothing of it: cut it, or take it out'),
     'deep pixels': (
         WARNING,
@@ -546,7 +546,7 @@ class _Coco:
         try:
             (x, y, w, h), area = ann['bbox'], ann['area']
             finite = math.isfinite(x + y + w + h + area)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             finite = False
         if not finite:
             bbox, area = ann.get('bbox'), ann.get('area')
@@ -613,6 +613,8 @@ def _wrong_polygons(polygons: list[Any], side: int) -> str:
     for polygon in polygons:
         try:
             finite = math.isfinite(sum(polygon))
+        except OverflowError:
+            finite = False
         except TypeError:
             return f'polygon of {type(polygon).__name__}, not of numbers'
         if not finite or (polygon and (min(polygon) < -side or max(polygon) > 2 * side)):
