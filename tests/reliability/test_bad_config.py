@@ -79,7 +79,7 @@ def test_misspelt_keys(key, tmp_path):
     ('section', 'value', 'part', 'name'),
     [
         ('optim_wrapper', dict(optimizer=dict(type='AdamW', lr=1.0, weight_decy=0)), 'AdamW', 0),
-        ('optim_wrapper', dict(clip_gradd=1), 'OptimWrapper', 'clip_grad'),
+        ('optim_wrapper', dict(type='OptimWrapper', clip_gradd=1), 'OptimWrapper', 'clip_grad'),
         ('param_scheduler', dict(type='LinearLR', start_facto=0.1), 'LinearLR', 'start_factor'),
         ('train_cfg', dict(by_epoch=True, max_epoch=3), 'EpochBasedTrainLoop', 'max_epochs'),
     ],
@@ -97,6 +97,8 @@ def test_misspelt_keys_of_what_training_builds(section, value, part, name, tmp_p
         param_scheduler=runner.build_param_scheduler,
         train_cfg=runner.build_train_loop,
     )[section]
+    if section == 'optim_wrapper':
+        value.setdefault('optimizer', dict(type='SGD', lr=1))
     with pytest.raises(TypeError) as error:
         build(value)
     said = str(explain(error.value))
