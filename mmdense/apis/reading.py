@@ -36,6 +36,8 @@ SECTIONS = sorted(
     | {'custom_imports', 'model_wrapper_cfg', 'runner_type', 'sync_bn'}
     | {'data_root', 'tta_model', 'tta_pipeline'}
 )
+# What of mmengine reads a config by its own name, not that of a copy.
+NAMING = ('_file2dict', '_is_lazy_import', '_parse_lazy_import')
 # Common names of variables that are like those of sections.
 VARIABLES = ('data_root', 'tta_pipeline')
 TYPES = ('type', 'runner_type', 'constructor')  # keys whose values are looked up
@@ -101,9 +103,8 @@ def _reason(error: Exception, path: str) -> str | None:
     frames = list(traceback.walk_tb(error.__traceback__))
     readers = [frame for frame, _ in frames if _module(frame).startswith('mmengine.config')]
     last, line = frames[-1]
-    file = next(
-        (f.f_locals['filename'] for f in reversed(readers) if 'filename' in f.f_locals), path
-    )
+    files = [f.f_locals['filename'] for f in readers if f.f_code.co_name in NAMING]
+    file = files[-1] if files else path
     if isinstance(error, FileNotFoundError):
         return f'{path} inherits a config that does not exist: {error}'
     if isinstance(error, RecursionError):
