@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mmdense.engine.coverage import unwrap
 from mmdense.errors import UserError
@@ -24,14 +26,20 @@ class ChannelsLastHook(Hook):
     images need no conversion, results stay the same. Which format is the faster depends on the
     machine: measure it.
 
-    Under DDP the gradients' buckets exist before the hook runs, so torch warns that their strides
-    differ. It makes new ones after the first iteration, in the weights' format, unless
-    ``find_unused_parameters`` is set: then each gradient is transposed on its way.
+    DDP has laid out buckets for the gradients by then, and reads them by the weights' new strides:
+    until it makes new ones, which is after the first iteration, or never with
+    ``find_unused_parameters``, it would mix up each gradient. So it is made again.
     """
 
     def before_run(self, runner: Runner) -> None:
         """Convert all four-dimensional weights."""
-        runner.model.to(memory_format=torch.channels_last)
+        model = runner.model
+        model.to(memory_format=torch.channels_last)
+        if isinstance(model, DistributedDataParallel):
+            runner.model = model.module
+            del model
+            gc.collect()  # of two that listen to the same parameters, each would wait for its own
+            runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), runner.model)
 
 
 @HOOKS.register_module()

@@ -58,7 +58,7 @@ def test_errors_of_python_and_of_gpus(error, said):
 def test_memory_of_numpy():
     cfg = config.load_config(str(DEMOS['detection']))
     with pytest.raises(UserError, match='Unable to allocate'), explain_out_of_memory(cfg, 'train'):
-        np.empty(1 << 60)
+        np.empty(1 << 57)
 
 
 def test_other_errors_pass():

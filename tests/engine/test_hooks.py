@@ -151,37 +151,37 @@ def step(model, images, labels):
     return model(images, labels, mode='loss')['loss']
 
 
-def test_buckets_of_ddp_follow_channels_last_from_the_second_iteration(process):
+def wrapped_run(model, **options):
+    """Return a runner that has wrapped the model, as far as the hook asks for one."""
+
+    def wrap_model(cfg, model):
+        return MMDistributedDataParallel(model, **cfg)
+
+    cfg = dict(model_wrapper_cfg=options)
+    return SimpleNamespace(model=wrap_model(options, model), wrap_model=wrap_model, cfg=cfg)
+
+
+@pytest.mark.parametrize('find_unused_parameters', [False, True])
+def test_gradients_of_ddp_in_channels_last(find_unused_parameters, process):
+    """From the first iteration on; buckets of another format would mix them up."""
     images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
-    gradients, strides = {}, {}
-    always = torch.is_warn_always_enabled()
-    torch.set_warn_always(True)
-    try:
-        for converted in ('before wrapping', 'by the hook'):
-            torch.manual_seed(0)
-            model = Classifier()
-            if converted == 'before wrapping':
-                model.to(memory_format=torch.channels_last)
-            wrapped = MMDistributedDataParallel(model)
-            HOOKS.build(CHANNELS_LAST).before_run(SimpleNamespace(model=wrapped))
-            assert in_channels_last(model)
-            strides[converted] = []
-            for _ in range(3):
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter('always')
-                    model.zero_grad()
-                    step(wrapped, images, labels).backward()
-                said = ['Grad strides do not match' in str(c.message) for c in caught]
-                strides[converted].append(any(said))
-            gradients[converted] = [p.grad for p in model.parameters()]
-    finally:
-        torch.set_warn_always(always)
-    assert strides == {
-        'before wrapping': [False, False, False],
-        'by the hook': [True, False, False],
-    }
-    for a, b in zip(*gradients.values(), strict=True):
-        assert torch.equal(a, b)
+    gradients = []
+    for hook in (None, HOOKS.build(CHANNELS_LAST)):
+        torch.manual_seed(0)
+        runner = wrapped_run(Classifier(), find_unused_parameters=find_unused_parameters)
+        if hook:
+            hook.before_run(runner)
+        assert in_channels_last(runner.model.module) == bool(hook)
+        assert runner.model.find_unused_parameters == find_unused_parameters
+        gradients.append([])
+        for _ in range(3):
+            runner.model.zero_grad()
+            with warnings.catch_warnings():
+                warnings.filterwarnings('error', 'Grad strides do not match')
+                step(runner.model, images, labels).backward()
+            gradients[-1].append([p.grad.clone() for p in runner.model.parameters()])
+    for plain, ours in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, plain)
 
 
 @pytest.fixture

@@ -31,17 +31,22 @@ def greedy(run_tool, tmp_path_factory):
     """Run a tool with a detector that takes too much; return its status and its last line."""
     folder = tmp_path_factory.mktemp('greedy')
     (folder / 'greedy.py').write_text(DETECTOR)
+    config = folder / 'config.py'
+    config.write_text(
+        f'_base_ = {str(DEMOS["detection"])!r}\n'
+        "custom_imports = dict(imports=['mmdense', 'greedy'])\n"
+        "model = dict(type='Greedy')\n"
+    )
 
     def run(tool, *arguments):
         status, said = run_tool(
-            *(sys.executable, ROOT / 'tools' / tool, DEMOS['detection'], *arguments),
-            *('--work-dir', folder, '--cfg-options', 'custom_imports.imports=mmdense,greedy'),
-            *('model.type=Greedy', 'train_dataloader.num_workers=0'),
+            *(sys.executable, ROOT / 'tools' / tool, config, *arguments, '--work-dir', folder),
+            *('--cfg-options', 'train_dataloader.num_workers=0'),
             'train_dataloader.persistent_workers=False',
             PYTHONPATH=str(folder),
         )
         assert 'Traceback' not in said
-        return status, said.splitlines()[-1]
+        return status, said.splitlines()[-1].replace(str(config), 'CONFIG')
 
     return run
 
@@ -53,7 +58,7 @@ def test_training_says_how_to_need_less(greedy):
         'error: out of memory with train_dataloader.batch_size=8 and images of up to 192 x 192. '
         'Try --cfg-options model.backbone.memory=lean, then train_dataloader.batch_size=4 with '
         '--auto-scale-lr, then --amp-dtype bfloat16, then what `python tools/benchmark.py memory '
-        f'{DEMOS["detection"]}` says would fit, then smaller images. '
+        'CONFIG` says would fit, then smaller images. '
         '(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB)'
     )
 
