@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 class Greedy(FasterRCNN):
     def loss(self, inputs, samples):
         raise torch.cuda.OutOfMemoryError(
-            'CUDA out of memory. Tried to allocate 2.00 GiB.\\\\nGPU 0 has 1.00 GiB free.'
+            'CUDA out of memory. Tried to allocate 2.00 GiB.\\nGPU 0 has 1.00 GiB free.'
         )
 
     def predict(self, inputs, samples):
@@ -64,8 +64,9 @@ def test_training_says_how_to_need_less(greedy):
 
 
 def test_test_says_how_to_need_less(greedy, tmp_path):
-    torch.save(dict(state_dict={}), tmp_path / 'empty.pth')
-    status, line = greedy('test.py', tmp_path / 'empty.pth', '--min-coverage', '0')
+    held = {'backbone.stem.0.bias': torch.zeros(32)}
+    torch.save(dict(state_dict=held), tmp_path / 'part.pth')
+    status, line = greedy('test.py', tmp_path / 'part.pth', '--min-coverage', '0')
     assert status == 2
     assert line.startswith(
         'error: out of memory with test_dataloader.batch_size=8. Try --cfg-options '
