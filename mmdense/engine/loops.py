@@ -113,14 +113,16 @@ class _Resumable:
         if runner.val_loop is None or not due or known == self._iter:
             return
         seed_all(*self._key(VALIDATION), self._iter)
+        # Before it: a checkpoint that turns out to be the best is written again in its end.
+        runner.message_hub.update_info(VALIDATED, self._iter)
         try:
             runner.val_loop.run()
         except Stopped:
+            runner.message_hub.update_info(VALIDATED, None)
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):
                     hook.after_val_epoch(runner)  # gives the weights back
             self._stop()
-        runner.message_hub.update_info(VALIDATED, self._iter)
 
 
 @LOOPS.register_module()

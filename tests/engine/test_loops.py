@@ -85,7 +85,7 @@ def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accu
     saved = dict(type='mmdense.CheckpointHook', by_epoch=by_epoch, interval=2 if by_epoch else 4)
     loader = dict(
         batch_size=batch_size,
-        num_workers=0,
+        num_workers=0 if by_epoch else 1,  # where the main process would go on drawing
         sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
         dataset=Noisy(),
         collate_fn=dict(type='default_collate'),
@@ -207,6 +207,17 @@ def test_what_is_replaced_goes_after_what_replaces_it(tmp_path, monkeypatch):
         'best_count_epoch_3.pth',
         'epoch_3.pth',
     ]
+
+
+def test_a_validation_that_the_checkpoint_holds_is_not_repeated(tmp_path):
+    hook = dict(type='mmdense.CheckpointHook', interval=1, save_best='count', rule='greater')
+    whole = build(tmp_path / 'whole', 'epochs', checkpoint=hook)
+    whole.train()
+    resume = str(tmp_path / 'whole/epoch_2.pth')  # written again, as the best so far
+    rest = build(tmp_path / 'rest', 'epochs', checkpoint=hook, resume=resume)
+    rest.train()
+    assert len(state(whole)[0]['val/score']) == 2
+    assert state(rest) == state(whole)
 
 
 def test_a_part_of_a_killed_run_is_removed_at_the_next_start(tmp_path):
