@@ -245,7 +245,9 @@ def test_misspelt_sections(wrong, right, tmp_path):
 
 
 def test_variables_of_every_recipe_are_let_through():
-    for file in sorted((ROOT / 'configs').glob('*/*/*_*.py'))[::7]:
+    files = [p for p in sorted((ROOT / 'configs').glob('*/*/*.py')) if p.parent.name != '_base_']
+    assert files
+    for file in files[::7]:
         config.load_config(str(file))
 
 
@@ -366,8 +368,12 @@ def test_tools_end_with_one_line(run_tool, tmp_path):
     broken.write_text('model = (')
     loader = ['--cfg-options', 'train_dataloader.num_worker=0']
     for tool, arguments, expected in (
-        ('train.py', [DETECTOR, *loader], "error: DataLoader has no argument 'num_worker'; did yo"),
-        ('benchmark.py', ['cost', DETECTOR, '--rounds', 0, *backbone], said_of_backbone),
+        (
+            'train.py',
+            [DETECTOR, *loader],
+            'error: --cfg-options train_dataloader.num_worker: ',
+        ),
+        ('test.py', [DETECTOR, 'x.pth', *backbone], said_of_backbone),
         ('export_onnx.py', [broken, '--out', 'x.onnx'], f'error: {broken}, line 1: '),
     ):
         status, said = run_tool(sys.executable, ROOT / 'tools' / tool, *arguments)
@@ -376,7 +382,7 @@ def test_tools_end_with_one_line(run_tool, tmp_path):
         assert 'Traceback' not in said
 
 
-@pytest.mark.parametrize('text', ['word', 'key=[1', 'key=[(1]'])
+@pytest.mark.parametrize('text', ['word', 'key=[(1]'])
 def test_options_that_are_no_settings(text, capsys):
     import argparse
 
