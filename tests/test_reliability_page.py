@@ -11,7 +11,7 @@ PAGE = ROOT / 'docs/reliability.md'
 NAMED = re.compile(r'`([\w/]+\.py)::(\w+)`')
 
 
-def tests_of(path):
+def functions_of(path):
     """Return the names of a file's test functions."""
     nodes = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
     return {n.name for n in nodes if isinstance(n, ast.FunctionDef) and n.name.startswith('test_')}
@@ -23,7 +23,7 @@ def missing_from(text):
     there = {
         (str(path.relative_to(ROOT / 'tests')), name)
         for path in ROOT.glob('tests/**/test_*.py')
-        for name in tests_of(path)
+        for name in functions_of(path)
     }
     faults = {(file, name) for file, name in there if file.startswith('reliability/')}
     return sorted(named - there), sorted(faults - named)
