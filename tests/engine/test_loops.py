@@ -105,7 +105,8 @@ def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accu
         load_from=resume,
         resume=resume is not None,
         randomness=dict(seed=seed),
-        experiment_name=f'{folder.name}-{len(hooks)}-{resume}-{accumulate}-{kind}',
+        # Of its own: log buffers of one name are shared.
+        experiment_name=f'{folder.parent.name}-{folder.name}-{len(hooks)}-{resume}-{accumulate}-{kind}',
         log_level='WARNING',
     )
 
