@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable
 
-__all__ = ['UserError', 'suggest']
+__all__ = ['UserError', 'printable', 'suggest']
 
 
 class UserError(RuntimeError):
@@ -21,3 +21,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     hint = f'; did you mean {close[0]!r}?' if close else ''
     return f'{hint} (known: {known})'
+
+
+def printable(text: str) -> str:
+    """Return a text with line breaks, and codes that a terminal obeys, escaped: names hold any."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-from mmdense.errors import UserError
+from mmdense.errors import UserError, printable
 
 __all__ = ['report_errors']
 
@@ -42,7 +42,5 @@ def _explain(error: Exception) -> UserError | None:
 
 
 def _fail(message: str) -> int:
-    # Names in files may hold line breaks, or codes that a terminal obeys.
-    line = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in message)
-    sys.stderr.write(f'error: {line}\n')
+    sys.stderr.write(f'error: {printable(message)}\n')
     return 2

@@ -25,6 +25,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mmdense.engine.files import reason_of
+from mmdense.errors import printable
 
 __all__ = [
     'ERROR',
@@ -130,9 +131,7 @@ class Finding:
         return KINDS[self.kind][1]
 
     def __str__(self) -> str:
-        line = ': '.join(part for part in (self.file, self.id, self.text) if part)
-        # Names may hold line breaks, or codes that a terminal obeys.
-        return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+        return printable(': '.join(part for part in (self.file, self.id, self.text) if part))
 
 
 @dataclass(frozen=True)
