@@ -362,9 +362,9 @@ def write_checkpoint(
     # A tensor of its own each: views would drag along what they are cut from.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     if file.suffix == '.pth':
-        with io.BytesIO() as opened:  # given a name, torch would write it into the file
-            torch.save(dict(state_dict=weights, meta=dict(meta)), opened)
-            write_whole(file, opened.getbuffer())
+        held = io.BytesIO()  # given a name, torch would write it into the file
+        torch.save(dict(state_dict=weights, meta=dict(meta)), held)
+        write_whole(file, held.getbuffer())
     else:
         # One entry: several would be written in an order that changes from file to file.
         write_whole(file, safetensors.torch.save(weights, metadata={META: _json(meta, file)}))

@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.nn import functional as F
 
-from mmdense.engine import load_into
+from mmdense.engine import files, load_into
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2, DenseNet, RDNet, ReXNet
 from mmdense.weights import FORMATS, convert, recognise, state_dict_of
@@ -411,7 +411,8 @@ def test_released_models_load_whole(scope):
 
 
 @pytest.mark.parametrize('scope', ['mmdet', 'mmseg'])
-def test_released_models_as_backbone_weights(scope, tmp_path):
+def test_released_models_as_backbone_weights(scope, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, 'REPEATED', 1e6)  # numbers that are repeated make a small file
     state = numbered(RELEASED[scope]())
     normed = scope == 'mmdet'
     file = tmp_path / 'released.pth'

@@ -324,16 +324,17 @@ def test_init_cfg_loads_a_checkpoint(family, tmp_path):
 def test_compiles_without_graph_break(family, memory):
     if memory == 'lean' and family in ('ShuffleNetV2', 'TimmBackbone'):
         return
-    net = active(build(family, memory=memory))
+    # Gates that norm two values each are chaotic: in float32 they pass on rounding enlarged.
+    net = active(build(family, memory=memory)).double()
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
     grads = []
     for run in (net, compiled):
         net.zero_grad()
-        maps = run(image())
+        maps = run(image().double())
         sum(m.square().mean() for m in maps).backward()
         grads.append([m.detach() for m in maps] + [p.grad.clone() for p in net.parameters()])
     for a, b in zip(*grads, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
