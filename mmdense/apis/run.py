@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,11 @@ OURS = {
     CheckpointHook: 'mmdense.CheckpointHook',
     EpochBasedTrainLoop: 'mmdense.EpochBasedTrainLoop',
     IterBasedTrainLoop: 'mmdense.IterBasedTrainLoop',
+}
+# What reads all maps of a detector's neck alike, and the attribute that says how many channels.
+BEHIND_NECK = {
+    re.compile(r'rpn_head|bbox_head'): 'in_channels',
+    re.compile(r'roi_head\.(bbox|mask)_roi_extractor(\.\d+)?'): 'out_channels',
 }
 
 
@@ -79,6 +85,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     built, model = unwrap(runner.model), cfg.model
     if isinstance(built, nn.Module):  # a FlexibleRunner's is built when it starts
         _check_channels(built, model.get('module', model))
+        _check_neck(built)
         _check_classes(built, cfg, loaders)
     _check_keys(cfg, loaders)
     return runner
@@ -210,6 +217,24 @@ def _check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
                 f'{reader.name} expects {reader.node[reader.key]} channels, but the backbone gives '
                 f"{reader.channels}: set model.{reader.name}.{reader.key}='auto'"
             )
+
+
+def _check_neck(model: nn.Module) -> None:
+    """Compare what a detector's neck puts out with what the heads that read it were built for."""
+    given = _channels(getattr(model, 'neck', None), 'out_channels')
+    for name, part in model.named_modules():
+        key = next((key for places, key in BEHIND_NECK.items() if places.fullmatch(name)), '')
+        wanted = _channels(part, key)
+        if given and wanted and given != wanted:
+            raise UserError(
+                f'model.{name}.{key} is {wanted}, but the neck puts out {given}: '
+                'make one fit the other (model.neck.out_channels)'
+            )
+
+
+def _channels(part: nn.Module | None, key: str) -> int | list[int] | None:
+    channels = getattr(part, key, None)
+    return list(channels) if isinstance(channels, list | tuple) else channels
 
 
 def _check_keys(cfg: Config, loaders: tuple[str, ...]) -> None:

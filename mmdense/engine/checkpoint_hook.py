@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.logging import print_log
@@ -81,7 +81,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def save_now(self, runner: Runner) -> str:
         """Write ``interrupted.pth``, from which ``--resume`` goes on; return its name.
 
-        For between two iterations. It goes with the next checkpoint that is written.
+        For between two iterations; other processes than the main one don't wait for it. It goes with
+        the next checkpoint that is written.
         """
         with self._replacing():
             runner.save_checkpoint(
@@ -94,7 +95,6 @@ class CheckpointHook(MMEngineCheckpointHook):
         file = self.file_backend.join_path(self.out_dir, INTERRUPTED)
         if is_main_process():
             write_whole(Path(runner.work_dir, 'last_checkpoint'), file.encode())
-        barrier()
         return file
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:

@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import get_rank
+from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
+from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -42,7 +43,7 @@ class _Resumable:
     After each iteration, a SIGTERM ends the run: with a checkpoint that it goes on from exactly,
     one line in the log and status 143. While gradients are accumulated, which no checkpoint holds,
     it waits for the step. A SIGTERM during a validation ends that, and it begins again on resuming;
-    with several processes it is finished first.
+    several processes write the checkpoint at once, and finish the validation if nobody kills them.
 
     A validation that was due at the iteration of the checkpoint, and isn't in it, comes first:
     checkpoints are written before it.
@@ -66,7 +67,7 @@ class _Resumable:
     @contextmanager
     def _running(self) -> Iterator[None]:
         runner = self.runner
-        self._signal = StopSignal()
+        self._signal = StopSignal(self._keep)
         runner.register_hook(self._signal)
         try:
             with self._signal, refused_writing(runner.work_dir):
@@ -96,13 +97,39 @@ class _Resumable:
             self._stop()
 
     def _stop(self) -> None:
-        runner = self.runner
-        hook = next((h for h in runner.hooks if isinstance(h, CheckpointHook)), None)
-        kept = 'nothing is kept, as the config saves no checkpoints'
-        if hook is not None:
-            kept = f'--resume goes on from {hook.save_now(runner)}'
-        runner.logger.warning(f'SIGTERM: stopped after {self._iter} of {self.max_iters}; {kept}')
+        kept = self._save()
+        barrier()  # the launcher kills who is late
+        self._say('stopped', kept)
         sys.exit(STATUS)
+
+    def _save(self) -> str:
+        hook = next((h for h in self.runner.hooks if isinstance(h, CheckpointHook)), None)
+        if hook is None:
+            return 'nothing is kept, as the config saves no checkpoints'
+        return f'--resume goes on from {hook.save_now(self.runner)}'
+
+    def _say(self, what: str, kept: str) -> None:
+        done = f'after {self._iter} of {self.max_iters}'
+        self.runner.logger.warning(f'SIGTERM: {what} {done}; {kept}')
+
+    def _keep(self) -> None:
+        """Write a checkpoint in a validation that goes on, on the main process."""
+        runner = self.runner
+        # Processes of a strategy would have to write together.
+        if not (is_main_process() and isinstance(runner, Runner)):
+            return
+        averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+        self._set_validated(None)
+        for hook in averages:
+            hook.after_val_epoch(runner)  # gives the weights back
+        kept = self._save()
+        for hook in averages:
+            hook.before_val_epoch(runner)
+        self._set_validated(self._iter)
+        self._say('finishing the validation', kept)
+
+    def _set_validated(self, iteration: int | None) -> None:
+        self.runner.message_hub.update_info(VALIDATED, iteration)
 
     def _validate(self, done: int, last: int) -> None:
         """Validate if it is due after ``done`` of ``last`` epochs or iterations."""
@@ -114,11 +141,11 @@ class _Resumable:
             return
         seed_all(*self._key(VALIDATION), self._iter)
         # Before it: a checkpoint that turns out to be the best is written again in its end.
-        runner.message_hub.update_info(VALIDATED, self._iter)
+        self._set_validated(self._iter)
         try:
             runner.val_loop.run()
         except Stopped:
-            runner.message_hub.update_info(VALIDATED, None)
+            self._set_validated(None)
             for hook in runner.hooks:
                 if isinstance(hook, EMAHook):
                     hook.after_val_epoch(runner)  # gives the weights back

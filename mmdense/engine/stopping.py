@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +29,13 @@ class StopSignal(Hook):
     """Take note of SIGTERM, as a context manager; a second one, or Ctrl-C, ends at once.
 
     Signals within three seconds count as one. As a hook it ends a validation by :class:`Stopped`,
-    where there is one process: several may have unlike numbers of batches, and finish it.
+    where there is one process. Several may have unlike numbers of batches, and finish it, if they
+    are given the time: they call ``keep`` first.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keep: Callable[[], None]) -> None:
+        self._keep = keep
+        self._kept = False
         self._since: float | None = None
         self._before: Any = None
 
@@ -61,10 +65,15 @@ class StopSignal(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """End the validation, if told to.
+        """End the validation, or see that nothing is lost with it, if told to.
 
         Raises:
             Stopped: To the loop that began it.
         """
-        if self._since is not None and not is_distributed():
+        if self._since is None:
+            return
+        if not is_distributed():
             raise Stopped
+        if not self._kept:
+            self._kept = True
+            self._keep()

@@ -324,6 +324,20 @@ def test_channels_that_do_not_fit(project, tmp_path, task, key, value, message):
         run.build_runner(cfg, loaders=())
 
 
+@pytest.mark.parametrize(
+    ('key', 'message'),
+    [
+        ('neck.out_channels', r'model.rpn_head.in_channels is 48, but the neck puts out 32: '),
+        ('rpn_head.in_channels', r'model.rpn_head.in_channels is 32, but the neck puts out 48: '),
+        ('roi_head.bbox_roi_extractor.out_channels', r'bbox_roi_extractor.out_channels is 32, '),
+    ],
+)
+def test_a_neck_that_does_not_fit_its_heads(project, tmp_path, key, message):
+    cfg = demo('detection', project, tmp_path, **{f'model.{key}': 32})
+    with pytest.raises(UserError, match=message):
+        run.build_runner(cfg, loaders=())
+
+
 def test_concatenating_head_names_each_channel(project, tmp_path):
     head = {'type': 'FCNHead', 'in_index': [0, 1], 'input_transform': 'resize_concat'}
     options = {f'model.auxiliary_head.{k}': v for k, v in head.items()}

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdense.engine import read_checkpoint
+from mmdense.engine import read_checkpoint, stopping
 from mmdense.engine.stopping import STATUS
 
 NUMBERS = itertools.count()
@@ -63,15 +63,15 @@ class Count(BaseMetric):
 class Act(Hook):
     """Do something after an iteration, or while a validation runs."""
 
-    def __init__(self, at, act, validating=False):
-        self.at, self.act, self.validating = at, act, validating
+    def __init__(self, at, act, validating=False, batch=0):
+        self.at, self.act, self.validating, self.batch = at, act, validating, batch
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter + 1 == self.at and not self.validating:
             self.act()
 
     def before_val_iter(self, runner, batch_idx, data_batch=None):
-        if runner.iter == self.at and self.validating:
+        if runner.iter == self.at and self.validating and batch_idx == self.batch:
             self.act()
 
 
@@ -145,6 +145,31 @@ def test_a_run_that_was_told_to_stop_ends_alike(kind, validating, tmp_path):
     assert sorted(f.name for f in (tmp_path / 'told').glob('*.pth')) == sorted(
         f.name for f in (tmp_path / 'whole').glob('*.pth')
     )
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize('killed', [False, True])
+@pytest.mark.parametrize('kind', LOOPS)
+def test_several_processes_lose_nothing_with_a_validation(kind, killed, tmp_path, monkeypatch):
+    whole = build(tmp_path / 'whole', kind)
+    whole.train()
+    monkeypatch.setattr(stopping, 'is_distributed', lambda: True)
+    at = dict(epochs=8, iterations=5)[kind]
+    hooks = [Act(at, tell, validating=True)] + [Act(at, kill, True, batch=2)] * killed
+    runner = build(tmp_path / 'told', kind, *hooks)
+    with pytest.raises(Killed if killed else SystemExit):
+        runner.train()
+    assert read_checkpoint(last(tmp_path / 'told'))['meta']['iter'] == at + (not killed)
+    rest = build(tmp_path / 'told', kind, resume=last(tmp_path / 'told'))
+    rest.train()
+    assert state(rest) == state(whole)
 
 
 @pytest.mark.parametrize('kind', LOOPS)

@@ -14,7 +14,7 @@ from mmdense.engine.stopping import Stopped, StopSignal
 
 def test_a_signal_is_noted_and_the_handler_put_back():
     before = signal.getsignal(signal.SIGTERM)
-    told = StopSignal()
+    told = StopSignal(keep=pytest.fail)
     with told:
         assert not told.wanted()
         told.after_val_iter(None, 0)
@@ -30,7 +30,7 @@ def test_another_thread_takes_no_signals():
     entered = []
 
     def enter():
-        with StopSignal() as told:
+        with StopSignal(keep=pytest.fail) as told:
             entered.append(told.wanted())
 
     thread = threading.Thread(target=enter)
@@ -45,7 +45,7 @@ def test_a_second_signal_ends_at_once():
     import os, signal
     from mmdense.engine import stopping
     stopping.ECHO = 0.0
-    with stopping.StopSignal():
+    with stopping.StopSignal(keep=None):
         os.kill(os.getpid(), signal.SIGTERM)
         print('first', flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
