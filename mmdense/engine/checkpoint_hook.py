@@ -81,8 +81,8 @@ class CheckpointHook(MMEngineCheckpointHook):
     def save_now(self, runner: Runner) -> str:
         """Write ``interrupted.pth``, from which ``--resume`` goes on; return its name.
 
-        For between two iterations; other processes than the main one don't wait for it. It goes with
-        the next checkpoint that is written.
+        For between two iterations; other processes don't wait for the main one. It goes with the
+        next checkpoint that is written.
         """
         with self._replacing():
             runner.save_checkpoint(
