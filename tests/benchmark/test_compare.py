@@ -32,6 +32,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize(('name', 'peer'), PAIRS)
+@torch.no_grad()
 def test_every_peer_takes_our_weights(name, peer):
     with torch.device('meta'):
         ours = NETWORKS[name].build().eval()

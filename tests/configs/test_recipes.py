@@ -38,6 +38,8 @@ def load(name, **options):
     options['model.backbone.init_cfg'] = None
     options['optim_wrapper.optimizer.weight_decay'] = 0.0  # which moves what gets no gradient
     cfg = load_config(str(ROOT / f'configs/{name}.py'), options=options)
+    if 'drop_path_rate' in cfg.model.backbone:
+        cfg.model.backbone.drop_path_rate = 0.0  # what it drops gets no gradient
     drop_amp(cfg)
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)

@@ -332,14 +332,16 @@ class DenseNet(Backbone):
 
     def _run_stem(self, modules: list[nn.Module], x: Tensor) -> Tensor:
         if self.memory != 'lean':
-            return nn.Sequential(*modules)(x)
+            for module in modules:
+                x = module(x)
+            return x
         chain: list[nn.Module] = []
         for module in modules:
             if isinstance(module, nn.Conv2d):
                 x, chain = lean_conv(chain, module, x), []
             else:
                 chain.append(module)
-        return recompute(nn.Sequential(*chain), x)
+        return recompute(chain, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].

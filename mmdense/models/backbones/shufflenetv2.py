@@ -174,7 +174,7 @@ class ShuffleNetV2(Backbone):
         x = self.conv1(x)
         maps = []
         for i, name in enumerate(self._parts):
-            part = self.get_submodule(name)
+            part = getattr(self, name)
             if self.memory == 'recompute' and name.startswith('stage'):
                 for unit in part:
                     x = recompute(unit, x)

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 BN = dict(type='BN')
+HAS_DERIVATIVE = torch.__version__ >= (2, 5)  # torch's channel_shuffle
 EPSILON = 1e-12  # below it a sum of squares counts as zero
 
 
@@ -301,7 +302,7 @@ class CondensedGroupConv(_Condensed):
     def forward(self, x: Tensor) -> Tensor:
         """Map the features of a block, [N, C, H, W], to [N, C_out, H, W]."""
         chain = (self._gathered, *self._activated())
-        return F.channel_shuffle(self._run(chain, self.conv, x), self.groups)
+        return _shuffle(self._run(chain, self.conv, x), self.groups)
 
     def _gathered(self, x: Tensor) -> Tensor:
         return x.index_select(1, self.index)
@@ -318,7 +319,13 @@ class CondensedReactivation(_Condensed):
         return x.index_add(1, self.index, self._run(chain, self.conv, new))
 
     def _shuffled(self, x: Tensor) -> Tensor:
-        return F.channel_shuffle(x, x.shape[1] // self.groups)
+        return _shuffle(x, x.shape[1] // self.groups)
+
+
+def _shuffle(x: Tensor, groups: int) -> Tensor:
+    if HAS_DERIVATIVE or not x.requires_grad:
+        return F.channel_shuffle(x, groups)
+    return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 
 def _gather(norm: nn.Module, index: Tensor) -> nn.Module:

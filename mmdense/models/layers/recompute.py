@@ -13,25 +13,32 @@ from torch.utils.checkpoint import checkpoint
 __all__ = ['StatisticsUntouched', 'recompute']
 
 
-def recompute(module: nn.Module, *inputs: Any) -> Any:
+def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
     """Return ``module(*inputs)``, keeping the inputs alone and running it again in backward.
 
     Outputs, gradients, random numbers and batch norms' running statistics are those of the plain
     call: torch's ``checkpoint`` by itself would count each batch twice.
 
     Args:
-        module: What to run.
+        module: What to run; or several, each of which takes what the one before returns.
         *inputs: Tensors, or lists of them.
     """
+    modules = [module] if isinstance(module, nn.Module) else module
+
+    def run(*values: Any) -> Any:
+        for part in modules:
+            values = (part(*values),)
+        return values[0]
+
     if not torch.is_grad_enabled():
-        return module(*inputs)
+        return run(*inputs)
     if torch.compiler.is_compiling():  # a compiled graph updates its buffers once
-        return checkpoint(module, *inputs, use_reentrant=False)
+        return checkpoint(run, *inputs, use_reentrant=False)
     return checkpoint(
-        module,
+        run,
         *inputs,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), StatisticsUntouched([module])),
+        context_fn=lambda: (nullcontext(), StatisticsUntouched(modules)),
     )
 
 

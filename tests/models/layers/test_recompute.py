@@ -51,7 +51,9 @@ def test_intermediates_are_not_kept():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         recompute(net, x)
-    assert all(shape == x.shape for shape in kept.values())
+    shapes = [shape for shape in kept.values() if shape.numel()]  # torch 2.4 keeps an empty one
+    assert shapes
+    assert all(shape == x.shape for shape in shapes)
 
 
 def test_without_gradients_it_is_the_plain_call():
