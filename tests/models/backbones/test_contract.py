@@ -324,6 +324,8 @@ def test_init_cfg_loads_a_checkpoint(family, tmp_path):
 def test_compiles_without_graph_break(family, memory):
     if memory == 'lean' and family in ('ShuffleNetV2', 'TimmBackbone'):
         return
+    if family == 'TimmBackbone' and torch.__version__ < (2, 5):
+        pytest.skip('torch 2.4 compiles no enumerate(start=1), which timm has')
     # Gates that norm two values each are chaotic: in float32 they pass on rounding enlarged.
     net = active(build(family, memory=memory)).double()
     compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
