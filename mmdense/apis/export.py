@@ -228,12 +228,13 @@ def _is_dense(model: nn.Module) -> bool:
 
 def _preprocessing(model: nn.Module) -> Preprocessing:
     said = getattr(model, 'data_preprocessor', None)
-    if said is None or not hasattr(said, '_channel_conversion'):
+    flips = getattr(said, '_channel_conversion', getattr(said, 'channel_conversion', None))
+    if flips is None:  # (the second name is mmseg's own of 1.2)
         return Preprocessing()
     values = [getattr(said, name, None) for name in ('mean', 'std')]
     mean, std = ((), ()) if values[0] is None else [tuple(v.flatten().tolist()) for v in values]
     return Preprocessing(
-        channels='RGB' if said._channel_conversion else 'BGR',  # mmcv reads BGR
+        channels='RGB' if flips else 'BGR',  # mmcv reads BGR
         mean=mean,
         std=std,
         multiple=getattr(said, 'pad_size_divisor', 1),

@@ -124,7 +124,7 @@ def test_inferencers_of_mmdet_and_mmseg_refuse_a_program(tmp_path):
 def test_resuming_does_not_run_the_config_of_a_checkpoint(demo, tmp_path):
     """mmengine runs ``meta['config']`` as a Python program."""
     file, made = tmp_path / 'x.pth', tmp_path / 'made'
-    program = f'import os\nos.mkdir({str(made)!r})\n'
+    program = f'__import__("os").mkdir({str(made)!r})\n'
 
     def train(more, **options):
         cfg = demo(**{'train_cfg.max_epochs': 1, 'train_cfg.val_interval': 9, **options})
