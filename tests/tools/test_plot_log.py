@@ -56,3 +56,5 @@ def test_one_line_says_what_is_wrong(work_dirs, run_tool, tmp_path):
     assert status == 2
     line = f'error: no training log in {empty}: train first, or name its --work-dir'
     assert said.splitlines()[-1] == line  # torch 2.4 has a warning before it
+    assert 'Traceback' not in said
+    assert said.count('error:') == 1
