@@ -65,8 +65,8 @@ test-newest:  ## run all tests on the newest versions that pip finds
 test-openmmlab:  ## run all tests on the original MM packages
 	$(MAKE) test VENV=.venv-openmmlab MM=openmmlab
 
-RECORD ?= benchmarks/results/cpu.json
-COMPARE = $(BIN)/python tools/benchmark.py compare --json $(RECORD)
+RECORD ?= dev/benchmark/results/cpu.json
+COMPARE = $(BIN)/python -m dev.benchmark compare --json $(RECORD)
 TRAIN = $(COMPARE) --mode train --batch 2 --no-compile
 
 benchmark: setup  ## time backbones beside others', for docs/performance.md (20 minutes)
@@ -76,7 +76,7 @@ benchmark: setup  ## time backbones beside others', for docs/performance.md (20 
 	$(COMPARE) --names densenet121 rdnet_tiny --against timm --dtype float32 bfloat16 --rounds 12 --no-memory
 	$(TRAIN) --names densenet121 --against torchvision torchvision_memory_efficient --rounds 5
 	$(TRAIN) --names rdnet_tiny --dtype bfloat16 --rounds 5
-	$(BIN)/python tools/benchmark.py report
+	$(BIN)/python -m dev.benchmark report
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

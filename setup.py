@@ -37,7 +37,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['mmdense', 'mmdense.*']),
-    package_data={'mmdense.benchmark': ['*.html']},
+    package_data={'mmdense.benchmark': ['*.html', '*.yml']},
     python_requires='>=3.10',
     install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors'],
     extras_require={

@@ -626,10 +626,10 @@ def look_at_config(path: str) -> list[dict[str, str]]:
 
     Runs in the process of the step 'config', and needs all packages.
     """
-    from mmdense.apis import UserError
-    from mmdense.apis.config import load_config
-    from mmdense.apis.run import check_data
-    from mmdense.engine.checkpoints import locate
+    from mmdense.config.read import load_config
+    from mmdense.config.validate import check_data
+    from mmdense.errors import UserError
+    from mmdense.weights.sources import locate
 
     shown = shlex.quote(path)
     try:

@@ -1,9 +1,12 @@
 """The error for what a user can mend, and the way out that it names."""
 
+from __future__ import annotations
+
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ['UserError', 'printable', 'suggest']
+__all__ = ['UserError', 'did_you_mean', 'printable', 'reason_of', 'suggest']
 
 
 class UserError(RuntimeError):
@@ -26,3 +29,21 @@ def suggest(name: str, known: Iterable[str]) -> str:
 def printable(text: str) -> str:
     """Return a text with line breaks, and codes that a terminal obeys, escaped: names hold any."""
     return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error of whatever library in one line, of 200 letters at most."""
+    first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
+    if first.endswith(':') and more:
+        first = f'{first} {more[0]}'
+    line = f'{type(error).__name__}: {first}'.rstrip(': .')
+    return line if len(line) <= 200 else f'{line[:197]}...'
+
+
+def did_you_mean(path: str | Path, pattern: str) -> str:
+    """Return the end of an error message: a file beside a missing one that is named like it."""
+    path = Path(path)
+    close = difflib.get_close_matches(
+        str(path), map(str, path.parent.glob(pattern)), n=1, cutoff=0.4
+    )
+    return f'; did you mean {close[0]}?' if close else ''

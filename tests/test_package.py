@@ -52,12 +52,12 @@ def test_tested_versions_are_exact_and_without_addresses():
 
 
 def test_readme_table_is_fresh():
-    done = subprocess.run([sys.executable, ROOT / 'tools/update_readme.py', '--check'])
+    done = subprocess.run([sys.executable, ROOT / 'dev/docs/update_readme.py', '--check'])
     assert done.returncode == 0
 
 
 def fidelity():
-    spec = spec_from_file_location('fidelity', ROOT / 'tools/fidelity.py')
+    spec = spec_from_file_location('fidelity', ROOT / 'dev/docs/fidelity.py')
     module = sys.modules[spec.name] = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -65,7 +65,7 @@ def fidelity():
 
 @pytest.mark.slow
 def test_fidelity_table_and_metafiles_are_fresh():
-    done = subprocess.run([sys.executable, ROOT / 'tools/fidelity.py', '--check'])
+    done = subprocess.run([sys.executable, ROOT / 'dev/docs/fidelity.py', '--check'])
     assert done.returncode == 0
 
 
@@ -75,7 +75,7 @@ def test_fidelity_check_finds_what_is_stale(monkeypatch, tmp_path):
     monkeypatch.setattr(tool, 'files', lambda: iter([('a.md', 'new'), ('b.yml', 'same')]))
     monkeypatch.setattr(sys, 'argv', ['fidelity.py', '--check'])
     (tmp_path / 'b.yml').write_text('same')
-    with pytest.raises(SystemExit, match='stale: a.md; run python tools/fidelity.py'):
+    with pytest.raises(SystemExit, match='stale: a.md; run python dev/docs/fidelity.py'):
         tool.main()
     assert not (tmp_path / 'a.md').exists()
     monkeypatch.setattr(sys, 'argv', ['fidelity.py'])

@@ -19,29 +19,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress
 from rich.table import Table
 
-from mmdense.apis import options, report_errors
-from mmdense.apis.config import load_config, use_amp
+from mmdense import cli as options
 from mmdense.benchmark.backbones import named_backbone
-from mmdense.benchmark.compare import DTYPES, MODES, Setting, compare, machine
-from mmdense.benchmark.measure import measure_configs
-from mmdense.benchmark.networks import NETWORKS, PEERS
-from mmdense.benchmark.plan import (
-    GB,
-    batch_size,
-    best,
-    plan,
-    settings,
-    training_size,
-    usable,
-)
-from mmdense.benchmark.report import markdown
+from mmdense.benchmark.memory import GB, batch_size, best, plan, settings, usable
 from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.benchmark.timing import machine, measure_configs
+from mmdense.cli import report_errors
+from mmdense.config.edit import use_amp
+from mmdense.config.image_size import training_size
+from mmdense.config.read import load_config
 from mmdense.datasets import make_digits
-from mmdense.engine.files import check_writable
 from mmdense.errors import UserError
+from mmdense.files import check_writable
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / 'benchmarks/results', ROOT / 'docs/performance.md'
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 DEMO = ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py'
 DEMO_DATA = Path('data/digits')
@@ -50,43 +41,15 @@ COLUMNS = dict(
     macs=('multiply-adds (G)', 1e9),
     activations=('activations (M)', 1e6),
 )
-BEGIN = '<!-- tables: written by tools/benchmark.py report -->\n'
 
 
 @report_errors
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True)
-    against = commands.add_parser(
-        'compare',
-        help="time backbones beside others' of the same weights, in interleaved rounds",
-        **options.example('tools/benchmark.py compare --names densenet121 --mode infer train'),
-    )
-    against.add_argument('--names', nargs='+', required=True, choices=list(NETWORKS))
-    against.add_argument(
-        '--against', nargs='+', choices=PEERS, help='peers (all that have the network)'
-    )
-    against.add_argument('--mode', nargs='+', choices=MODES, default=['infer'])
-    against.add_argument('--size', nargs=2, type=int, default=(512, 512), metavar=('H', 'W'))
-    against.add_argument('--batch', type=int, default=1)
-    against.add_argument('--dtype', nargs='+', choices=list(DTYPES), default=['float32'])
-    against.add_argument('--rounds', type=int, default=30)
-    against.add_argument('--device', default=DEVICE)
-    against.add_argument('--threads', type=int, default=2, help='of a CPU (%(default)s)')
-    against.add_argument('--no-compile', action='store_true', help='leave torch.compile out')
-    against.add_argument('--no-memory', action='store_true', help='measure times alone')
-    against.add_argument('--json', type=Path, help='add the results to this file')
-    against.set_defaults(run=run_compare)
     add_memory(commands)
     add_cost(commands)
     add_sweep(commands)
-    page = commands.add_parser(
-        'report',
-        help='write docs/performance.md from benchmarks/results',
-        **options.example('tools/benchmark.py report --check'),
-    )
-    page.add_argument('--check', action='store_true', help='write nothing; 1 if it is stale')
-    page.set_defaults(run=run_report)
     args = parser.parse_args()
     args.run(args)
 
@@ -349,50 +312,6 @@ def be_quiet() -> None:
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler tells of each start and stop
     MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
     warnings.simplefilter('ignore', UserWarning)  # mmseg advises of losses
-
-
-def run_compare(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
-    console = Console()
-    record = {**machine(args.device), 'results': []}
-    if args.json and args.json.exists():
-        held = json.loads(args.json.read_text())
-        if {**held, 'results': [], 'date': record['date']} != record:  # it may be past midnight
-            raise UserError(f'{args.json} is of another machine or version: name another file')
-        record = held
-    for name in args.names:
-        peers = [p for p in args.against or NETWORKS[name].peers if p in NETWORKS[name].peers]
-        if not peers:
-            raise UserError(f'none of {args.against} has {name}')
-        for mode in args.mode:
-            for dtype in args.dtype:
-                setting = Setting(name, mode, tuple(args.size), args.batch, dtype, args.device)
-                with console.status('') as status:
-                    result = compare(
-                        setting,
-                        against=peers,
-                        compiled=not args.no_compile,
-                        rounds=args.rounds,
-                        memory=not args.no_memory,
-                        progress=lambda text, name=name: status.update(f'{name}: {text}'),
-                    )
-                record['results'].append(result)
-                text = markdown([{**record, 'results': [result]}])
-                console.print(text[text.index('###') :], highlight=False, soft_wrap=True)
-                if args.json:
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json.dumps(record, indent=1) + '\n')
-
-
-def run_report(args: argparse.Namespace) -> None:
-    records = [json.loads(file.read_text()) for file in sorted(RESULTS.glob('*.json'))]
-    text = PAGE.read_text(encoding='utf-8')
-    fresh = text.split(BEGIN)[0] + BEGIN + '\n' + markdown(records)
-    if fresh == text:
-        return
-    if args.check:
-        sys.exit(f'{PAGE.name} is stale: run python tools/benchmark.py report')
-    PAGE.write_text(fresh, encoding='utf-8')
 
 
 if __name__ == '__main__':

@@ -17,11 +17,12 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdense.apis import options, report_errors
-from mmdense.apis.config import load_config
-from mmdense.apis.data import check_files, list_files
+from mmdense import cli as options
+from mmdense.cli import report_errors
+from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, Finding
-from mmdense.engine.files import check_writable
+from mmdense.datasets.files import check_files, list_files
+from mmdense.files import check_writable
 
 LOADERS = ('train', 'val', 'test')
 SHOWN = 3  # of each kind

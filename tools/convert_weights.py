@@ -4,10 +4,11 @@ from argparse import ArgumentParser
 
 from rich.console import Console
 
-from mmdense.apis import options, report_errors
-from mmdense.apis.config import load_config
-from mmdense.apis.convert import convert_file
-from mmdense.weights import FORMATS
+from mmdense import cli as options
+from mmdense.apis.convert import convert_weights
+from mmdense.cli import report_errors
+from mmdense.config.read import load_config
+from mmdense.weights.formats import FORMATS
 
 
 @report_errors
@@ -32,7 +33,7 @@ def main() -> None:
         help="compare the maps with those of the source's network, where it is installed",
     )
     args = parser.parse_args()
-    done = convert_file(
+    done = convert_weights(
         args.source,
         args.target,
         format_name=args.format,

@@ -12,10 +12,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdense.apis import UserError, options, report_errors, run
+from mmdense import cli as options
 from mmdense.apis.deployment import compare_forms, condense, deployable, deployed_config
-from mmdense.benchmark import not_counted
-from mmdense.engine.files import check_writable
+from mmdense.cli import report_errors
+from mmdense.engine import runner as run
+from mmdense.errors import UserError
+from mmdense.files import check_writable
+from mmdense.flops import not_counted
 from mmdense.models import CondenseNetV2
 
 

@@ -10,8 +10,11 @@ export that.
 from rich.console import Console
 from rich.table import Table
 
-from mmdense.apis import UserError, options, report_errors, run
+from mmdense import cli as options
 from mmdense.apis.export import PARTS, TOLERANCE, Exported, export_onnx
+from mmdense.cli import report_errors
+from mmdense.engine import runner as run
+from mmdense.errors import UserError
 
 BEHIND = dict(
     backbone='maps alone: necks and heads are not in the file',

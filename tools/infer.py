@@ -12,10 +12,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from mmdense.apis import Predictor, options, report_errors
-from mmdense.apis.config import load_config
+from mmdense import cli as options
+from mmdense.apis import Predictor
 from mmdense.apis.predict import PICTURES, PREDICTIONS, find_images, save_predictions
-from mmdense.engine.files import check_writable
+from mmdense.cli import report_errors
+from mmdense.config.read import load_config
+from mmdense.files import check_writable
 
 
 @report_errors

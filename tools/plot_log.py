@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmdense.apis import options, pictures, report_errors
+from mmdense import cli as options
+from mmdense.cli import report_errors
+from mmdense.visualization import logs as pictures
 
 
 @report_errors

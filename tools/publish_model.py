@@ -7,8 +7,9 @@ import argparse
 
 from rich.console import Console
 
-from mmdense.apis import options, report_errors
-from mmdense.apis.publish import Published, publish
+from mmdense import cli as options
+from mmdense.cli import report_errors
+from mmdense.weights.publish import Published, publish
 
 WEIGHTS = dict(
     average='the moving average',

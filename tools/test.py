@@ -4,8 +4,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mmdense.apis import config, deploy, options, report_errors, run
-from mmdense.apis.memory import explain_out_of_memory
+from mmdense import cli as options
+from mmdense.apis import deploy
+from mmdense.cli import report_errors
+from mmdense.config import edit as config
+from mmdense.engine import runner as run
+from mmdense.engine.out_of_memory import explain_out_of_memory
 
 
 @report_errors

@@ -1,7 +1,11 @@
 """Train a detector or a segmentor."""
 
-from mmdense.apis import config, options, report_errors, run
-from mmdense.apis.memory import explain_out_of_memory
+from mmdense import cli as options
+from mmdense.cli import report_errors
+from mmdense.config import edit as config
+from mmdense.engine import resume
+from mmdense.engine import runner as run
+from mmdense.engine.out_of_memory import explain_out_of_memory
 
 
 @report_errors
@@ -53,7 +57,7 @@ def main() -> None:
         config.use_tensorboard(cfg)
     if args.auto_scale_lr:
         config.use_auto_scale_lr(cfg)
-    config.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
+    resume.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
     with explain_out_of_memory(cfg, 'train'):
         run.build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
 

@@ -5,7 +5,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from mmdense.apis import options, pictures, report_errors, run
+from mmdense import cli as options
+from mmdense.cli import report_errors
+from mmdense.engine import runner as run
+from mmdense.visualization import grid
+from mmdense.visualization import logs as pictures
 
 
 @report_errors
@@ -24,9 +28,7 @@ def main() -> None:
     pictures.plot_curves(losses, metrics, out / 'curves.png')
     runner = run.build_runner(cfg, loaders=('test',))
     run.load_weights(runner, args.checkpoint)
-    pictures.draw_predictions(
-        runner, out / 'predictions.png', count=args.num, score_thr=args.score_thr
-    )
+    grid.draw_predictions(runner, out / 'predictions.png', count=args.num, score_thr=args.score_thr)
     console = Console()
     if metrics:
         table = Table('last validation', 'value')

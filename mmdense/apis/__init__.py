@@ -1,21 +1,16 @@
-"""What the command lines under tools/ do, as functions."""
+"""The Python API: predictions, ONNX export, converted weights, inference forms."""
 
-import os
 from importlib import import_module
 from typing import Any
 
-from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
-from mmdense.apis.errors import report_errors
-from mmdense.errors import UserError
+from mmdense import registry  # noqa: F401  (raises if the MM packages are missing)
 
-# OpenCV gives up where Pillow does, half a gigabyte in colour: its own limit, read when it is
-# imported, is three.
-os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')
+__all__ = ['Predictor', 'convert_weights', 'deploy', 'export_onnx']
 
-__all__ = ['Predictor', 'UserError', 'deploy', 'report_errors']
-
-# Imported when they are asked for: they bring all networks with them.
-LAZY = dict(deploy='deployment', Predictor='predict')
+# Imported when they are asked for: they import every network.
+LAZY = dict(
+    Predictor='predict', convert_weights='convert', deploy='deployment', export_onnx='export'
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmdense
-from mmdense.engine.checkpoints import fetch
-from mmdense.engine.coverage import Coverage, load_into
-from mmdense.engine.files import new_file, read_checkpoint, sha256_of, write_checkpoint
 from mmdense.errors import UserError
+from mmdense.files import sha256_of
 from mmdense.models import DenseNet, RDNet, ReXNet
 from mmdense.models.backbones import Backbone
-from mmdense.weights import FORMATS, recognise, state_dict_of
+from mmdense.weights.files import new_file, read_checkpoint, write_checkpoint
+from mmdense.weights.formats import FORMATS, recognise, state_dict_of
+from mmdense.weights.loading import Coverage, load_into
+from mmdense.weights.sources import fetch
 
-__all__ = ['Conversion', 'convert_file']
+__all__ = ['Conversion', 'convert_weights']
 
 TOLERANCE = 1e-4  # of the largest value of a map, in float32
 # Format -> our backbone and timm's networks of that format.
@@ -57,7 +58,7 @@ class Conversion:
     differences: tuple[float, ...] = ()
 
 
-def convert_file(
+def convert_weights(
     source: str,
     target: str | Path,
     *,

@@ -16,11 +16,11 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from mmdense import models
-from mmdense.benchmark import count_cost, count_parameters
 from mmdense.errors import UserError
+from mmdense.flops import count_cost, count_parameters
 from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import Backbone
-from mmdense.models.backbones._condensenetv2_deploy import Workspace, can_run_dense
+from mmdense.models.deploy.condensenetv2 import Workspace, can_run_dense
 
 __all__ = [
     'FormCost',

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 import mmdense
 from mmdense.apis.deployment import deploy as deploy_backbone
-from mmdense.engine.files import check_writable, reason_of
-from mmdense.errors import UserError
+from mmdense.errors import UserError, reason_of
+from mmdense.files import check_writable
 from mmdense.models.backbones import Backbone
 
 __all__ = ['PARTS', 'Check', 'Exported', 'Preprocessing', 'export_onnx']

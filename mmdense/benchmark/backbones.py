@@ -11,10 +11,9 @@ from typing import Any
 
 import timm
 
-from mmdense.apis.config import load_config
-from mmdense.errors import UserError
+from mmdense.config.read import load_config
+from mmdense.errors import UserError, suggest
 from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
-from mmdense.models.backbones.base import suggest
 
 __all__ = ['PRUNING', 'Named', 'known_backbones', 'named_backbone']
 

@@ -32,18 +32,17 @@ from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from torch import nn
 
 from mmdense.apis.deployment import deploy
-from mmdense.apis.pictures import METRICS, read_scalars
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, Named
-from mmdense.benchmark.compare import machine
-from mmdense.benchmark.cost import model_costs
-from mmdense.benchmark.measure import inference, measure, training
-from mmdense.benchmark.plan import training_size
 from mmdense.benchmark.sweep_report import write_report
-from mmdense.config import put_backbone
-from mmdense.engine.files import reason_of, write_whole
-from mmdense.errors import UserError
+from mmdense.benchmark.timing import inference, machine, measure, training
+from mmdense.config.channels import put_backbone
+from mmdense.config.image_size import training_size
+from mmdense.errors import UserError, reason_of
+from mmdense.files import write_whole
+from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
+from mmdense.visualization.logs import METRICS, read_scalars
 
 __all__ = ['Sweep', 'Told', 'set_length']
 

@@ -24,8 +24,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mmdense.engine.files import reason_of
-from mmdense.errors import printable
+from mmdense.errors import printable, reason_of
 
 __all__ = [
     'ERROR',

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,14 +10,12 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from mmdense.engine.files import PART, read_checkpoint, reason_of, write_whole
-from mmdense.errors import UserError
+from mmdense.files import PART, write_whole
 from mmdense.registry import HOOKS
 
-__all__ = ['CheckpointHook', 'WholeFileBackend', 'find_training', 'read_training']
+__all__ = ['CheckpointHook', 'WholeFileBackend']
 
 BACKEND = 'mmdense'
 INTERRUPTED = 'interrupted.pth'
@@ -113,71 +109,3 @@ class CheckpointHook(MMEngineCheckpointHook):
             for name in outdated:
                 self.file_backend.remove(Path(self.out_dir, name))
             self.file_backend.remove_outdated()
-
-
-class NoTrainingError(UserError):
-    """A checkpoint that is whole, and not of a training."""
-
-
-def read_training(file: str | Path) -> dict[str, Any]:
-    """Read all of a checkpoint that a training wrote, and return it.
-
-    Raises:
-        UserError: No file, or one that is damaged; a :class:`NoTrainingError`, if it is whole.
-    """
-    file = Path(file)
-    if zipfile.is_zipfile(file):
-        try:
-            with zipfile.ZipFile(file) as opened:
-                wrong = opened.testzip()  # torch does not compare the checksums
-        except Exception as error:  # zipfile raises what the damage leads to
-            raise UserError(f'{file} is damaged ({reason_of(error)})') from error
-        if wrong:
-            raise UserError(f'{file} is damaged (checksum of {wrong})')
-    held = read_checkpoint(file)
-    if not {'epoch', 'iter'} <= set(held.get('meta') or ()) or 'message_hub' not in held:
-        raise NoTrainingError(f'{file} holds no training to go on with: give it to --load-from')
-    return held
-
-
-def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
-    """Find the last checkpoint of a folder that is whole.
-
-    That is the one that ``last_checkpoint`` names; if it isn't whole, the newest that is, which
-    must hold the state of the optimizer. The log says what was damaged.
-
-    Returns:
-        The file and what it holds; or None, if there is nothing to go on with. Checkpoints on other
-        storage, and those that are folders, are not read, and hold ``{}``.
-
-    Raises:
-        UserError: There are checkpoints, of which none is whole.
-    """
-    work_dir = Path(work_dir)
-    pointer = work_dir / 'last_checkpoint'
-    named = pointer.read_text().strip() if pointer.is_file() else ''
-    if named and ('://' in named or Path(named).is_dir()):
-        return named, {}
-    first = [Path(named)] if named else []
-    folders = {work_dir, *(file.parent for file in first)}
-    files = {file for folder in folders for file in folder.glob('*.pth')}.difference(first)
-    newest = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
-    refused = [f'{pointer} is empty'] if pointer.is_file() and not named else []
-    for file in first + newest:
-        try:
-            held = read_training(file)
-        except UserError as error:
-            if str(file) == named or not isinstance(error, NoTrainingError):
-                refused.append(str(error))
-            continue
-        if str(file) != named and 'optimizer' not in held:
-            continue
-        for line in refused:
-            print_log(f'{line}: going on from {file}', 'current', logging.WARNING)
-        return str(file), held
-    if refused:
-        raise UserError(
-            f'no checkpoint in {work_dir} is whole: {"; ".join(refused)}. Name another by --resume '
-            'FILE, or begin again in another --work-dir'
-        )
-    return None

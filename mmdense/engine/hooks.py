@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import logging
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from mmdense.engine.coverage import unwrap
 from mmdense.errors import UserError
 from mmdense.registry import HOOKS
+from mmdense.weights.loading import check_share, load_covering
 
-__all__ = ['ChannelsLastHook', 'CompileBackboneHook']
+__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'CoverageHook', 'unwrap']
 
 
 @HOOKS.register_module()
@@ -83,3 +87,51 @@ class CompileBackboneHook(Hook):
         """Run the backbones as they are from here on."""
         self.before_val(runner)
         self._calls = []
+
+
+@HOOKS.register_module()
+class CoverageHook(Hook):
+    """Map what a runner loads to our keys, report it, and stop the run where it is too little.
+
+    Args:
+        min_coverage: Least share of the tensors, from 0 to 1; 0 only reports.
+        part: Part of the model that must be covered so, such as 'backbone' for training that starts
+            from other weights, whose heads may be of other classes; the whole model by default,
+            and always where a run is resumed.
+    """
+
+    priority = 'VERY_HIGH'  # before averages take the weights too
+
+    def __init__(self, min_coverage: float = 1.0, part: str = '') -> None:
+        check_share(min_coverage)
+        self.min_coverage = min_coverage
+        self.part = part
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Load into the model, as the runner will do again, and see what became of it."""
+        if isinstance(runner.model, FullyShardedDataParallel):  # its names are not the model's
+            print_log(
+                'under FSDP it is not checked whether the checkpoint fills the model',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
+        model = unwrap(runner.model)
+        in_part = self.part and hasattr(model, self.part) and not runner._resume
+        weights = load_covering(
+            model,
+            checkpoint,
+            source='the checkpoint',
+            min_coverage=self.min_coverage,
+            prefix=f'{self.part}.' if in_part else '',
+        )
+        held = checkpoint.get('state_dict') or {}
+        if held.keys() != weights.keys() or any(held[k] is not v for k, v in weights.items()):
+            checkpoint['state_dict'] = weights  # averages and the runner take these
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the detector or segmentor inside wrappers for processes and test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model

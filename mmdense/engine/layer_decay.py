@@ -11,7 +11,8 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from mmdense.models.backbones.base import GRANULARITIES, suggest
+from mmdense.errors import suggest
+from mmdense.models.backbones.base import GRANULARITIES
 from mmdense.models.backbones.rdnet import RDNet
 from mmdense.registry import OPTIM_WRAPPER_CONSTRUCTORS
 

@@ -25,9 +25,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmdense.engine.checkpoint_hook import CheckpointHook
-from mmdense.engine.files import WriteError, refused_writing
 from mmdense.engine.seeding import NumberedBatches, seed_all
 from mmdense.engine.stopping import STATUS, Stopped, StopSignal
+from mmdense.files import WriteError, refused_writing
 from mmdense.registry import LOOPS
 
 __all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']

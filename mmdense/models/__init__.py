@@ -1,7 +1,11 @@
-"""Networks: importing this package registers them, and how they take weights."""
+"""Networks: importing this package registers them, and applies :mod:`mmdense.patches`."""
 
-from mmdense import registry  # noqa: F401  (says so if the MM packages are missing)
-from mmdense.models.backbones import (
+from mmdense import registry  # noqa: F401  (raises if the MM packages are missing)
+from mmdense.patches import apply_patches
+
+apply_patches()  # first: OpenCV reads its limit when it is imported
+
+from mmdense.models.backbones import (  # noqa: E402
     CondenseNetV2,
     DenseNet,
     RDNet,
@@ -11,5 +15,3 @@ from mmdense.models.backbones import (
 )
 
 __all__ = ['CondenseNetV2', 'DenseNet', 'RDNet', 'ReXNet', 'ShuffleNetV2', 'TimmBackbone']
-
-import mmdense.engine  # noqa: E402, F401  (needs the networks, which need it to take weights)

@@ -9,12 +9,13 @@ import torch
 from mmengine.config import Config
 
 from mmdense import __version__
-from mmdense.apis.config import load_config
-from mmdense.apis.convert import convert_file
-from mmdense.engine import load_into, read_checkpoint
+from mmdense.apis.convert import convert_weights
+from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from mmdense.models import DenseNet, ReXNet
-from mmdense.weights import FORMATS
+from mmdense.weights.files import read_checkpoint
+from mmdense.weights.formats import FORMATS
+from mmdense.weights.loading import load_into
 from support import ROOT
 
 TOOL = ROOT / 'tools/convert_weights.py'
@@ -43,7 +44,7 @@ def rexnet(tmp_path_factory):
 def test_a_converted_file_fills_the_network_and_says_where_it_is_from(rexnet, suffix, tmp_path):
     file, state = rexnet
     target = tmp_path / f'ours.{suffix}'
-    done = convert_file(str(file), target)
+    done = convert_weights(str(file), target)
     assert (done.format, done.tensors) == ('rexnet', len(state) - 2)
     assert done.dropped == ('head.fc.weight', 'head.fc.bias')
     held = read_checkpoint(target)
@@ -64,16 +65,16 @@ def test_a_converted_file_fills_the_network_and_says_where_it_is_from(rexnet, su
 
 def test_check_compares_with_the_source(rexnet, tmp_path, monkeypatch):
     file, state = rexnet
-    done = convert_file(str(file), tmp_path / 'a.pth', check=True)
+    done = convert_weights(str(file), tmp_path / 'a.pth', check=True)
     assert done.compared == 'timm rexnet_100'
     assert len(done.differences) == 4
     assert max(done.differences) < 1e-5
-    again = convert_file(str(tmp_path / 'a.pth'), tmp_path / 'again.pth', check=True)
+    again = convert_weights(str(tmp_path / 'a.pth'), tmp_path / 'again.pth', check=True)
     assert again.differences == done.differences  # the classifier is not missed
     features = timm.create_model('rexnet_100', features_only=True).state_dict()
     flat = {k: state[k.replace('features_', 'features.')] for k in features}
     torch.save(flat, tmp_path / 'flat.pth')
-    done = convert_file(str(tmp_path / 'flat.pth'), tmp_path / 'b.pth', check=True)
+    done = convert_weights(str(tmp_path / 'flat.pth'), tmp_path / 'b.pth', check=True)
     assert done.compared == 'timm features of rexnet_100'
 
     def spoiled(net, x):
@@ -82,20 +83,20 @@ def test_check_compares_with_the_source(rexnet, tmp_path, monkeypatch):
     forward = ReXNet.forward
     monkeypatch.setattr(ReXNet, 'forward', spoiled)
     with pytest.raises(UserError, match='differ from those of timm rexnet_100 by up to 1.0e-02'):
-        convert_file(str(file), tmp_path / 'c.pth', check=True)
+        convert_weights(str(file), tmp_path / 'c.pth', check=True)
     assert not (tmp_path / 'c.pth').exists()
 
 
 def test_check_without_a_source(tmp_path):
     torch.save({'features.0.weight': torch.zeros(1)}, tmp_path / 'x.pth')
     with pytest.raises(UserError, match='no installed network to compare with'):
-        convert_file(
+        convert_weights(
             str(tmp_path / 'x.pth'), tmp_path / 'y.pth', format_name='rexnet-clovaai', check=True
         )
     narrow = ReXNet(arch=dict(width=0.5)).state_dict()
     torch.save(narrow, tmp_path / 'x.pth')
     with pytest.raises(UserError, match='no network of timm takes'):
-        convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', check=True)
+        convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', check=True)
 
 
 def test_a_scheme_has_a_hash_too(monkeypatch, tmp_path):
@@ -105,7 +106,7 @@ def test_a_scheme_has_a_hash_too(monkeypatch, tmp_path):
     records = []
     for name, bias in (('a.pth', 0), ('b.pth', 0), ('c.pth', 1)):
         net.stem.bn.bias.data.fill_(bias)
-        done = convert_file('timm://rexnet_100.nav_in1k', tmp_path / name)
+        done = convert_weights('timm://rexnet_100.nav_in1k', tmp_path / name)
         assert done.tensors == 411
         records.append(read_checkpoint(tmp_path / name)['meta']['mmdense'])
     assert records[0]['source'] == 'timm://rexnet_100.nav_in1k'
@@ -123,19 +124,19 @@ def test_config_wants_every_tensor(tmp_path):
     torch.manual_seed(0)
     state = DenseNet(tap='activated').state_dict()
     torch.save(state, tmp_path / 'x.pth')
-    done = convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=config())
+    done = convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=config())
     assert done.coverage.share() == 1
     assert done.coverage.model == 'DenseNet'
     del state['features.denseblock2.denselayer3.conv2.weight']
     torch.save(state, tmp_path / 'x.pth')
-    convert_file(str(tmp_path / 'x.pth'), tmp_path / 'nothing-to-compare-with.pth')
+    convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'nothing-to-compare-with.pth')
     with pytest.raises(UserError, match='missing: features.denseblock2.denselayer3.conv2.weight'):
-        convert_file(str(tmp_path / 'x.pth'), tmp_path / 'z.pth', config=config())
+        convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'z.pth', config=config())
     assert not (tmp_path / 'z.pth').exists()
 
 
 def test_a_whole_model_of_ours_behind_a_prefix(tmp_path):
-    from mmdense.apis.run import build_runner  # noqa: PLC0415
+    from mmdense.engine.runner import build_runner
 
     cfg = config()
     cfg.work_dir = str(tmp_path / 'work')
@@ -143,14 +144,14 @@ def test_a_whole_model_of_ours_behind_a_prefix(tmp_path):
     torch.save({f'net.{k}': v for k, v in state.items()}, tmp_path / 'x.pth')
     source = str(tmp_path / 'x.pth')
     with pytest.raises(UserError, match=r'no known format; .* --config'):
-        convert_file(source, tmp_path / 'y.pth')
+        convert_weights(source, tmp_path / 'y.pth')
     with pytest.raises(UserError, match='no key begins with model., such as'):
-        convert_file(source, tmp_path / 'y.pth', prefix='model')
-    done = convert_file(source, tmp_path / 'y.pth', prefix='net', config=config())
+        convert_weights(source, tmp_path / 'y.pth', prefix='model')
+    done = convert_weights(source, tmp_path / 'y.pth', prefix='net', config=config())
     assert done.coverage.model == 'RetinaNet'
     assert done.format == 'mmdense'
     assert read_checkpoint(tmp_path / 'y.pth')['state_dict'].keys() == state.keys()
-    done = convert_file(source, tmp_path / 'z.pth', prefix='net.backbone.')
+    done = convert_weights(source, tmp_path / 'z.pth', prefix='net.backbone.')
     assert done.format == 'densenet'
 
 
@@ -158,16 +159,16 @@ def test_leftovers_and_wrong_formats(rexnet, tmp_path):
     file, state = rexnet
     torch.save({**state, 'features.3.conv_dw.bn.wieght': torch.zeros(1)}, tmp_path / 'x.pth')
     with pytest.raises(UserError, match=r'1 keys are not of the format rexnet .*bn.wieght'):
-        convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth')
+        convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth')
     with pytest.raises(UserError, match='411 keys are not of the format rdnet'):
-        convert_file(str(file), tmp_path / 'y.pth', format_name='rdnet')
+        convert_weights(str(file), tmp_path / 'y.pth', format_name='rdnet')
     torch.save({'head.fc.weight': torch.zeros(1)}, tmp_path / 'x.pth')
     with pytest.raises(UserError, match='nothing is left'):
-        convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', format_name='rexnet')
+        convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', format_name='rexnet')
     with pytest.raises(UserError, match='is there already'):
-        convert_file(str(file), file)
+        convert_weights(str(file), file)
     with pytest.raises(UserError, match='no file'):
-        convert_file(str(tmp_path / 'nowhere.pth'), tmp_path / 'y.pth')
+        convert_weights(str(tmp_path / 'nowhere.pth'), tmp_path / 'y.pth')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['x.pth']
 
 
@@ -176,7 +177,7 @@ def test_a_config_without_a_backbone_s_weights_is_not_asked_for_the_network(tmp_
     cfg = load_config(str(RETINANET))
     assert cfg.model.backbone.init_cfg.checkpoint.startswith('timm://')
     torch.save(DenseNet(tap='activated').state_dict(), tmp_path / 'x.pth')
-    assert convert_file(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=cfg).coverage
+    assert convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=cfg).coverage
 
 
 def test_every_format_is_documented():

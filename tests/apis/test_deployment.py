@@ -9,9 +9,10 @@ from mmengine.config import Config
 from torch import nn
 
 import mmdense
-from mmdense.apis import UserError, deploy
+from mmdense.apis import deploy
 from mmdense.apis.deployment import compare_forms, condense, deployed_config, faster_dense
-from mmdense.benchmark import backbone_macs, count_parameters
+from mmdense.errors import UserError
+from mmdense.flops import backbone_macs, count_parameters
 from mmdense.models import CondenseNetV2, DenseNet, ReXNet, ShuffleNetV2
 
 ARCH = dict(layers=(1, 1, 1, 2, 1), growth=(4, 4, 4, 8, 8), groups=4)

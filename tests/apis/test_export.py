@@ -12,8 +12,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import mmdense
-from mmdense.apis import UserError, export
+from mmdense.apis import export
 from mmdense.apis.export import export_onnx
+from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
 from support import CONDENSED, DEMOS, ROOT
 

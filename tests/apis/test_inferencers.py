@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mmdense.apis import Predictor
-from mmdense.apis.config import load_config
+from mmdense.config.read import load_config
 from support import DEMOS
 
 # mmdet.apis of the original distribution imports mmcv.ops, which need mmdense first.

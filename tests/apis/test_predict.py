@@ -13,9 +13,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from bad_data import EPS, bomb
-from mmdense.apis import Predictor, UserError, predict
-from mmdense.apis.config import load_config
+from mmdense.apis import Predictor, predict
 from mmdense.apis.predict import find_images, save_predictions
+from mmdense.config.read import load_config
+from mmdense.errors import UserError
 from support import DEMOS, ROOT
 
 DIGITS = tuple('0123456789')

@@ -4,7 +4,7 @@ import pytest
 from mmengine.config import Config
 
 from mmdense.benchmark.backbones import known_backbones, named_backbone
-from mmdense.config import build_part
+from mmdense.config.channels import build_part
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
 

@@ -11,9 +11,9 @@ import time
 import pytest
 from mmengine.config import Config
 
-from mmdense.apis.config import load_config
 from mmdense.benchmark.backbones import named_backbone
 from mmdense.benchmark.sweep import Sweep, _error_of, _locked, set_length
+from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
 
@@ -299,7 +299,7 @@ def test_a_sweep_that_is_killed_goes_on(project, run_tool, task):
 
 
 def _dense_macs(cfg):
-    from mmdense.benchmark import model_macs
-    from mmdense.config import build_part
+    from mmdense.config.channels import build_part
+    from mmdense.flops import model_macs
 
     return model_macs(build_part(cfg.model, cfg.default_scope).eval(), (192, 192))['backbone']

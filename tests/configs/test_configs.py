@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
 from mmengine.runner.checkpoint import get_torchvision_models
 
 import mmdense  # noqa: F401
-from mmdense.apis.run import _check_channels, _check_neck
+from mmdense.config.validate import _check_channels, _check_neck
 from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
 from support import ROOT
 

@@ -11,7 +11,8 @@ from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope, init_defau
 from mmengine.structures import InstanceData, PixelData
 
 import mmdense  # noqa: F401
-from mmdense.apis.config import drop_amp, load_config, use_tta
+from mmdense.config.edit import drop_amp, use_tta
+from mmdense.config.read import load_config
 from support import ROOT
 
 DETECTORS = {

@@ -5,8 +5,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from mmdense.apis.config import load_config
-from mmdense.apis.run import build_runner
+from mmdense.config.read import load_config
+from mmdense.engine.runner import build_runner
 from support import ROOT
 
 RECIPES = sorted(

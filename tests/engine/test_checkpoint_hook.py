@@ -7,10 +7,12 @@ import subprocess
 import pytest
 import torch
 
-from mmdense.engine import checkpoint_hook, files
-from mmdense.engine.checkpoint_hook import WholeFileBackend, find_training, read_training
-from mmdense.engine.files import WriteError, refused_writing, write_whole
+from mmdense import files
+from mmdense.engine import checkpoint_hook
+from mmdense.engine.checkpoint_hook import WholeFileBackend
+from mmdense.engine.resume import find_training, read_training
 from mmdense.errors import UserError
+from mmdense.files import WriteError, refused_writing, write_whole
 
 
 def training(file, iteration=1, **more):

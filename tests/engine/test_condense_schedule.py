@@ -16,10 +16,11 @@ from mmengine.structures import InstanceData, PixelData
 from torch import nn
 from torch.nn import functional as F
 
-from mmdense.engine import CondenseScheduleHook, allow_training_state
+from mmdense.engine import CondenseScheduleHook
 from mmdense.errors import UserError
 from mmdense.models.backbones import CondenseNetV2, DenseNet
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
+from mmdense.weights.files import allow_training_state
 
 ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
 LAST = 3  # stages are due from 1/6, 1/3 and 1/2 of the training on

@@ -13,8 +13,8 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import CheckpointLoader
 
 import mmdense  # noqa: F401
-from mmdense.engine import allow_training_state
 from mmdense.errors import UserError
+from mmdense.weights.files import allow_training_state
 
 INIT = dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')
 

@@ -14,8 +14,9 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
-from mmdense.engine import read_checkpoint, stopping
+from mmdense.engine import stopping
 from mmdense.engine.stopping import STATUS
+from mmdense.weights.files import read_checkpoint
 
 NUMBERS = itertools.count()
 LOOPS = dict(

@@ -8,11 +8,13 @@ import torch
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS
 
-from mmdense.apis import config, run
-from mmdense.apis.options import _Settings
-from mmdense.config import build_part
+from mmdense.cli import _Settings
+from mmdense.config import read, validate
+from mmdense.config.channels import build_part
+from mmdense.config.explain import explain
+from mmdense.engine import resume
+from mmdense.engine import runner as run
 from mmdense.errors import UserError
-from mmdense.mistakes import explain
 from support import DEMOS, ROOT
 
 DETECTOR, SEGMENTOR = DEMOS['detection'], DEMOS['segmentation']
@@ -35,7 +37,7 @@ def mistake(tmp_path, file=DETECTOR, loaders=('train', 'val'), **options):
     """Return what is said of a config, which is one line."""
 
     def begin():
-        cfg = config.load_config(str(file), options=options, work_dir=str(tmp_path))
+        cfg = read.load_config(str(file), options=options, work_dir=str(tmp_path))
         cfg.log_level = 'ERROR'
         run.build_runner(cfg, loaders=loaders)
 
@@ -88,7 +90,7 @@ def test_misspelt_keys(key, tmp_path):
 def test_misspelt_keys_of_what_training_builds(section, value, part, name, tmp_path, project):
     """These are built when a run starts: the tools end with the same line then."""
     options = dict(data_root=str(project / 'data/digits'))
-    cfg = config.load_config(str(DETECTOR), options=options, work_dir=str(tmp_path))
+    cfg = read.load_config(str(DETECTOR), options=options, work_dir=str(tmp_path))
     cfg.log_level = 'ERROR'
     runner = run.build_runner(cfg, loaders=('train',))
     runner.optim_wrapper = runner.build_optim_wrapper(dict(optimizer=dict(type='SGD', lr=1)))
@@ -123,7 +125,7 @@ def test_misspelt_keys_of_what_training_builds(section, value, part, name, tmp_p
 def test_types_that_are_not_registered(key, value, close, tmp_path):
     assert f'did you mean {close}?' in mistake(tmp_path, **{key: value}).replace("'", '')
     # A config file may name what is not registered, by its path: there it is said on building.
-    cfg = config.load_config(str(DETECTOR), work_dir=str(tmp_path))
+    cfg = read.load_config(str(DETECTOR), work_dir=str(tmp_path))
     cfg.log_level = 'ERROR'
     cfg.merge_from_dict({key: value})
     with pytest.raises(UserError, match=f"^nothing is registered as '{value}'; did you mean '"):
@@ -176,7 +178,7 @@ def test_classes_of_segmentors(head, tmp_path):
 
 
 def test_classes_of_wrapped_data(tmp_path):
-    cfg = config.load_config(str(DETECTOR), work_dir=str(tmp_path))
+    cfg = read.load_config(str(DETECTOR), work_dir=str(tmp_path))
     cfg.log_level = 'ERROR'
     data = cfg.train_dataloader.dataset
     other = {**data.copy(), 'metainfo': dict(classes=('cat', 'dog'))}
@@ -220,10 +222,10 @@ def test_classes_of_panoptic_and_depth_heads(attributes, meta, fits):
         plain=dict(classes=classes),
     )[meta]
     if fits:
-        run._compare_classes(model, meta, 'data')
+        validate._compare_classes(model, meta, 'data')
     else:
         with pytest.raises(UserError, match='semantic_head.num_'):
-            run._compare_classes(model, meta, 'data')
+            validate._compare_classes(model, meta, 'data')
 
 
 # Sections, options, files
@@ -248,7 +250,7 @@ def test_variables_of_every_recipe_are_let_through():
     files = [p for p in sorted((ROOT / 'configs').glob('*/*/*.py')) if p.parent.name != '_base_']
     assert files
     for file in files[::7]:
-        config.load_config(str(file))
+        read.load_config(str(file))
 
 
 def test_options_that_nothing_reads(tmp_path):
@@ -307,18 +309,18 @@ def test_two_bases_with_the_same_section(tmp_path):
 
 
 def test_a_config_of_json(tmp_path):
-    cfg = config.load_config(str(DETECTOR))
+    cfg = read.load_config(str(DETECTOR))
     file = tmp_path / 'whole.json'
     file.write_text(json.dumps(cfg.to_dict()))
-    assert config.load_config(str(file)).model.neck == cfg.model.neck
+    assert read.load_config(str(file)).model.neck == cfg.model.neck
 
 
 def test_checkpoints_that_are_not_there(tmp_path):
     (tmp_path / 'epoch_8.pth').touch()
-    cfg = config.load_config(str(DETECTOR))
+    cfg = read.load_config(str(DETECTOR))
     wrong, right = tmp_path / 'epoch_08.pth', tmp_path / 'epoch_8.pth'
     with pytest.raises(UserError, match=f'^no checkpoint {wrong}; did you mean {right}\\?'):
-        config.use_checkpoint(cfg, None, str(wrong))
+        resume.use_checkpoint(cfg, None, str(wrong))
 
 
 # What is no mistake of a config keeps its traceback

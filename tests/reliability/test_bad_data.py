@@ -11,10 +11,10 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 import bad_data as bad
-from mmdense.apis import UserError
-from mmdense.apis.config import load_config
-from mmdense.apis.data import name_bad_samples
-from mmdense.apis.run import build_runner
+from mmdense.config.read import load_config
+from mmdense.engine.bad_samples import name_bad_samples
+from mmdense.engine.runner import build_runner
+from mmdense.errors import UserError
 from support import DEMOS, ROOT
 
 PY, CHECK, TRAIN = sys.executable, ROOT / 'tools/check_dataset.py', ROOT / 'tools/train.py'

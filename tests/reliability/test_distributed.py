@@ -18,10 +18,12 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 
-from mmdense.apis import UserError, config, run
-from mmdense.config import fill_channels
+from mmdense.config import read
+from mmdense.config.channels import fill_channels
 from mmdense.datasets import make_digits
-from mmdense.engine import read_checkpoint
+from mmdense.engine import runner as run
+from mmdense.errors import UserError
+from mmdense.weights.files import read_checkpoint
 from support import DEMOS, ROOT
 
 pytestmark = pytest.mark.slow
@@ -94,7 +96,7 @@ def segmentor(backbone, folder, images, **options):
         'optim_wrapper.paramwise_cfg': None,
         **options,
     }
-    cfg = config.load_config(str(DEMOS['segmentation']), options=options)
+    cfg = read.load_config(str(DEMOS['segmentation']), options=options)
     cfg.optim_wrapper.optimizer = dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.01)
     cfg.param_scheduler = []
     if backbone == 'rdnet' and 'strategy' not in cfg:
@@ -156,7 +158,7 @@ def evaluated(task, folder, launcher):
         'test_dataloader.num_workers': 0,
         'test_dataloader.persistent_workers': False,
     }
-    cfg = config.load_config(str(DEMOS[task]), options=options)
+    cfg = read.load_config(str(DEMOS[task]), options=options)
     cfg.model = ConfigDict(type='Oracle')
     cfg.update(launcher=launcher, work_dir=str(folder / f'test-{task}-{launcher}'))
     cfg.default_hooks.pop('visualization')

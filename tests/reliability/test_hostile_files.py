@@ -15,12 +15,15 @@ import torch
 from mmengine.config import Config
 from safetensors.torch import save_file
 
-from mmdense.apis import Predictor, config, run
-from mmdense.apis.convert import convert_file
-from mmdense.apis.errors import report_errors
-from mmdense.apis.publish import publish
-from mmdense.engine import read_checkpoint
+from mmdense.apis import Predictor
+from mmdense.apis.convert import convert_weights
+from mmdense.cli import report_errors
+from mmdense.config import read
+from mmdense.engine import resume
+from mmdense.engine import runner as run
 from mmdense.errors import UserError
+from mmdense.weights.files import read_checkpoint
+from mmdense.weights.publish import publish
 from support import DEMOS, ROOT
 
 DETECTOR = DEMOS['detection']
@@ -50,7 +53,7 @@ def demo(project, tmp_path):
 
     def load(**more):
         data = str(project / 'data/digits')
-        cfg = config.load_config(str(DETECTOR), options=dict(data_root=data, **more))
+        cfg = read.load_config(str(DETECTOR), options=dict(data_root=data, **more))
         cfg.work_dir, cfg.log_level = str(tmp_path / 'work'), 'ERROR'
         return cfg
 
@@ -67,12 +70,12 @@ def test_every_way_in_refuses_a_program(demo, tmp_path):
 
     def resume():
         cfg = demo()
-        config.use_checkpoint(cfg, path)
+        resume.use_checkpoint(cfg, path)
         run.build_runner(cfg, loaders=('train',)).train()
 
     def load_from():
         cfg = demo()
-        config.use_checkpoint(cfg, None, path)
+        resume.use_checkpoint(cfg, None, path)
         run.build_runner(cfg, loaders=('train',)).load_or_resume()
 
     def load_weights():  # of test.py, deploy.py, export_onnx.py and visualize.py
@@ -83,7 +86,7 @@ def test_every_way_in_refuses_a_program(demo, tmp_path):
         load_from,
         load_weights,
         lambda: Predictor(demo(), path, device='cpu'),
-        lambda: convert_file(path, str(tmp_path / 'new.pth')),
+        lambda: convert_weights(path, str(tmp_path / 'new.pth')),
         lambda: publish(path, tmp_path / 'new.pth'),
     ):
         said = said_of(way)
@@ -137,7 +140,7 @@ def test_resuming_does_not_run_the_config_of_a_checkpoint(demo, tmp_path):
     held = torch.load(tmp_path / 'work/epoch_1.pth', weights_only=False)
     held['meta']['config'] = program
     torch.save(held, file)
-    train(lambda cfg: config.use_checkpoint(cfg, str(file)), **few)
+    train(lambda cfg: resume.use_checkpoint(cfg, str(file)), **few)
     assert not made.exists()
     assert read_checkpoint(file)['meta'].keys() == held['meta'].keys() - {'config'}
     Config.fromstring(program, file_format='.py')
@@ -316,10 +319,10 @@ def test_yaml_is_data(tmp_path):
     file, made = tmp_path / 'x.yaml', tmp_path / 'made'
     text = f'model:\n  type: A\n  x: !!python/object/apply:os.mkdir [{made}]\n'
     file.write_text(text)
-    assert 'is no config (ConstructorError' in said_of(config.load_config, str(file))
+    assert 'is no config (ConstructorError' in said_of(read.load_config, str(file))
     base = tmp_path / 'leaf.yaml'
     base.write_text('_base_: x.yaml\nmodel: {y: 1}\n')
-    assert f'{file} is no config' in said_of(config.load_config, str(base))
+    assert f'{file} is no config' in said_of(read.load_config, str(base))
     assert not made.exists()
     import yaml
 
@@ -333,9 +336,9 @@ def test_yaml_of_aliases(tmp_path):
     file = tmp_path / 'x.yml'
     for text in ('\n'.join(lines), 'a: &a [*a]'):
         file.write_text(text + '\nmodel: {type: A}\n')
-        assert 'aliases stand for' in said_of(config.load_config, str(file))
+        assert 'aliases stand for' in said_of(read.load_config, str(file))
     file.write_text('a: &a {type: A}\nmodel: *a\n')
-    assert config.load_config(str(file)).model.type == 'A'
+    assert read.load_config(str(file)).model.type == 'A'
 
 
 def test_annotations_nested_without_end(demo, tmp_path):
@@ -363,7 +366,7 @@ def test_names_of_configs_are_names(name, tmp_path, capsys):
 
     @report_errors
     def main():
-        config.load_config(str(file))
+        read.load_config(str(file))
 
     with pytest.raises(SystemExit) as ended:
         main()
@@ -402,7 +405,7 @@ def test_names_of_images_classes_and_keys(project, run_tool, tmp_path):
         file.write_bytes(content)
     (images / '[/].png').write_bytes(b'no image')
     data = str(project / 'data/digits')
-    cfg = config.load_config(str(leaf), options=dict(data_root=data), work_dir=str(tmp_path / 'w'))
+    cfg = read.load_config(str(leaf), options=dict(data_root=data), work_dir=str(tmp_path / 'w'))
     cfg.log_level = 'ERROR'
     runner = run.build_runner(cfg, loaders=())
     classes = ('[red]', '[/]', '$(touch made)', *'3456789')

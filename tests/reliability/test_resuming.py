@@ -13,7 +13,7 @@ import torch
 from faults import train
 from mmengine.logging import HistoryBuffer
 
-from mmdense.engine import read_checkpoint
+from mmdense.weights.files import read_checkpoint
 from support import CONDENSED, DEMOS, ROOT
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mmdense.apis import Predictor
-from mmdense.apis.config import load_config
+from mmdense.config.read import load_config
 from support import DEMOS, ROOT
 
 INFER = (sys.executable, ROOT / 'tools/infer.py')

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 
 from mmdense.apis import deploy
-from mmdense.engine import read_checkpoint
+from mmdense.weights.files import read_checkpoint
 from support import CONDENSED, DEMOS, ROOT, TWO_ITERATIONS
 
 TRAIN, TEST = ROOT / 'tools/train.py', ROOT / 'tools/test.py'

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import mmdense  # noqa: F401
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2
-from mmdense.weights import convert
+from mmdense.weights.formats import convert
 
 # Layers, growth, groups (which are the condense factor too), width of the classifier.
 RELEASED = dict(

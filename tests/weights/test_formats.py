@@ -12,10 +12,11 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 from torch.nn import functional as F
 
-from mmdense.engine import files, load_into
 from mmdense.errors import UserError
 from mmdense.models import CondenseNetV2, DenseNet, RDNet, ReXNet
-from mmdense.weights import FORMATS, convert, recognise, state_dict_of
+from mmdense.weights import files
+from mmdense.weights.formats import FORMATS, convert, recognise, state_dict_of
+from mmdense.weights.loading import load_into
 from published import ClovaaiReXNet, Fork
 from support import ROOT
 

@@ -8,7 +8,7 @@ pytest.importorskip('mmseg')
 
 from mmdense.models.backbones.rexnet import ReXNet  # noqa: E402
 from mmdense.models.heads.rexunet import ReXUNetHead  # noqa: E402
-from mmdense.weights import convert  # noqa: E402
+from mmdense.weights.formats import convert
 from published import Fork  # noqa: E402
 
 

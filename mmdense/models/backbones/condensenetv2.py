@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmdense.errors import UserError
-from mmdense.models.backbones._condensenetv2_deploy import DeployedBlock, ThreadWorkspace, Workspace
 from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.deploy.condensenetv2 import DeployedBlock, ThreadWorkspace, Workspace
 from mmdense.models.layers import (
     CondensedGroupConv,
     CondensedReactivation,

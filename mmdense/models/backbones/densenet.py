@@ -24,14 +24,14 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.errors import UserError
-from mmdense.models.backbones._densenet_deploy import (
+from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
+from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.deploy.densenet import (
     DeployedBlock,
     DeployedNorm,
     DeployedStem,
     DeployedTransition,
 )
-from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
-from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.models.layers.lean import saves_memory
 from mmdense.registry import MODELS

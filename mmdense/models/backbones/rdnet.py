@@ -20,8 +20,8 @@ from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
 from torch import Tensor, nn
 
 from mmdense.errors import UserError
-from mmdense.models.backbones._rdnet_deploy import DeployedDenseStage, DeployedTransition
 from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.deploy.rdnet import DeployedDenseStage, DeployedTransition
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 

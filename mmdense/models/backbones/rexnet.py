@@ -23,8 +23,8 @@ from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
 
 from mmdense.errors import UserError
-from mmdense.models.backbones._rexnet_deploy import DeployedBottleneck, DeployedConv
 from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.deploy.rexnet import DeployedBottleneck, DeployedConv
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 

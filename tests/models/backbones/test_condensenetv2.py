@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmdense.benchmark import backbone_macs
 from mmdense.errors import UserError
+from mmdense.flops import backbone_macs
 from mmdense.models import CondenseNetV2
 from mmdense.models.layers import CondensedGroupConv, CondensedReactivation
 

@@ -1,0 +1,1 @@
+"""Config files: reading, editing and validating them before anything is built."""

@@ -1,0 +1,177 @@
+"""Reading a config file, and the changes that command-line options make to it."""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+
+from mmengine.config import Config, ConfigDict
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+
+from mmdense.errors import UserError
+
+__all__ = [
+    'drop_amp',
+    'use_amp',
+    'use_auto_scale_lr',
+    'use_channels_last',
+    'use_compiled_backbone',
+    'use_show_dir',
+    'use_tensorboard',
+    'use_tta',
+    'write_predictions',
+]
+
+AMP = 'AmpOptimWrapper'
+BFLOAT16 = 'mmdense.BFloat16OptimWrapper'
+
+
+def use_amp(cfg: Config, dtype: str | None = None) -> None:
+    """Train in mixed precision.
+
+    Args:
+        cfg: Changed in place.
+        dtype: 'bfloat16', on a CPU too; 'float16', with the config's own or dynamic loss scaling;
+            None leaves it to the config, and is float16 where that trains in plain precision.
+
+    Raises:
+        UserError: The config has an optimizer wrapper of another kind.
+    """
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', AMP, BFLOAT16):
+        raise UserError(f'--amp cannot replace the optim_wrapper {kind} of {cfg.filename}')
+    if dtype == 'bfloat16':
+        wrapper.type = BFLOAT16
+        _pop_amp_options(wrapper)
+    elif dtype or kind == 'OptimWrapper':
+        if kind != AMP:
+            wrapper.update(type=AMP, loss_scale='dynamic')
+        if dtype:
+            wrapper.dtype = dtype
+
+
+def drop_amp(cfg: Config) -> None:
+    """Replace mixed by plain precision, with a warning: mmengine's AMP refuses to run on a CPU."""
+    wrapper = cfg.get('optim_wrapper')
+    if wrapper is None or wrapper.get('type') != AMP:
+        return
+    if is_main_process():
+        print_log(
+            'no GPU: this run uses float32 in place of mixed precision (a CPU can do '
+            '--amp-dtype bfloat16)',
+            logger='current',
+            level=logging.WARNING,
+        )
+    wrapper.type = 'OptimWrapper'
+    _pop_amp_options(wrapper)
+
+
+def _pop_amp_options(wrapper: ConfigDict) -> None:
+    for key in ('loss_scale', 'dtype', 'use_fsdp'):
+        wrapper.pop(key, None)
+
+
+def use_channels_last(cfg: Config) -> None:
+    """Run the model in channels-last memory format."""
+    _use_hook(cfg, 'mmdense.ChannelsLastHook')
+
+
+def use_compiled_backbone(cfg: Config) -> None:
+    """Compile the backbone for training.
+
+    Raises:
+        UserError: The config compiles the whole model.
+    """
+    if cfg.get('compile'):
+        raise UserError(
+            f'{cfg.filename} compiles the whole model: --compile-backbone needs '
+            '--cfg-options compile=False'
+        )
+    _use_hook(cfg, 'mmdense.CompileBackboneHook')
+
+
+def use_tensorboard(cfg: Config) -> None:
+    """Log to TensorBoard as well, in the work dir.
+
+    Raises:
+        UserError: It isn't installed, or the config has no visualizer.
+    """
+    if find_spec('tensorboard') is None:
+        raise UserError('--tensorboard needs a package: pip install tensorboard')
+    if 'visualizer' not in cfg:
+        raise UserError(f'{cfg.filename} has no visualizer to log with')
+    kind = 'TensorboardVisBackend'
+    backends = cfg.visualizer.get('vis_backends') or []
+    if not any(backend['type'] == kind for backend in backends):
+        cfg.visualizer.vis_backends = [*backends, dict(type=kind)]
+
+
+def _use_hook(cfg: Config, kind: str) -> None:
+    """Add the hook in front of the others, unless the config has it."""
+    hooks = cfg.get('custom_hooks') or []
+    if not any(isinstance(hook, dict) and hook['type'] == kind for hook in hooks):
+        cfg.custom_hooks = [dict(type=kind), *hooks]
+
+
+def use_auto_scale_lr(cfg: Config) -> None:
+    """Scale the learning rate by the real over the config's base batch size.
+
+    Raises:
+        UserError: The config doesn't say its base batch size.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise UserError(f'{cfg.filename} has no auto_scale_lr.base_batch_size to scale from')
+    cfg.auto_scale_lr.enable = True
+
+
+def use_tta(cfg: Config) -> None:
+    """Test with the augmentations of the config's ``tta_model`` and ``tta_pipeline``.
+
+    Raises:
+        UserError: The config has none.
+    """
+    if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
+        raise UserError(f'{cfg.filename} has no tta_model and tta_pipeline')
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    data = cfg.test_dataloader.dataset
+    while 'dataset' in data:
+        data = data.dataset
+    for part in data.get('datasets', [data]):
+        part.pipeline = cfg.tta_pipeline
+
+
+def write_predictions(cfg: Config, out: str) -> None:
+    """Write test predictions: one .pkl file (detection) or a folder of label maps (segmentation).
+
+    Raises:
+        UserError: A detector's file doesn't end in .pkl.
+    """
+    metrics = cfg.test_evaluator
+    metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
+    if cfg.default_scope == 'mmseg':
+        for metric in metrics:
+            metric.update(output_dir=out, keep_results=True)
+        return
+    if not out.endswith('.pkl'):
+        raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
+    cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
+
+
+def use_show_dir(cfg: Config, folder: str) -> None:
+    """Save pictures of the test predictions in ``folder``.
+
+    Raises:
+        UserError: The config has no visualization hook.
+    """
+    if 'visualization' not in cfg.get('default_hooks', {}):
+        raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
+    folder = str(Path(folder).resolve())  # mmdet would put a relative one below its work dir
+    cfg.default_hooks.visualization.draw = True
+    if cfg.default_scope == 'mmseg':
+        cfg.visualizer.save_dir = folder
+        cfg.default_hooks.visualization.interval = 1  # the original mmseg would draw each 50th
+    else:
+        cfg.default_hooks.visualization.test_out_dir = folder

@@ -1,0 +1,1 @@
+"""The inference form of each family: norms folded, concatenations removed."""

@@ -1,0 +1,1 @@
+"""Images of predictions, and plots of training logs."""

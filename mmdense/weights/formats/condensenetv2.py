@@ -1,0 +1,74 @@
+"""The released CondenseNetV2 checkpoints: models as they were trained, and converted ones.
+
+Both load by their own names: those of a model as it was trained into ``form='learned'``, those of a
+converted one into ``form='condensed'``. What differs: a converted model scatters by a matrix of
+ones and zeros, where ours has the channel of each row; masks and counters are floats, where ours
+are integers. Masks are rounded: the released moving average covers them too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmdense.weights.formats.format import AFFINE, NORM, Format
+
+__all__ = ['CONDENSENETV2']
+
+LAYER = r'features\.denseblock_\d+\.denselayer_\d+'
+INTEGERS = dict(_mask=torch.uint8, _count=torch.int64, _stage=torch.int64)
+
+
+def _values(weights: dict[str, Any]) -> dict[str, Any]:
+    forms = {
+        form
+        for key in weights
+        for form, mark in (('learned', '._mask'), ('condensed', '.index'))
+        if key.endswith(mark)
+    }
+    if len(forms) != 1:
+        raise ValueError(
+            'neither a trained nor a converted CondenseNetV2: '
+            + ('it has both masks and indices' if forms else 'it has no masks and no indices')
+        )
+    changed = {}
+    for key, value in weights.items():
+        leaf = key.rpartition('.')[2]
+        if leaf in INTEGERS:
+            value = value.round().to(INTEGERS[leaf])  # 6.9999 is stage 7
+        elif key.endswith('.sfr.index') and value.is_floating_point():
+            value = _destinations(key, value)
+        changed[key] = value
+    return changed
+
+
+def _destinations(key: str, matrix: Tensor) -> Tensor:
+    """Return the column of the one in each row: [rows, columns] to int64 [rows]."""
+    chosen = matrix == 1
+    single = matrix.ndim == 2 and bool((chosen.sum(1) == 1).all())
+    if not single or matrix.count_nonzero() != len(matrix):
+        raise ValueError(f'{key} must be a matrix of zeros with a single 1 in each row')
+    return chosen.int().argmax(1)
+
+
+CONDENSENETV2 = Format(
+    name='condensenetv2',
+    about='CondenseNetV2: the released models, converted or as they were trained',
+    sign=rf'{LAYER}\.',
+    rules=(
+        (
+            rf'features\.init_conv\.weight|{LAYER}\.se\.fc\.[02]\.weight|'
+            rf'{LAYER}\.(?:conv_1|conv_2|sfr)\.(?:conv\.weight|norm\.{NORM})|'
+            rf'{LAYER}\.(?:conv_1|sfr)\.(?:_mask|_count|_stage|index)',
+            r'\g<0>',
+        ),
+        (
+            rf'features\.norm_last\.{NORM}|features\.se_last\.fc\.[02]\.weight|'
+            rf'(?:fc|classifier)\.{AFFINE}',
+            None,
+        ),
+    ),
+    values=_values,
+)

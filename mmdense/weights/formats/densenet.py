@@ -1,0 +1,52 @@
+"""DenseNet: timm's and torchvision's classifiers, and mmpretrain's."""
+
+from __future__ import annotations
+
+import re
+
+from mmdense.weights.formats.format import AFFINE, NORM, Format
+
+__all__ = ['DENSENET', 'MMPRETRAIN']
+
+LAYER = r'(?:norm|conv)'
+DENSENET = Format(
+    name='densenet',
+    about="DenseNet: torchvision's and timm's classifiers, timm's feature extractors",
+    sign=r'features[._]denseblock\d+\.denselayer\d',
+    rules=(
+        (rf'features[._](conv\d\.weight|norm\d\.{NORM})', r'features.\1'),
+        # torchvision's files of 2017 name the layers norm.1, conv.1, norm.2, conv.2.
+        (
+            rf'features[._](denseblock\d+\.denselayer\d+)\.({LAYER})\.?([12]\.{NORM})',
+            r'features.\1.\2\3',
+        ),
+        (rf'features[._](transition\d+\.{LAYER}\.{NORM})', r'features.\1'),
+        (rf'classifier\.{AFFINE}', None),
+    ),
+)
+BACKBONE = r'(?:backbone\.)?'
+
+
+def _layer(match: re.Match) -> str:
+    """Count blocks and layers from 1."""
+    return f'features.denseblock{int(match[1]) + 1}.denselayer{int(match[2]) + 1}.{match[3]}'
+
+
+def _transition(match: re.Match) -> str:
+    return f'features.transition{int(match[1]) + 1}.{match[2]}'
+
+
+MMPRETRAIN = Format(
+    name='densenet-mmpretrain',
+    about="DenseNet: mmpretrain's (mmcls's) classifiers",
+    sign=rf'{BACKBONE}stages\.\d+\.block\.\d+\.norm1\.',
+    rules=(
+        (rf'{BACKBONE}stem\.0\.weight', 'features.conv0.weight'),
+        (rf'{BACKBONE}stem\.1\.({NORM})', r'features.norm0.\1'),
+        (rf'{BACKBONE}stages\.(\d+)\.block\.(\d+)\.({LAYER}[12]\.{NORM})', _layer),
+        (rf'{BACKBONE}transitions\.(\d+)\.({LAYER}\.{NORM})', _transition),
+        # The fourth has no convolution: it is the network's last norm, and its activation.
+        (rf'{BACKBONE}transitions\.3\.0\.({NORM})', r'features.norm5.\1'),
+        (rf'head\.fc\.{AFFINE}', None),
+    ),
+)

@@ -1,0 +1,36 @@
+"""RDNet: timm's and the authors' classifiers, feature extractors, and the released detectors."""
+
+from __future__ import annotations
+
+from mmdense.weights.formats.format import AFFINE, Format, below
+
+__all__ = ['MMLAB', 'RDNET']
+
+BLOCK = rf'dense_block\d+\.(?:gamma|layers\.layers\.(?:[0124]|5\.fc)\.{AFFINE})'
+# Feature extractors flatten the outermost modules: stem_0, dense_stages_0. The released detectors
+# hold one as timm_model.
+OUTER = r'(?:timm_model\.)?'
+RULES = (
+    (rf'{OUTER}stem[._](?:stem[._])?([01]\.{AFFINE})', r'stem.\1'),
+    (
+        rf'{OUTER}dense_stages[._](0\.0\.{BLOCK}|[1-9]\d*\.(?:[01]\.{AFFINE}|2\.{BLOCK}))',
+        r'dense_stages.\1',
+    ),
+    (rf'(?:norm_modules|output_norms)\.(\d+\.{AFFINE})', r'output_norms.\1'),
+    (rf'{OUTER}head\.(?:norm|fc)\.{AFFINE}', None),
+)
+RDNET = Format(
+    name='rdnet',
+    about="RDNet: timm's and NAVER's classifiers, timm's feature extractors",
+    sign=rf'{OUTER}dense_stages[._]\d',
+    rules=RULES,
+)
+# Necks and heads have the same names in mmdet 2 and 3, and in mmseg 0 and 1. mmcv's moving average
+# keeps the weights that it has replaced as ema_...
+PARTS = r'(?:neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head)'
+MMLAB = Format(
+    name='rdnet-mmlab',
+    about='RDNet detectors and segmentors of mmdet 2.x and mmseg 0.x',
+    sign=r'backbone\.timm_model\.(?:stem|dense_stages)[._]',
+    rules=(*below('backbone.', RULES), (rf'{PARTS}\..+', r'\g<0>'), (r'ema_\w+', None)),
+)

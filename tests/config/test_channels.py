@@ -1,0 +1,164 @@
+"""Channels that follow from the backbone, and backbones put in place of others."""
+
+import pytest
+from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from mmdense.config.channels import backbone_maps, fill_channels, put_backbone, readers
+from mmdense.config.read import load_config
+from mmdense.errors import UserError
+from support import DEMOS, ROOT
+
+TINY = dict(stem=16, growth=(8, 16), down=(1,), blocks=1, gate_from=1)
+
+
+def demo(task, **options):
+    return load_config(str(DEMOS[task]), options=options)
+
+
+def test_auto_is_what_the_neck_reads():
+    cfg = demo('detection', **{'model.neck.in_channels': 'auto'})
+    assert cfg.model.neck.in_channels == [64, 96, 144]
+
+
+def test_auto_is_what_each_head_reads():
+    options = {f'model.{name}.in_channels': 'auto' for name in ('decode_head', 'auxiliary_head')}
+    cfg = demo('segmentation', **options, **{'model.auxiliary_head.in_index': 1})
+    assert cfg.model.decode_head.in_channels == [64, 96, 144]
+    assert cfg.model.auxiliary_head.in_channels == 96
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.glob('configs/*/*/*.py')), ids=lambda p: p.stem)
+def test_every_config_would_be_filled_in_as_it_is(path):
+    if '_base_' in path.parts or 'nyu' in path.name:
+        pytest.skip('no config to train, or a depth model')
+    cfg = load_config(str(path))
+    wanted = [(r.name, r.key, r.node[r.key]) for r in _readers(cfg)]
+    wanted.append(('bbox_head', 'in_channels', cfg.model.get('bbox_head', {}).get('in_channels')))
+    ssd = isinstance(cfg.model.get('neck'), dict) and cfg.model.neck.type == 'SSDNeck'
+    for reader in _readers(cfg):
+        reader.node[reader.key] = 'auto'
+    if ssd:
+        cfg.model.bbox_head.in_channels = 'auto'
+    fill_channels(cfg)
+    found = [(r.name, r.key, r.node[r.key]) for r in _readers(cfg)]
+    found.append(('bbox_head', 'in_channels', cfg.model.get('bbox_head', {}).get('in_channels')))
+    assert wanted
+    assert [(n, k, _plain(v)) for n, k, v in found] == [(n, k, _plain(v)) for n, k, v in wanted]
+
+
+def _readers(cfg):
+    return list(readers(cfg.model, backbone_maps(cfg.model.backbone, cfg.default_scope)[0]))
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def test_auto_elsewhere_is_refused():
+    with pytest.raises(UserError, match=r"faster-rcnn_rdnet.*in_channels='auto' is for what reads"):
+        demo('detection', **{'model.rpn_head.in_channels': 'auto'})
+
+
+def test_a_backbone_that_cannot_be_built_is_named():
+    options = {'model.neck.in_channels': 'auto', 'model.backbone.arch': 'tinny'}
+    with pytest.raises(UserError, match=r"cannot build mmdense.RDNet: .*did you mean 'tiny'"):
+        demo('detection', **options)
+
+
+def test_maps_of_a_backbone_that_announces_nothing():
+    resnet = dict(type='ResNet', depth=18, out_indices=(0, 2), init_cfg='none')
+    assert backbone_maps(resnet, 'mmdet') == ((64, 256), (4, 16))
+
+
+def test_maps_of_a_backbone_that_meta_tensors_cannot_build():
+    swin = dict(type='SwinTransformer', embed_dims=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
+    assert backbone_maps(swin, 'mmdet') == ((24, 48, 96, 192), (4, 8, 16, 32))
+
+
+@pytest.mark.parametrize(
+    ('backbone', 'indices', 'channels'),
+    [
+        (dict(type='mmdense.DenseNet', arch='121'), [0, 1, 2], [256, 512, 1024]),
+        (dict(type='mmdense.ReXNet', arch='1.0'), [1, 2, 3], [38, 61, 128]),
+        (dict(type='mmdense.TimmBackbone', model_name='resnet18'), [1, 2, 3], [64, 128, 256]),
+        (dict(type='mmdense.TimmBackbone', model_name='convnext_atto'), [0, 1, 2], [40, 80, 160]),
+    ],
+)
+@pytest.mark.parametrize('task', DEMOS)
+def test_put_backbone(task, backbone, indices, channels):
+    cfg = demo(task)
+    put_backbone(cfg, backbone)
+    assert cfg.model.backbone == dict(backbone, out_indices=indices)
+    if task == 'detection':
+        assert cfg.model.neck.in_channels == channels
+    else:
+        assert cfg.model.decode_head.in_channels == channels
+        assert cfg.model.auxiliary_head.in_channels == channels[2]
+
+
+WEIGHTS = dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'))
+
+
+@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])  # of four maps, and of three
+def test_what_was_frozen_stays_frozen(detector):
+    recipe = f'configs/detection/rexnet/{detector}_rexnet-1.0_fpn_1x_coco.py'
+    cfg = load_config(str(ROOT / recipe))
+    assert cfg.model.backbone.frozen_stages == 2  # what the map of stride 4 is made of
+    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121', **WEIGHTS))
+    assert cfg.model.backbone.frozen_stages == 1
+    assert cfg.model.backbone.norm_eval
+    put_backbone(cfg, dict(type='mmdense.TimmBackbone', model_name='resnet18', **WEIGHTS))
+    assert cfg.model.backbone.frozen_stages == 2  # its first map has stride 2
+    cfg.model.backbone = ConfigDict(
+        type='ResNet', depth=50, frozen_stages=1, norm_eval=False, out_indices=(1, 2, 3)
+    )
+    own = dict(norm_eval=True, frozen_stages=4)  # of its own config, which doesn't count
+    put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0', **WEIGHTS, **own))
+    assert cfg.model.backbone.frozen_stages == 2
+    assert not cfg.model.backbone.norm_eval
+
+
+def test_random_weights_are_not_frozen():
+    cfg = load_config(str(ROOT / 'configs/detection/rexnet/faster-rcnn_rexnet-1.0_fpn_1x_coco.py'))
+    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121', norm_eval=True, frozen_stages=1))
+    assert not {'frozen_stages', 'norm_eval'} & cfg.model.backbone.keys()
+
+
+def test_ssdlite_takes_another_backbone():
+    path = ROOT / 'configs/detection/rexnet/ssdlite_rexnet-1.0_600e_coco-320x320.py'
+    cfg = load_config(str(path), options={'model.backbone.out_indices': [3, 4]} | _ssd(128, 185))
+    put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121'))
+    assert cfg.model.neck.in_channels == [1024, 1024]
+    assert cfg.model.neck.out_channels == [1024, 1024, 512, 256, 256, 128]
+    assert cfg.model.bbox_head.in_channels == cfg.model.neck.out_channels
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        assert isinstance(MODELS.build(cfg.model), nn.Module)
+
+
+def _ssd(*channels):
+    out = [*channels, 512, 256, 256, 128]
+    return {
+        'model.neck.in_channels': [*channels],
+        'model.neck.out_channels': out,
+        'model.bbox_head.in_channels': out,
+    }
+
+
+def test_maps_that_are_not_there():
+    cfg = demo('detection')
+    two = dict(type='mmdense.RDNet', arch=TINY)
+    with pytest.raises(
+        UserError, match=r'at strides 4, 8 and 16, but mmdense.RDNet has .* 4 and 8'
+    ):
+        put_backbone(cfg, two)
+    unet = 'configs/segmentation/rexnet/unet_rexnet-1.0_160k_ade20k-512x512.py'
+    cfg = load_config(str(ROOT / unet))
+    with pytest.raises(UserError, match='reads maps at strides 2, 4, 8'):
+        put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121'))
+
+
+def test_configs_are_left_alone_without_auto(monkeypatch):
+    monkeypatch.setattr('mmdense.config.backbone_maps', None)  # would have to build it
+    fill_channels(Config(dict(model=dict(backbone=dict(type='Nothing'), neck=dict(type='FPN')))))

@@ -1,0 +1,192 @@
+"""Curves and grids of predictions; tests/tools draws them with real models."""
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.structures import InstanceData, PixelData
+
+from mmdense.errors import UserError
+from mmdense.visualization import grid
+from mmdense.visualization import logs as pictures
+
+
+def write_log(folder, name, records):
+    file = folder / name / 'vis_data/scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, records)))
+
+
+def test_read_scalars_joins_resumed_runs(tmp_path):
+    metric = {'coco/bbox_mAP': 0.1, 'step': 1}
+    write_log(tmp_path, '1', [{'loss': 3.0, 'step': 50}, {'loss': 2.0, 'step': 100}, metric])
+    write_log(
+        tmp_path,
+        '2',
+        [{'loss': 1.5, 'step': 100}, {'coco/bbox_mAP': 0.2, 'step': 1}, {'loss': 1.0, 'step': 150}],
+    )
+    write_log(tmp_path, '3', [{'coco/bbox_mAP': 0.9, 'step': 0}])  # a test run, no training
+    losses, metrics = pictures.read_scalars(tmp_path)
+    assert [(r['step'], r['loss']) for r in losses] == [(50, 3.0), (100, 1.5), (150, 1.0)]
+    assert [(r['iter'], r['coco/bbox_mAP']) for r in metrics] == [(100, 0.2)]
+    # A run from the beginning is another training.
+    write_log(tmp_path, '4', [{'loss': 9.0, 'step': 50}])
+    assert pictures.read_scalars(tmp_path) == ([{'loss': 9.0, 'step': 50}], [])
+    pictures.plot_curves(losses, metrics, tmp_path / 'curves.png')
+    assert cv2.imread(str(tmp_path / 'curves.png')).std() > 0
+
+
+def test_read_scalars_without_a_log(tmp_path):
+    with pytest.raises(UserError, match='no training log'):
+        pictures.read_scalars(tmp_path)
+
+
+def logged(folder, name, records):
+    write_log(folder / name, '1', records)
+    return folder / name
+
+
+def pixels_of_runs(file):
+    """Return how many pixels have the colours of three runs."""
+    picture = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
+    wanted = np.array(pictures._colours(3)) * 255
+    return [int((np.abs(picture - colour).max(1) < 3).sum()) for colour in wanted]
+
+
+def test_runs_are_told_apart_by_their_paths(tmp_path):
+    record = [{'loss': 1.0, 'step': 1}]
+    folders = [logged(tmp_path, name, record) for name in ('a/x', 'b/x', 'y', 'c/a/x')]
+    runs = pictures.read_runs([*folders, f'{folders[0]}/', tmp_path / 'y/../b/x'])
+    assert [run.name for run in runs][1:] == ['b/x', 'y', 'c/a/x']
+    assert runs[0].name == f'{tmp_path.name}/a/x'
+    with pytest.raises(UserError, match=f'no training log in {tmp_path / "z"}'):
+        pictures.read_runs([folders[0], tmp_path / 'z'])
+
+
+def test_best_of_a_run():
+    losses = [
+        {'loss': value, 'acc': 90, 'time': 0.1, 'step': step}
+        for step, value in ((1, 3.0), (2, float('nan')), (3, 1.0), (4, 2.0))
+    ]
+    metrics = [
+        {'mIoU': 50.0, 'rmse': 0.4, 'abs_rel': float('nan'), 'time': 9.0, 'iter': 2},
+        {'mIoU': 40.0, 'rmse': 0.5, 'iter': 4},
+    ]
+    run = pictures.Training('x', losses, metrics)
+    assert run.best('loss') == (3, 1.0)
+    assert run.best('mIoU') == (2, 50.0)
+    assert run.best('rmse') == (2, 0.4)
+    assert run.series('rmse') == [(2, 0.4), (4, 0.5)]
+    assert run.series('time')[-1] == (4, 0.1)  # of training
+    assert [run.best(key) for key in ('abs_rel', 'time', 'acc', 'unknown')] == [None] * 4
+
+
+def test_plot_runs_of_different_metrics(tmp_path):
+    steps = range(10, 1010, 10)
+    boxes = [{'loss': 2.0 + i % 3, 'step': i} for i in steps] + [{'coco/bbox_mAP': 0.3, 'step': 1}]
+    areas = [{'loss': 1.0, 'step': i} for i in steps] + [{'mIoU': 30.0, 'step': 1}]
+    young = [{'loss': float('nan'), 'step': 10}, {'loss': 4.0, 'step': 20}]  # no validation yet
+    records = dict(boxes=boxes, areas=areas, young=young)
+    runs = pictures.read_runs([logged(tmp_path, k, v) for k, v in records.items()])
+    out = tmp_path / 'new/runs.png'
+    assert pictures.plot_runs(runs, out) == ['loss', 'coco/bbox_mAP', 'mIoU']
+    shown = pixels_of_runs(out)
+    assert min(shown) > 50
+    assert pictures.plot_runs(runs, out, keys=['mIoU', 'mIoU']) == ['mIoU']
+    only_named = pixels_of_runs(out)[2]
+    assert 0 < only_named < shown[2]  # a single loss is seen as well
+    # Without a validation there is no panel of metrics.
+    assert pictures.plot_runs(runs[2:], out) == ['loss']
+    pictures.plot_runs(runs * 4, tmp_path / 'many.svg')
+    assert (tmp_path / 'many.svg').read_text().count('<!-- boxes -->') == 4
+
+
+def test_plot_runs_refuses_what_it_cannot_draw(tmp_path):
+    runs = [pictures.Training('x', [{'loss': 1.0, 'lr': 0.1, 'step': 1}], [])]
+    out = tmp_path / 'runs.png'
+    for keys, file, message in (
+        (['mIoU'], out, 'no run has logged mIoU; there are: loss, lr'),
+        (None, tmp_path / 'runs.tiff', 'must end in .pdf, .png, .svg'),
+        (None, Path(__file__) / 'runs.png', 'cannot write'),
+    ):
+        with pytest.raises(UserError, match=message):
+            pictures.plot_runs(runs, file, keys=keys)
+    assert not out.exists()
+
+
+def test_losses_are_smoothed():
+    values = np.array([0.0, 3, 0, 3, np.nan, 3, 0, 3])
+    smooth = pictures._smooth(values, 3)
+    np.testing.assert_allclose(smooth, [1.5, 1, 2, 1.5, 3, 1.5, 2, 1.5])
+    assert pictures._smooth(values, 1) is values
+
+
+class Loader(list):
+    dataset = None
+
+
+class Meta:
+    metainfo = dict(classes=('a', 'b'), palette=[(255, 0, 0), (0, 0, 255)])
+
+
+class Sample(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Runner:
+    """What draw_predictions asks of a runner."""
+
+    def __init__(self, samples):
+        self.test_dataloader = Loader([samples])
+        self.test_dataloader.dataset = Meta
+        self.model = self
+
+    def eval(self):
+        pass
+
+    def test_step(self, batch):
+        return batch
+
+
+@pytest.fixture
+def image(tmp_path):
+    file = tmp_path / 'grey.jpg'
+    cv2.imwrite(str(file), np.full((40, 40, 3), 128, np.uint8))
+    return str(file)
+
+
+def colours(file):
+    picture = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
+    return {
+        name: int((np.abs(picture - colour).max(1) < 12).sum())
+        for name, colour in dict(red=(255, 0, 0), blue=(0, 0, 255)).items()
+    }
+
+
+def test_boxes_below_the_threshold_are_left_out(image, tmp_path):
+    found = InstanceData(
+        bboxes=torch.tensor([[5.0, 5, 30, 30], [8.0, 8, 20, 20]]),
+        labels=torch.tensor([0, 1]),
+        scores=torch.tensor([0.9, 0.3]),
+    )
+    truth = InstanceData(bboxes=torch.tensor([[5.0, 5, 31, 31]]), labels=torch.tensor([0]))
+    sample = Sample(img_path=image, pred_instances=found, gt_instances=truth)
+    grid.draw_predictions(Runner([sample, sample]), tmp_path / 'x.png', count=1, score_thr=0.5)
+    assert colours(tmp_path / 'x.png')['red'] > 0
+    assert colours(tmp_path / 'x.png')['blue'] == 0
+    grid.draw_predictions(Runner([sample]), tmp_path / 'x.png', count=1, score_thr=0.2)
+    assert colours(tmp_path / 'x.png')['blue'] > 0
+
+
+def test_label_maps_stand_beside_the_image(image, tmp_path):
+    truth, guess = torch.zeros(1, 40, 40, dtype=torch.long), torch.ones(1, 40, 40, dtype=torch.long)
+    truth[:, :, 20:] = 255  # ignored
+    sample = Sample(
+        img_path=image, gt_sem_seg=PixelData(data=truth), pred_sem_seg=PixelData(data=guess)
+    )
+    grid.draw_predictions(Runner([sample]), tmp_path / 'x.png', count=1)
+    seen = colours(tmp_path / 'x.png')
+    assert 0.4 < seen['red'] / seen['blue'] < 0.6
