@@ -11,7 +11,7 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
 from mmengine.runner.checkpoint import get_torchvision_models
 
 import mmdense  # noqa: F401
-from mmdense.config.validate import _check_channels, _check_neck
+from mmdense.config.validate import check_channels, check_neck
 from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
 from support import ROOT
 
@@ -61,8 +61,8 @@ def test_config_builds_and_fits(path):
     init_default_scope(cfg.default_scope)
     with torch.device('meta'):
         model = MODELS.build(cfg.model)
-    _check_channels(model, cfg.model)
-    _check_neck(model)
+    check_channels(model, cfg.model)
+    check_neck(model)
     check_weights(model.backbone, cfg.model.backbone)
     if cfg.model.type == 'DepthEstimator':
         return
