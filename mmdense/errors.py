@@ -1,4 +1,4 @@
-"""The error for what a user can mend, and the way out that it names."""
+"""UserError, and the pieces that one-line error messages are made of."""
 
 from __future__ import annotations
 
@@ -6,33 +6,42 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ['UserError', 'did_you_mean', 'printable', 'reason_of', 'suggest']
+__all__ = ['UserError', 'printable', 'suggest_file', 'suggest_name', 'one_line']
 
 
 class UserError(RuntimeError):
-    """A mistake that the user can mend: its text is one line that says how."""
+    """An error that the user can fix. Its message is one line that says how."""
 
-    def __init__(self, text: str) -> None:
-        # torch makes a worker's error again with its traceback in front: that leaves the line.
+    def __init__(self, message: str) -> None:
+        # A data loader re-raises a worker's error with the traceback before the message: drop it.
         kind = type(self)
-        super().__init__(text.rpartition(f'{kind.__module__}.{kind.__qualname__}: ')[2].rstrip())
+        prefix = f'{kind.__module__}.{kind.__qualname__}: '
+        super().__init__(message.rpartition(prefix)[2].rstrip())
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: the known name closest to a wrong one, and all."""
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: the known name closest to ``name``, and all of them."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     hint = f'; did you mean {close[0]!r}?' if close else ''
     return f'{hint} (known: {known})'
 
 
-def printable(text: str) -> str:
-    """Return a text with line breaks, and codes that a terminal obeys, escaped: names hold any."""
-    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def suggest_file(path: str | Path, pattern: str) -> str:
+    """Return the end of an error message: an existing file with a name close to a missing one.
+
+    Args:
+        path: The missing file.
+        pattern: Glob pattern of the candidates in its folder, such as ``'*.pth'``.
+    """
+    path = Path(path)
+    files = map(str, path.parent.glob(pattern))
+    close = difflib.get_close_matches(str(path), files, n=1, cutoff=0.4)
+    return f'; did you mean {close[0]}?' if close else ''
 
 
-def reason_of(error: Exception) -> str:
-    """Return an error of whatever library in one line, of 200 letters at most."""
+def one_line(error: Exception) -> str:
+    """Return any library's error as one line of at most 200 characters."""
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
     if first.endswith(':') and more:
         first = f'{first} {more[0]}'
@@ -40,10 +49,6 @@ def reason_of(error: Exception) -> str:
     return line if len(line) <= 200 else f'{line[:197]}...'
 
 
-def did_you_mean(path: str | Path, pattern: str) -> str:
-    """Return the end of an error message: a file beside a missing one that is named like it."""
-    path = Path(path)
-    close = difflib.get_close_matches(
-        str(path), map(str, path.parent.glob(pattern)), n=1, cutoff=0.4
-    )
-    return f'; did you mean {close[0]}?' if close else ''
+def printable(text: str) -> str:
+    """Return a text with line breaks and terminal control codes escaped."""
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

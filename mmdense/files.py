@@ -1,4 +1,4 @@
-"""Writing files atomically, and one-line errors when the disk refuses."""
+"""Atomic writes, checksums, and one-line errors for a disk that cannot be written."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ from pathlib import Path
 
 from mmdense.errors import UserError
 
-__all__ = ['PART', 'WriteError', 'check_writable', 'refused_writing', 'sha256_of', 'write_whole']
+__all__ = [
+    'PART_SUFFIX',
+    'WriteError',
+    'atomic_write',
+    'check_writable',
+    'sha256_of',
+    'wrap_disk_errors',
+]
 
-PART = '.part'  # ends the name of a file that is being written
-# What a disk that takes no more says: full, quota, read-only, a limit of the process.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+PART_SUFFIX = '.part'  # of a file that is being written
+# The disk is full, over quota or read-only, or the process has reached its limit of file size.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
+
+
+class WriteError(UserError):
+    """A file could not be written."""
 
 
 def check_writable(file: Path) -> None:
-    """Find out before the work whether its result can be written; make the folder.
+    """Check before any work that its result can be written, and make the folder.
 
     Raises:
-        UserError: It cannot.
+        UserError: The file cannot be written.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -33,77 +44,76 @@ def check_writable(file: Path) -> None:
         raise UserError(f'cannot write {file}')
 
 
-class WriteError(UserError):
-    """A file that could not be written."""
+def atomic_write(file: Path, content: bytes | memoryview) -> None:
+    """Write a file completely or not at all, even if the process or the machine stops.
 
-
-def write_whole(file: Path, content: bytes | memoryview) -> None:
-    """Write a file that is there whole or not at all, whenever the process or the machine ends.
-
-    It is written beside, under a hidden name that ends in ``.part``, brought to the disk and
-    renamed: until then the file that was there before stays.
+    The content goes to a hidden ``.part`` file in the same folder, is flushed to the disk and
+    renamed. Until then an existing file keeps its old content.
 
     Raises:
-        WriteError: It can't be, with the reason, and the space that is needed and free.
+        WriteError: The write failed. The message has the reason and the space needed and free.
     """
-    part = file.with_name(f'.{file.name}{PART}')
+    part = file.with_name(f'.{file.name}{PART_SUFFIX}')
     try:
         try:
-            with part.open('wb') as opened:
-                opened.write(content)
-                opened.flush()
-                os.fsync(opened.fileno())
+            with part.open('wb') as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
             part.replace(file)
             _flush_folder(file.parent)
         finally:
-            if part.exists():  # a read-only system would refuse to remove even what isn't there
+            if part.exists():  # unlink fails on a read-only disk even if there is no such file
                 part.unlink()
     except OSError as error:
         raise WriteError(
             f'cannot write {file}: {error.strerror} ({len(content) / 1e6:.1f} MB needed, '
-            f'{_free(file.parent)})'
+            f'{_free_space(file.parent)})'
         ) from error
 
 
 def _flush_folder(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that can't flush folders
+        if error.errno != errno.EINVAL:  # this file system cannot flush folders
             raise
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
-def _free(folder: Path) -> str:
+@contextmanager
+def wrap_disk_errors(folder: str | Path) -> Iterator[None]:
+    """Turn any library's error from a full or read-only disk into a one-line ``WriteError``.
+
+    Args:
+        folder: Where the files are written, to report its free space.
+
+    Raises:
+        WriteError: With the reason and the free space.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        path = error.filename or folder
+        raise WriteError(
+            f'cannot write {path}: {error.strerror} ({_free_space(Path(folder))})'
+        ) from error
+
+
+def _free_space(folder: Path) -> str:
     if not folder.is_dir():
         return 'no such folder'
     return f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free'
 
 
-@contextmanager
-def refused_writing(folder: str | Path) -> Iterator[None]:
-    """Make one line of it when the disk of a folder takes no more, whoever writes.
-
-    Raises:
-        WriteError: With the reason, and the space that is free.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        where = error.filename or folder
-        raise WriteError(
-            f'cannot write {where}: {error.strerror} ({_free(Path(folder))})'
-        ) from error
-
-
 def sha256_of(file: str | Path) -> str:
     """Return the sha256 of a file's content, in hex."""
     digest = hashlib.sha256()
-    with Path(file).expanduser().open('rb') as opened:
-        while block := opened.read(1 << 20):
+    with Path(file).expanduser().open('rb') as stream:
+        while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import mmdense
 from mmdense.apis.deployment import deploy as deploy_backbone
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.models.backbones import Backbone
 
@@ -406,7 +406,7 @@ def _write(
                 verbose=False,
             )
     except Exception as error:  # of whatever library: torch's says more in its cause
-        raise _Failed(f'torch cannot export it ({reason_of(error.__cause__ or error)})') from error
+        raise _Failed(f'torch cannot export it ({one_line(error.__cause__ or error)})') from error
     graph = program.model.graph
     values = [*graph.inputs, *graph.outputs]
     for value in graph.outputs:
@@ -472,7 +472,7 @@ def _session(file: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # onnxruntime has a dozen of its own
-        raise _Failed(f'onnxruntime cannot load it ({reason_of(error)})') from error
+        raise _Failed(f'onnxruntime cannot load it ({one_line(error)})') from error
 
 
 def _compare(session: Any, expected: _Network, image: tuple[int, int, int]) -> Check:
@@ -482,7 +482,7 @@ def _compare(session: Any, expected: _Network, image: tuple[int, int, int]) -> C
     try:
         found = session.run(names, dict(image=expected.images(*image).numpy()))
     except Exception as error:  # as above
-        raise _Failed(f'onnxruntime cannot run it on {shown} ({reason_of(error)})') from error
+        raise _Failed(f'onnxruntime cannot run it on {shown} ({one_line(error)})') from error
     differences = {}
     for name, a, b in zip(names, found, wanted, strict=True):
         if a.shape != tuple(b.shape):

@@ -33,7 +33,7 @@ from mmdense.apis.deployment import deploy as deploy_backbone
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, Reading, check_image
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.visualization.draw import draw_instances, draw_segments
 from mmdense.weights.loading import load_covering
@@ -140,7 +140,7 @@ class Predictor:
             try:
                 data = self._prepare(results)
             except Exception as error:  # transforms and OpenCV each raise their own
-                raise UserError(f'{name}: cannot be prepared ({reason_of(error)})') from error
+                raise UserError(f'{name}: cannot be prepared ({one_line(error)})') from error
             try:
                 sample = self.model.test_step(pseudo_collate([data]))[0]
             except ValueError as error:  # too small, in most cases

@@ -12,7 +12,7 @@ from typing import Any
 import timm
 
 from mmdense.config.read import load_config
-from mmdense.errors import UserError, suggest
+from mmdense.errors import UserError, suggest_name
 from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
 
 __all__ = ['PRUNING', 'Named', 'known_backbones', 'named_backbone']
@@ -98,8 +98,8 @@ def named_backbone(name: str, *, pretrained: bool, detects: bool = True) -> Name
     known = dict(zip(known_backbones(), _archs(), strict=True))
     if name not in known:
         raise UserError(
-            f'unknown backbone {name!r}{suggest(name, known)}; besides: timm:NETWORK, or a config '
-            'file whose backbone is meant'
+            f'unknown backbone {name!r}{suggest_name(name, known)}; besides: timm:NETWORK, or a '
+            'config file whose backbone is meant'
         )
     family, arch = known[name]
     kind, _, address = FAMILIES[family]

@@ -38,8 +38,8 @@ from mmdense.benchmark.sweep_report import write_report
 from mmdense.benchmark.timing import inference, machine, measure, training
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
-from mmdense.errors import UserError, reason_of
-from mmdense.files import write_whole
+from mmdense.errors import UserError, one_line
+from mmdense.files import atomic_write
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
 from mmdense.visualization.logs import METRICS, read_scalars
@@ -197,7 +197,7 @@ class Sweep:
             file.parent.mkdir(exist_ok=True)
             text = cfg.pretty_text
             if not file.exists():
-                write_whole(file, text.encode())
+                atomic_write(file, text.encode())
             elif file.read_text() != text:
                 raise UserError(
                     f'{file} is of a sweep with other settings: repeat those, or name another --out'
@@ -252,7 +252,7 @@ class Sweep:
 
         def keep(status: str, **more: Any) -> dict[str, Any]:
             state = dict(status=status, seconds=before + time.monotonic() - begin, **more)
-            write_whole(folder / 'state.json', json.dumps(state).encode())
+            atomic_write(folder / 'state.json', json.dumps(state).encode())
             return state
 
         def run(command: Sequence[str], log: Path) -> str:
@@ -311,7 +311,7 @@ class Sweep:
         if done and (held['of'] != wanted or any('error' in row for row in held['rows'].values())):
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
                 found = _measure(self, done, rounds, pictures, device, progress)
-            write_whole(file, json.dumps(dict(found, of=wanted), indent=1).encode())
+            atomic_write(file, json.dumps(dict(found, of=wanted), indent=1).encode())
         self.report()
 
     def report(self) -> None:
@@ -337,7 +337,7 @@ class Sweep:
             rows=rows,
             truth=measured.get('truth', []),
         )
-        write_whole(self.folder / 'results.json', json.dumps(results, indent=1).encode())
+        atomic_write(self.folder / 'results.json', json.dumps(results, indent=1).encode())
         write_report(self.folder)
 
     def _row(self, backbone: Named, measured: Mapping[str, Any]) -> dict[str, Any]:
@@ -460,7 +460,7 @@ def _measure(
             step = training(own, lambda model: batch, count)
             row['pictures'] = _draw(sweep.folder, name, predictor, items[:pictures])
         except Exception as error:  # of whatever library: it costs the others nothing
-            row['error'] = f'not measured: {reason_of(error)}'
+            row['error'] = f'not measured: {one_line(error)}'
             continue
         # A copy: what a deployed network keeps between images would count as being there before.
         model = copy.deepcopy(predictor.model)

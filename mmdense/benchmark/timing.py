@@ -36,7 +36,7 @@ from mmdense.benchmark.memory import (
 from mmdense.config.channels import build_part, without_weights
 from mmdense.config.edit import drop_amp
 from mmdense.config.image_size import training_size
-from mmdense.errors import reason_of
+from mmdense.errors import one_line
 from mmdense.flops import model_costs
 
 __all__ = ['Run', 'inference', 'machine', 'measure', 'measure_configs', 'timed', 'training']
@@ -92,7 +92,7 @@ def measure(
             held = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
             memory = held + peak_bytes(lambda run=run, data=data: run.run(data), device)
         except Exception as error:  # of whatever library: it costs the others nothing
-            found[name] = dict(error=reason_of(error))
+            found[name] = dict(error=one_line(error))
             continue
         finally:
             _park(run, device)
@@ -214,7 +214,7 @@ def measure_configs(
                     row['form'] = 'deployed'
                 infers[name] = inference(model, partial(_one, _random(cfg, 1, own, model)))
         except Exception as error:  # of whatever library: it costs the others nothing
-            row['error'] = reason_of(error)
+            row['error'] = one_line(error)
     for kind, runs in dict(infer=infers, train=steps).items():
         for name, found in measure(runs, rounds=rounds, device=device, progress=progress).items():
             if 'error' in found:

@@ -19,7 +19,7 @@ from typing import Any
 
 from mmengine.registry import Registry, build_from_cfg
 
-from mmdense.errors import UserError, suggest
+from mmdense.errors import UserError, suggest_name
 
 __all__ = ['arguments', 'check_keys', 'explain', 'explained', 'find']
 
@@ -105,7 +105,7 @@ def _closest(name: str, registry: Registry) -> str:
         registry = registry.parent
     if elsewhere := sorted(own for own in named if own.endswith(f'.{short}')):
         return f'; did you mean {elsewhere[0]!r}?'
-    said = suggest(name, sorted(named if dot else bare))
+    said = suggest_name(name, sorted(named if dot else bare))
     siblings = sorted(own for own in named if own.startswith(f'{scope}.')) if dot else sorted(bare)
     said = said.split(' (known: ')[0]
     return f'{said} (known: {siblings})' if 0 < len(siblings) <= LISTED else said
@@ -144,7 +144,7 @@ def _wrong_argument(error: Exception, frames: list[FrameType]) -> str | None:
         else:
             return None
         known = arguments(built) if callable(built) else []
-        return f'{name} has no argument {key!r}{suggest(key, known)}'
+        return f'{name} has no argument {key!r}{suggest_name(key, known)}'
     missing = re.search(r'missing \d+ required [\w-]+ arguments?: (.+)', str(error))
     if missing and _is_build(last) and 'obj_cls' in last.f_locals:
         return f'{_built(last)[0]} lacks {missing[1]}'
@@ -208,7 +208,7 @@ def check_keys(node: Mapping[str, Any], registry: Registry) -> None:
     known = arguments(find(node, registry))
     for key in node:
         if key not in known and difflib.get_close_matches(key, known, n=1, cutoff=0.85):
-            raise UserError(f'{node["type"]} has no argument {key!r}{suggest(key, known)}')
+            raise UserError(f'{node["type"]} has no argument {key!r}{suggest_name(key, known)}')
 
 
 def _refused(error: Exception, frames: list[FrameType]) -> str | None:

@@ -17,7 +17,7 @@ from mmengine.config import Config
 
 from mmdense.config.channels import fill_channels
 from mmdense.config.validate import check_options, check_sections
-from mmdense.errors import UserError, did_you_mean, reason_of
+from mmdense.errors import UserError, one_line, suggest_file
 
 __all__ = ['load_config', 'read_config']
 
@@ -33,7 +33,7 @@ def read_config(path: str) -> Config:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f'no config {path}{did_you_mean(path, "*.py")}')
+        raise UserError(f'no config {path}{suggest_file(path, "*.py")}')
     try:
         return Config.fromfile(file)
     except Exception as error:
@@ -57,15 +57,15 @@ def _reason(error: Exception, path: str) -> str | None:
     if isinstance(error, SyntaxError):
         return f'{file}, line {error.lineno}: {error.msg}'
     if isinstance(error, UnicodeDecodeError | json.JSONDecodeError | yaml.YAMLError):
-        return f'{file} is no config ({reason_of(error)})'
+        return f'{file} is no config ({one_line(error)})'
     if isinstance(error, ImportError) and readers and 'custom' in str(error):
         cause = error.__cause__ or error
-        return f'{path}: custom_imports names what cannot be imported ({reason_of(cause)})'
+        return f'{path}: custom_imports names what cannot be imported ({one_line(cause)})'
     programs = [f.f_code.co_filename for f, _ in frames if f.f_code.co_name == '<module>']
     if last.f_code.co_filename in programs and readers:
-        return f'{last.f_code.co_filename}, line {line}: {reason_of(error)}'
+        return f'{last.f_code.co_filename}, line {line}: {one_line(error)}'
     if readers and readers[-1] is last:  # mmengine's own rules for configs
-        return f'{file}: {reason_of(error)}'
+        return f'{file}: {one_line(error)}'
     return None
 
 

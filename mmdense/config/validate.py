@@ -22,7 +22,7 @@ from torch import nn
 from mmdense.config.channels import readers
 from mmdense.config.explain import arguments, check_keys, find
 from mmdense.datasets.files import data_sets
-from mmdense.errors import UserError, suggest
+from mmdense.errors import UserError, suggest_name
 
 __all__ = [
     'SECTIONS',
@@ -90,7 +90,7 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
                     'used it already: set what it is used for'
                 )
             raise UserError(
-                f'--cfg-options {key}: nothing reads {section!r}{suggest(section, SECTIONS)}'
+                f'--cfg-options {key}: nothing reads {section!r}{suggest_name(section, SECTIONS)}'
             )
         _check_key(cfg, key, names)
         for kind in _types(names[-1], value):
@@ -110,7 +110,7 @@ def _check_key(cfg: Mapping[str, Any], key: str, names: Iterable[str]) -> None:
             close = difflib.get_close_matches(name, [*node], n=1, cutoff=0.85)
             if close and 'type' not in node and node is not cfg:
                 raise UserError(
-                    f'--cfg-options {key}: there is no {name!r} yet{suggest(name, node)}'
+                    f'--cfg-options {key}: there is no {name!r} yet{suggest_name(name, node)}'
                 )
             return
         node = node[name]

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mmdense.errors import printable, reason_of
+from mmdense.errors import one_line, printable
 
 __all__ = [
     'ERROR',
@@ -231,7 +231,7 @@ def _decode(file: str, reading: Reading) -> tuple[list[Finding], tuple[int, int]
         except Image.DecompressionBombError as error:
             # Whoever raised OpenCV's limit leaves it to OpenCV, which looks at the header first.
             if os.environ.get(PIXELS_VARIABLE, str(MAX_PIXELS)) == str(MAX_PIXELS):
-                return [Finding('too many pixels', file, reason_of(error))], None
+                return [Finding('too many pixels', file, one_line(error))], None
             return _decode_by_opencv(file, reading)
         except Exception:  # each of Pillow's formats raises its own; OpenCV may read it
             return _decode_by_opencv(file, reading)
@@ -252,7 +252,7 @@ def _load(
     try:
         image.load()
     except Exception as error:  # each of Pillow's formats raises its own
-        return [Finding('damaged file', file, f'damaged ({reason_of(error)})')], None
+        return [Finding('damaged file', file, f'damaged ({one_line(error)})')], None
     if image.format == 'JPEG' and _ends_in_zeros(file):
         return [Finding('damaged file', file, 'damaged (zeros in place of its end)')], None
     found = []
@@ -588,7 +588,7 @@ def _read_json(file: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _Refused('no such file') from error
     except (OSError, ValueError, RecursionError) as error:
-        raise _Refused(reason_of(error)) from error
+        raise _Refused(one_line(error)) from error
     if not isinstance(held, dict):
         raise _Refused(f'holds a {type(held).__name__}, not images and annotations')
     return held

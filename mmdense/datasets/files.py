@@ -14,7 +14,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
 from mmdense.datasets.check import Finding, Reading, Sample, check_coco, check_sample
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 
 __all__ = ['check_files', 'data_sets', 'list_files']
 
@@ -79,7 +79,7 @@ def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
     try:
         dataset = DATASETS.build({**node, 'lazy_init': True})
     except Exception as error:  # data sets and transforms each raise their own
-        raise UserError(f'{where} cannot be built ({reason_of(error)})') from error
+        raise UserError(f'{where} cannot be built ({one_line(error)})') from error
     if not isinstance(dataset, BaseDataset):
         raise UserError(f'{where} is a {type(dataset).__name__}, no data set of mmengine')
     return dataset
@@ -137,7 +137,7 @@ def check_annotations(dataset: BaseDataset, reading: Reading) -> tuple[list[Find
         try:
             listed = dataset.load_data_list()
         except Exception as error:  # each data set raises its own
-            return [Finding('annotation file', where, reason_of(error))], []
+            return [Finding('annotation file', where, one_line(error))], []
         found, samples = [], [sample_of(info) for info in listed]
         if not samples:
             found.append(Finding('no images', where, 'no image found'))

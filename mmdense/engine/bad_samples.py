@@ -19,7 +19,7 @@ from mmdense.datasets.files import (
     reads_coco,
     sample_of,
 )
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 
 __all__ = ['name_bad_samples']
 
@@ -91,7 +91,7 @@ def _prepare(dataset: BaseDataset, reading: Reading, index: int) -> Any:
         raise
     except Exception as error:  # each transform raises its own
         _blame(check_sample(sample, reading), error)
-        raise RuntimeError(f'{sample.image}: cannot be prepared ({reason_of(error)})') from error
+        raise RuntimeError(f'{sample.image}: cannot be prepared ({one_line(error)})') from error
     packed = data.get('data_samples') if isinstance(data, dict) else None
     if reading.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
         _check_labels(packed, sample, reading)

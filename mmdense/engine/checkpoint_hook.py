@@ -12,7 +12,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook as MMEngineCheckpointHook
 from mmengine.runner import Runner
 
-from mmdense.files import PART, write_whole
+from mmdense.files import PART_SUFFIX, atomic_write
 from mmdense.registry import HOOKS
 
 __all__ = ['CheckpointHook', 'WholeFileBackend']
@@ -37,7 +37,7 @@ class WholeFileBackend(LocalBackend):
             WriteError: It can't be written: what was there before stays.
         """
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(filepath), obj)
+        atomic_write(Path(filepath), obj)
 
     def remove(self, filepath: str | Path) -> None:
         """Remember to remove a file."""
@@ -71,7 +71,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             self.backend_args = dict(backend=BACKEND)
         super().before_train(runner)
         if local and is_main_process():
-            for part in Path(self.out_dir).glob(f'.*.pth{PART}'):
+            for part in Path(self.out_dir).glob(f'.*.pth{PART_SUFFIX}'):
                 part.unlink(missing_ok=True)
 
     def save_now(self, runner: Runner) -> str:
@@ -90,7 +90,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             )
         file = self.file_backend.join_path(self.out_dir, INTERRUPTED)
         if is_main_process():
-            write_whole(Path(runner.work_dir, 'last_checkpoint'), file.encode())
+            atomic_write(Path(runner.work_dir, 'last_checkpoint'), file.encode())
         return file
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:

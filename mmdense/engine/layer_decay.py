@@ -11,7 +11,7 @@ from mmengine.logging import print_log
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from torch import nn
 
-from mmdense.errors import suggest
+from mmdense.errors import suggest_name
 from mmdense.models.backbones.base import GRANULARITIES
 from mmdense.models.backbones.rdnet import RDNet
 from mmdense.registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -171,4 +171,4 @@ def _mapping(where: str, value: Any) -> Collection[tuple[str, Any]]:
 def _check_keys(where: str, settings: Any, known: tuple[str, ...]) -> None:
     for key, _ in _mapping(where, settings):
         if key not in known:
-            raise ValueError(f'unknown {where}.{key}{suggest(str(key), known)}')
+            raise ValueError(f'unknown {where}.{key}{suggest_name(str(key), known)}')

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from mmdense.engine.checkpoint_hook import CheckpointHook
 from mmdense.engine.seeding import NumberedBatches, seed_all
 from mmdense.engine.stopping import STATUS, Stopped, StopSignal
-from mmdense.files import WriteError, refused_writing
+from mmdense.files import WriteError, wrap_disk_errors
 from mmdense.registry import LOOPS
 
 __all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']
@@ -70,7 +70,7 @@ class _Resumable:
         self._signal = StopSignal(self._keep)
         runner.register_hook(self._signal)
         try:
-            with self._signal, refused_writing(runner.work_dir):
+            with self._signal, wrap_disk_errors(runner.work_dir):
                 yield
         except WriteError as error:
             last = Path(runner.work_dir, 'last_checkpoint')

@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 
 __all__ = ['explain_out_of_memory']
 
@@ -59,7 +59,7 @@ def _advice(cfg: Config, loader: str, error: Exception) -> str:
     elif batch > 1:
         ways.append(f'--cfg-options test_dataloader.batch_size={batch // 2}')
     ways.append('smaller images')
-    return f'{said}. Try {", then ".join(ways)}. ({reason_of(error)})'
+    return f'{said}. Try {", then ".join(ways)}. ({one_line(error)})'
 
 
 def _training_size(cfg: Config) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from mmdense.errors import UserError, did_you_mean, reason_of
+from mmdense.errors import UserError, one_line, suggest_file
 from mmdense.weights.files import read_checkpoint
 
 __all__ = ['find_training', 'read_training', 'use_checkpoint']
@@ -54,7 +54,7 @@ def use_checkpoint(
         cfg.model.get('backbone', {}).pop('init_cfg', None)
     start = cfg.get('load_from')
     if start and '://' not in start and not Path(start).exists():
-        raise UserError(f'no checkpoint {start}{did_you_mean(start, "*.pth")}')
+        raise UserError(f'no checkpoint {start}{suggest_file(start, "*.pth")}')
 
 
 def _held(file: str) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def read_training(file: str | Path) -> dict[str, Any]:
             with zipfile.ZipFile(file) as opened:
                 wrong = opened.testzip()  # torch does not compare the checksums
         except Exception as error:  # zipfile raises what the damage leads to
-            raise UserError(f'{file} is damaged ({reason_of(error)})') from error
+            raise UserError(f'{file} is damaged ({one_line(error)})') from error
         if wrong:
             raise UserError(f'{file} is damaged (checksum of {wrong})')
     held = read_checkpoint(file)

@@ -27,8 +27,8 @@ from mmdense.config.validate import (
 )
 from mmdense.engine.bad_samples import name_bad_samples
 from mmdense.engine.hooks import CoverageHook, unwrap
-from mmdense.errors import UserError, did_you_mean, reason_of
-from mmdense.files import check_writable, refused_writing
+from mmdense.errors import UserError, one_line, suggest_file
+from mmdense.files import check_writable, wrap_disk_errors
 
 __all__ = ['build_runner', 'load_weights', 'unwrap']
 
@@ -73,7 +73,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     if 'train' not in loaders:  # the average is what a checkpoint calls the model's weights
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [hook for hook in hooks if not _averages(hook)]
-    with refused_writing(cfg.work_dir):
+    with wrap_disk_errors(cfg.work_dir):
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     _report_once(runner.logger)
     name_bad_samples(runner)
@@ -118,7 +118,7 @@ class _Lost:
         self.handler = handler
 
     def __call__(self, record: logging.LogRecord) -> None:
-        why = reason_of(sys.exc_info()[1])
+        why = one_line(sys.exc_info()[1])
         self.handler.setLevel(logging.CRITICAL + 1)  # taken off, it would confuse who calls it
         self.logger.warning(
             f'cannot write {self.handler.baseFilename} ({why}): the log goes on without it'
@@ -189,7 +189,7 @@ def load_weights(runner: Runner, path: str) -> dict:
         UserError: The file is missing, is no checkpoint, or doesn't fill the model.
     """
     if '://' not in path and not Path(path).exists():
-        raise UserError(f'no checkpoint {path}{did_you_mean(path, "*.pth")}')
+        raise UserError(f'no checkpoint {path}{suggest_file(path, "*.pth")}')
     try:
         return runner.load_checkpoint(path)
     except UserError as error:

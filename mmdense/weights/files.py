@@ -26,8 +26,8 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-from mmdense.errors import UserError, reason_of
-from mmdense.files import write_whole
+from mmdense.errors import UserError, one_line
+from mmdense.files import atomic_write
 
 try:
     from numpy._core import multiarray
@@ -128,7 +128,7 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
     except UserError:
         raise
     except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
-        raise UserError(f'{file} is damaged, or no checkpoint ({reason_of(error)})') from error
+        raise UserError(f'{file} is damaged, or no checkpoint ({one_line(error)})') from error
     if not isinstance(held, dict):
         raise UserError(f'{file} holds a {type(held).__name__}, not a checkpoint')
     if isinstance(held.get('meta'), dict):
@@ -246,7 +246,7 @@ def write_checkpoint(
         meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
 
     Raises:
-        UserError: As :func:`new_file` and :func:`write_whole`, or ``meta`` that JSON cannot hold.
+        UserError: As :func:`new_file` and :func:`atomic_write`, or ``meta`` that JSON cannot hold.
     """
     file = new_file(file)
     # A tensor of its own each: views would drag along what they are cut from.
@@ -254,10 +254,10 @@ def write_checkpoint(
     if file.suffix == '.pth':
         held = io.BytesIO()  # given a name, torch would write it into the file
         torch.save(dict(state_dict=weights, meta=dict(meta)), held)
-        write_whole(file, held.getbuffer())
+        atomic_write(file, held.getbuffer())
     else:
         # One entry: several would be written in an order that changes from file to file.
-        write_whole(file, safetensors.torch.save(weights, metadata={META: _json(meta, file)}))
+        atomic_write(file, safetensors.torch.save(weights, metadata={META: _json(meta, file)}))
 
 
 def _json(meta: Mapping[str, Any], file: Path) -> str:

@@ -28,7 +28,7 @@ from mmengine.runner.checkpoint import (
 )
 from torch.hub import download_url_to_file, get_dir
 
-from mmdense.errors import UserError, reason_of
+from mmdense.errors import UserError, one_line
 from mmdense.weights.files import read_checkpoint
 from mmdense.weights.formats import convert, state_dict_of
 
@@ -80,7 +80,7 @@ def fetch(url: str) -> Path:
             error = caught
     barrier()  # also after a failure: the others wait here
     if not file.is_file():
-        reason = reason_of(error) if error else 'see the log of the first process'
+        reason = one_line(error) if error else 'see the log of the first process'
         raise UserError(f'{url} could not be downloaded ({reason}): {_put(name)}') from error
     return file
 
@@ -207,9 +207,9 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
         net = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the hub's client, the network and timm each raise their own
         if file:
-            raise UserError(f'{file} does not fit {filename} ({reason_of(error)})') from error
+            raise UserError(f'{file} does not fit {filename} ({one_line(error)})') from error
         raise UserError(
-            f'{filename} could not be downloaded ({reason_of(error)}): get model.safetensors of '
+            f'{filename} could not be downloaded ({one_line(error)}): get model.safetensors of '
             f'{published.hf_hub_id} from the Hugging Face hub, and {_put(name + SUFFIXES[0])}'
         ) from error
     net.reset_classifier(0)

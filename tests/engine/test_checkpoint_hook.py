@@ -1,4 +1,4 @@
-"""Finding the last whole checkpoint, and writing files whole."""
+"""Find the last complete checkpoint; atomic writes."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from mmdense.engine import checkpoint_hook
 from mmdense.engine.checkpoint_hook import WholeFileBackend
 from mmdense.engine.resume import find_training, read_training
 from mmdense.errors import UserError
-from mmdense.files import WriteError, refused_writing, write_whole
+from mmdense.files import WriteError, atomic_write, wrap_disk_errors
 
 
 def training(file, iteration=1, **more):
@@ -120,7 +120,7 @@ def test_one_changed_byte_is_noticed(tmp_path):
 
 def test_what_was_there_stays_until_the_new_file_is_on_the_disk(tmp_path, monkeypatch):
     file = tmp_path / 'a.pth'
-    write_whole(file, b'old')
+    atomic_write(file, b'old')
     flush, seen = os.fsync, []
 
     def fsync(opened):
@@ -128,7 +128,7 @@ def test_what_was_there_stays_until_the_new_file_is_on_the_disk(tmp_path, monkey
         flush(opened)
 
     monkeypatch.setattr(files.os, 'fsync', fsync)
-    write_whole(file, b'new')
+    atomic_write(file, b'new')
     # First the file is flushed, under its hidden name, then the folder, after the renaming.
     assert seen == [(b'old', ['.a.pth.part', 'a.pth']), (b'new', ['a.pth'])]
 
@@ -140,13 +140,13 @@ def test_a_full_disk(tmp_path):
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('may not mount')
     try:
-        write_whole(disk / 'a', b'old')
+        atomic_write(disk / 'a', b'old')
         with pytest.raises(WriteError, match=r'a: No space left on device \(0\.1 MB needed, 0\.1 '):
-            write_whole(disk / 'a', bytes(100_000))
+            atomic_write(disk / 'a', bytes(100_000))
         assert [(f.name, f.read_bytes()) for f in disk.iterdir()] == [('a', b'old')]
         subprocess.run(['mount', '-o', 'remount,ro', str(disk)], check=True)
         with pytest.raises(WriteError, match='a: Read-only file system'):
-            write_whole(disk / 'a', b'new')
+            atomic_write(disk / 'a', b'new')
         with pytest.raises(UserError, match='cannot write'):
             files.check_writable(disk / 'a')
     finally:
@@ -156,11 +156,11 @@ def test_a_full_disk(tmp_path):
 def test_others_that_write_are_refused_in_one_line(tmp_path):
     with (
         pytest.raises(WriteError, match=rf'cannot write {tmp_path}: No space left on device \('),
-        refused_writing(tmp_path),
+        wrap_disk_errors(tmp_path),
         open('/dev/full', 'w') as opened,
     ):
         opened.write('x')
-    with pytest.raises(FileNotFoundError), refused_writing(tmp_path):
+    with pytest.raises(FileNotFoundError), wrap_disk_errors(tmp_path):
         (tmp_path / 'none').read_text()
 
 

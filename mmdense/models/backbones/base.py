@@ -22,9 +22,9 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdense.errors import suggest
+from mmdense.errors import suggest_name
 
-__all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch', 'suggest']
+__all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch']
 
 ArchT = TypeVar('ArchT')
 GRANULARITIES = ('stage', 'layer')
@@ -42,7 +42,7 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
     """
     if isinstance(arch, str):
         if arch not in known:
-            raise ValueError(f'unknown arch {arch!r}{suggest(arch, known)}')
+            raise ValueError(f'unknown arch {arch!r}{suggest_name(arch, known)}')
         return known[arch]
     arch_type = type(next(iter(known.values())))
     fields = {field.name: field for field in dataclasses.fields(arch_type)}
@@ -50,7 +50,7 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
         raise ValueError(f'arch must be one of {list(known)} or a dict of {list(fields)}')
     for key in arch:
         if key not in fields:
-            raise ValueError(f'unknown field {key!r} of arch{suggest(key, fields)}')
+            raise ValueError(f'unknown field {key!r} of arch{suggest_name(key, fields)}')
     missing = [
         name
         for name, field in fields.items()
