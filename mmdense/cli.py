@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
-import re
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any, ParamSpec
 
 from mmengine.config import Config, DictAction
 
+from mmdense.config.explain import explain
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, printable
 
@@ -23,13 +25,11 @@ __all__ = [
     'report_errors',
 ]
 
-# A quoted element of a list, and what stands for it while mmengine parses the rest.
-_QUOTED = re.compile(r"""(?<![^\[(,\s])('[^']*'|"[^"]*")(?![^\]),\s])""")
-_HIDDEN = '\0{}\0'
+P = ParamSpec('P')
 
 
 class _Settings(DictAction):
-    """mmengine's KEY=VALUE, where a quoted element stays text: classes="('0','1')" names digits."""
+    """mmengine's KEY=VALUE, where quoted elements stay text: classes="('0','1')" names digits."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: Any, values: Any, *args: Any
@@ -44,21 +44,12 @@ class _Settings(DictAction):
 
     @staticmethod
     def _parse_iterable(val: str) -> Any:
-        if _QUOTED.fullmatch(val):  # quotes around the whole mean nothing, as in mmengine
-            val = val[1:-1]
-        words = {}
-
-        def hide(quoted: re.Match) -> str:
-            key = _HIDDEN.format(len(words))
-            words[key] = quoted[1][1:-1]
-            return key
-
-        def show(value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                return type(value)(map(show, value))
-            return words.get(value, value) if isinstance(value, str) else value
-
-        return show(DictAction._parse_iterable(_QUOTED.sub(hide, val)))
+        if val.startswith(('(', '[', '{')) and {*'"\''} & {*val}:  # all else as mmengine has it
+            with suppress(ValueError, SyntaxError, RecursionError):
+                value = ast.literal_eval(val)
+                if isinstance(value, list | tuple | dict):
+                    return value
+        return DictAction._parse_iterable(val)
 
 
 def example(arguments: str) -> dict[str, Any]:
@@ -122,47 +113,45 @@ def _share(text: str) -> float:
     return share
 
 
-def parse_config(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Config]:
-    """Parse the command line and read the config that it names.
+def parse_config(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> tuple[argparse.Namespace, Config]:
+    """Parse a command line and read the config that it names.
+
+    Args:
+        parser: A :func:`config_parser`.
+        argv: The arguments; by default those of the process.
 
     Raises:
         UserError: As :func:`.load_config`.
     """
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cfg = load_config(
         args.config, options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher
     )
     return args, cfg
 
 
-def report_errors(main: Callable[[], None]) -> Callable[[], None]:
-    """Make a command's ``main`` end with one line and status 2 on a mistake that users can mend.
+def report_errors(main: Callable[P, None]) -> Callable[P, None]:
+    """Make a command's ``main(argv=None)`` end a user's mistake with one line and status 2.
 
     That is a :class:`.UserError`, or an error of building from a config that
-    :func:`mmdense.mistakes.explain` knows. All others keep their traceback.
+    :func:`mmdense.config.explain.explain` knows. All others keep their traceback.
     """
 
     @functools.wraps(main)
-    def wrapped() -> None:
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            main()
+            main(*args, **kwargs)
         except UserError as error:
             sys.exit(_fail(str(error)))
         except Exception as error:
-            told = _explain(error)
-            if told is None:
+            explanation = explain(error)
+            if explanation is None:
                 raise
-            sys.exit(_fail(str(told)))
+            sys.exit(_fail(str(explanation)))
 
     return wrapped
-
-
-def _explain(error: Exception) -> UserError | None:
-    if 'mmengine' not in sys.modules:  # nothing was built from a config
-        return None
-    from mmdense.config.explain import explain
-
-    return explain(error)
 
 
 def _fail(message: str) -> int:

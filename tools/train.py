@@ -1,42 +1,43 @@
 """Train a detector or a segmentor."""
 
-from mmdense import cli as options
-from mmdense.cli import report_errors
-from mmdense.config import edit as config
-from mmdense.engine import resume
-from mmdense.engine import runner as run
+import argparse
+from collections.abc import Sequence
+
+from mmdense import cli
+from mmdense.config import edit
 from mmdense.engine.out_of_memory import explain_out_of_memory
+from mmdense.engine.resume import use_checkpoint
+from mmdense.engine.runner import build_runner
 
 
-@report_errors
-def main() -> None:
-    parser = options.config_parser(__doc__, 'tools/train.py CONFIG --amp --resume')
+def parser() -> argparse.ArgumentParser:
+    parser = cli.config_parser(__doc__, 'tools/train.py CONFIG --amp --resume')
     parser.add_argument(
         '--resume',
         nargs='?',
         const='auto',
         metavar='CKPT',
-        help='go on from this checkpoint, or from the latest one in the work dir',
+        help='resume from this checkpoint, or from the latest one in the work dir',
     )
     parser.add_argument(
-        '--load-from', metavar='CKPT', help='start from the weights of a whole model'
+        '--load-from', metavar='CKPT', help='start from the weights of a complete model'
     )
-    options.add_min_coverage(parser, of="backbone's")
+    cli.add_min_coverage(parser, of="backbone's")
     parser.add_argument(
         '--amp', action='store_true', help="mixed precision, of the recipe's type or float16"
     )
     parser.add_argument(
         '--amp-dtype',
         choices=('float16', 'bfloat16'),
-        help='mixed precision of this type; on a CPU bfloat16 alone, else plain float32',
+        help='mixed precision of this type (a CPU has bfloat16 only, and float32 otherwise)',
     )
     parser.add_argument(
-        '--channels-last', action='store_true', help='run the model in this memory format'
+        '--channels-last', action='store_true', help='use the channels-last memory format'
     )
     parser.add_argument(
         '--compile-backbone',
         action='store_true',
-        help='train with the backbone compiled, which takes minutes at the start',
+        help='compile the backbone, which takes minutes at the start',
     )
     parser.add_argument(
         '--tensorboard', action='store_true', help='log to TensorBoard too, in the work dir'
@@ -44,22 +45,27 @@ def main() -> None:
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
-        help="scale the learning rate by the real over the config's base batch size",
+        help="scale the learning rate by actual / base batch size, the config's auto_scale_lr",
     )
-    args, cfg = options.parse_config(parser)
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args, cfg = cli.parse_config(parser(), argv)
     if args.amp or args.amp_dtype:
-        config.use_amp(cfg, args.amp_dtype)
+        edit.use_amp(cfg, args.amp_dtype)
     if args.channels_last:
-        config.use_channels_last(cfg)
+        edit.use_channels_last(cfg)
     if args.compile_backbone:
-        config.use_compiled_backbone(cfg)
+        edit.use_compiled_backbone(cfg)
     if args.tensorboard:
-        config.use_tensorboard(cfg)
+        edit.use_tensorboard(cfg)
     if args.auto_scale_lr:
-        config.use_auto_scale_lr(cfg)
-    resume.use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
+        edit.use_auto_scale_lr(cfg)
+    use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
     with explain_out_of_memory(cfg, 'train'):
-        run.build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
+        build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
 
 
 if __name__ == '__main__':

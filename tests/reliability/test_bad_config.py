@@ -8,7 +8,6 @@ import torch
 from mmengine.dataset import BaseDataset
 from mmengine.registry import MODELS
 
-from mmdense.cli import _Settings
 from mmdense.config import read, validate
 from mmdense.config.channels import build_part
 from mmdense.config.explain import explain
@@ -382,15 +381,3 @@ def test_tools_end_with_one_line(run_tool, tmp_path):
         assert status == 2, said
         assert said.splitlines()[-1].startswith(expected), said
         assert 'Traceback' not in said
-
-
-@pytest.mark.parametrize('text', ['word', 'key=[(1]'])
-def test_options_that_are_no_settings(text, capsys):
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--cfg-options', nargs='+', action=_Settings)
-    with pytest.raises(SystemExit) as ended:
-        parser.parse_args(['--cfg-options', text])
-    assert ended.value.code == 2
-    assert f'--cfg-options {text}' in capsys.readouterr().err.splitlines()[-1]
