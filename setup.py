@@ -25,7 +25,8 @@ OPENMMLAB = [
     'regex',
     'setuptools<82',
 ]
-DEMO = ['scikit-learn>=1.3', 'pillow>=9.1', 'rich', 'matplotlib']
+REPORT = ['matplotlib', 'adjustText>=1.1', 'jinja2', 'tabulate']
+DEMO = [*REPORT, 'scikit-learn>=1.3', 'pillow>=9.1', 'rich']
 ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
 TEST = [*DEMO, *ONNX, 'pytest>=8', 'pytest-xdist>=3.6']
 
