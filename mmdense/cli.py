@@ -18,7 +18,7 @@ from mmdense.errors import UserError, printable
 
 __all__ = [
     'add_cfg_options',
-    'add_min_coverage',
+    'add_min_loaded',
     'config_parser',
     'example',
     'parse_config',
@@ -95,15 +95,36 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_min_coverage(parser: argparse.ArgumentParser, of: str) -> None:
+def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
     """Add the option for weights that fill a model in part."""
     parser.add_argument(
-        '--min-coverage',
+        '--min-loaded',
         type=_share,
         default=1.0,
         metavar='SHARE',
         help=f'share of the {of} tensors that the checkpoint must fill, 0 to 1 (%(default)s)',
     )
+    parser.add_argument(
+        '--min-coverage',
+        dest='min_loaded',
+        type=_share,
+        default=argparse.SUPPRESS,
+        action=_DeprecatedAlias,
+        help=argparse.SUPPRESS,
+    )
+
+
+class _DeprecatedAlias(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: Any,
+        values: Any,
+        option: str | None = None,
+    ) -> None:
+        name = f'--{self.dest.replace("_", "-")}'
+        sys.stderr.write(f'warning: {option} is a deprecated alias of {name}\n')
+        setattr(namespace, self.dest, values)
 
 
 def _share(text: str) -> float:

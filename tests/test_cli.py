@@ -92,3 +92,14 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ValueError, match='a bug'):
         main()
+
+
+def test_min_coverage_is_a_deprecated_alias(capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_min_loaded(parser, of="model's")
+    assert parser.parse_args([]).min_loaded == 1
+    assert parser.parse_args(['--min-loaded', '0.9']).min_loaded == 0.9
+    assert not capsys.readouterr().err
+    assert parser.parse_args(['--min-coverage', '0.9']).min_loaded == 0.9
+    line = 'warning: --min-coverage is a deprecated alias of --min-loaded\n'
+    assert capsys.readouterr().err == line

@@ -47,12 +47,10 @@ def main() -> None:
         f'{", ".join(done.dropped) or "nothing"}',
         markup=False,
     )
-    if not done.coverage and not done.compared:
+    if not done.report and not done.compared:
         console.print('whether these fill a network was not checked: --config or --check does')
-    if done.coverage:
-        console.print(
-            f'{done.coverage.model}:\n{done.coverage.table()}', highlight=False, markup=False
-        )
+    if done.report:
+        console.print(f'{done.report.model}:\n{done.report.table()}', highlight=False, markup=False)
     if done.compared:
         differences = ', '.join(f'{difference:.1e}' for difference in done.differences)
         console.print(f'maps of {done.compared} differ by {differences} of their largest value')

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument(
         '--deploy', action='store_true', help="run the backbone's fastest form: same predictions"
     )
-    options.add_min_coverage(parser, of="model's")
+    options.add_min_loaded(parser, of="model's")
     options.add_cfg_options(parser)
     args = parser.parse_args()
     if not 0 <= args.score <= 1:
@@ -55,7 +55,7 @@ def main() -> None:
         args.checkpoint,
         device=args.device,
         deploy=args.deploy,
-        min_coverage=args.min_coverage,
+        min_loaded=args.min_loaded,
     )
     failed = 0
     with Progress(console=Console(stderr=True)) as progress:

@@ -19,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
         __doc__, 'tools/test.py CONFIG CHECKPOINT --deploy --show-dir pictures'
     )
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    cli.add_min_coverage(parser, of="model's")
+    cli.add_min_loaded(parser, of="model's")
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation, the config's tta_pipeline"
     )
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show_dir:
         edit.use_show_dir(cfg, args.show_dir)
     cfg.load_from = None
-    runner = build_runner(cfg, loaders=('test',), min_coverage=args.min_coverage)
+    runner = build_runner(cfg, loaders=('test',), min_loaded=args.min_loaded)
     load_weights(runner, args.checkpoint)
     if args.deploy:
         deploy(unwrap(runner.model))

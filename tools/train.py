@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--load-from', metavar='CKPT', help='start from the weights of a complete model'
     )
-    cli.add_min_coverage(parser, of="backbone's")
+    cli.add_min_loaded(parser, of="backbone's")
     parser.add_argument(
         '--amp', action='store_true', help="mixed precision, of the recipe's type or float16"
     )
@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         edit.use_tensorboard(cfg)
     if args.auto_scale_lr:
         edit.use_auto_scale_lr(cfg)
-    use_checkpoint(cfg, args.resume, args.load_from, args.min_coverage)
+    use_checkpoint(cfg, args.resume, args.load_from, args.min_loaded)
     with explain_out_of_memory(cfg, 'train'):
-        build_runner(cfg, loaders=('train', 'val'), min_coverage=args.min_coverage).train()
+        build_runner(cfg, loaders=('train', 'val'), min_loaded=args.min_loaded).train()
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ from mmdense.models import DenseNet, RDNet, ReXNet
 from mmdense.models.backbones import Backbone
 from mmdense.weights.files import new_file, read_checkpoint, write_checkpoint
 from mmdense.weights.formats import FORMATS, recognise, state_dict_of
-from mmdense.weights.loading import Coverage, load_into
+from mmdense.weights.loading import LoadReport, load_into
 from mmdense.weights.sources import fetch
 
 __all__ = ['Conversion', 'convert_weights']
@@ -45,7 +45,7 @@ class Conversion:
         format: Name of the source's format; 'mmdense' for our own keys.
         tensors: Number of tensors that were written.
         dropped: The source's keys that were left out.
-        coverage: Of the config's model or backbone, if there was a config.
+        report: Of the config's model or backbone, if there was a config.
         compared: Name of the source's network that the outputs were compared with, if they were.
         differences: Per map the largest difference, as a share of the map's largest value.
     """
@@ -53,7 +53,7 @@ class Conversion:
     format: str
     tensors: int
     dropped: tuple[str, ...]
-    coverage: Coverage | None = None
+    report: LoadReport | None = None
     compared: str = ''
     differences: tuple[float, ...] = ()
 
@@ -109,7 +109,7 @@ def convert_weights(
     weights = mapped.weights if mapped else state_dict
     if not weights:
         raise UserError(f'{source}: nothing is left without {mapped.dropped}')
-    coverage = _fill(config, weights, source) if config is not None else None
+    report = _fill(config, weights, source) if config is not None else None
     compared, differences = _compare(source, state_dict, weights, known) if check else ('', ())
     record = dict(
         source=source if '://' in source else Path(source).name,
@@ -124,7 +124,7 @@ def convert_weights(
         format=record['map'],
         tensors=len(weights),
         dropped=tuple(mapped.dropped if mapped else ()),
-        coverage=coverage,
+        report=report,
         compared=compared,
         differences=differences,
     )
@@ -151,16 +151,16 @@ def _below(prefix: str, state_dict: Mapping[str, Tensor], source: str) -> dict[s
     return below
 
 
-def _fill(config: Config, weights: Mapping[str, Tensor], source: str) -> Coverage:
+def _fill(config: Config, weights: Mapping[str, Tensor], source: str) -> LoadReport:
     init_default_scope(config.get('default_scope', 'mmdet'))
     for name in config.get('custom_imports', {}).get('imports', ()):
         import_module(name)
     model = MODELS.build(config.model)
     whole = any(name.startswith('backbone.') for name in weights)
     net = model if whole else model.backbone
-    _, coverage = load_into(net, weights)
-    coverage.require(1.0, source=source)
-    return coverage
+    _, report = load_into(net, weights)
+    report.require(1.0, source=source)
+    return report
 
 
 def _compare(

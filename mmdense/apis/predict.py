@@ -36,7 +36,7 @@ from mmdense.datasets.check import ERROR, Reading, check_image
 from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.visualization.draw import draw_instances, draw_segments
-from mmdense.weights.loading import load_covering
+from mmdense.weights.loading import check_min_loaded, load_checked
 
 __all__ = ['Predictor', 'find_images', 'save_predictions']
 
@@ -58,8 +58,9 @@ class Predictor:
         checkpoint: A file or URL of the whole model's weights; None leaves them random.
         device: Such as 'cpu' or 'cuda:1'; by default the GPU if there is one.
         deploy: Run the backbone's fastest form.
-        min_coverage: Least share of the model's tensors, from 0 to 1, that the checkpoint must
+        min_loaded: Least share of the model's tensors, from 0 to 1, that the checkpoint must
             fill.
+        min_coverage: Deprecated alias of ``min_loaded``.
 
     Attributes:
         classes: Their names, by label: from the checkpoint, or else the config, or the class of its
@@ -85,8 +86,10 @@ class Predictor:
         *,
         device: str | torch.device | None = None,
         deploy: bool = False,
-        min_coverage: float = 1.0,
+        min_loaded: float = 1.0,
+        min_coverage: float | None = None,
     ) -> None:
+        min_loaded = check_min_loaded(min_loaded, min_coverage)
         if isinstance(config, Config):
             cfg = copy.deepcopy(config)
             fill_channels(cfg)
@@ -106,7 +109,7 @@ class Predictor:
         if checkpoint is None:
             print_log('no checkpoint: random weights', 'current', logging.WARNING)
         else:
-            meta = _load(model, str(checkpoint), min_coverage)
+            meta = _load(model, str(checkpoint), min_loaded)
         if deploy:
             deploy_backbone(model)
         self.model = model.to(device).eval()
@@ -379,11 +382,11 @@ def _device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def _load(model: nn.Module, path: str, min_coverage: float) -> dict[str, Any]:
+def _load(model: nn.Module, path: str, min_loaded: float) -> dict[str, Any]:
     """Load a model's weights, and return the checkpoint's metadata."""
     checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu')
     try:
-        load_covering(model, checkpoint, source=path, min_coverage=min_coverage)
+        load_checked(model, checkpoint, source=path, min_loaded=min_loaded)
     except UserError as error:
         raise UserError(str(error) if path in str(error) else f'{path}: {error}') from error
     meta = checkpoint.get('meta')

@@ -3,7 +3,7 @@
 from mmdense import models  # noqa: F401  (registers the networks, which hooks look for)
 from mmdense.engine.checkpoint_hook import CheckpointHook
 from mmdense.engine.condense_schedule import CondenseScheduleHook
-from mmdense.engine.hooks import ChannelsLastHook, CompileBackboneHook, CoverageHook
+from mmdense.engine.hooks import ChannelsLastHook, CompileBackboneHook, LoadReportHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmdense.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmdense.engine.nan_guard import FiniteHook
@@ -15,7 +15,7 @@ __all__ = [
     'CheckpointHook',
     'CompileBackboneHook',
     'CondenseScheduleHook',
-    'CoverageHook',
+    'LoadReportHook',
     'EpochBasedTrainLoop',
     'FiniteHook',
     'IterBasedTrainLoop',

@@ -17,9 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmdense.errors import UserError
 from mmdense.registry import HOOKS
-from mmdense.weights.loading import check_share, load_covering
+from mmdense.weights.loading import check_min_loaded, load_checked
 
-__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'CoverageHook', 'unwrap']
+__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'unwrap']
 
 
 @HOOKS.register_module()
@@ -89,22 +89,26 @@ class CompileBackboneHook(Hook):
         self._calls = []
 
 
-@HOOKS.register_module()
-class CoverageHook(Hook):
-    """Map what a runner loads to our keys, report it, and stop the run where it is too little.
+@HOOKS.register_module(name=['LoadReportHook', 'CoverageHook'])  # the second is deprecated
+class LoadReportHook(Hook):
+    """Report what a checkpoint loads into the runner's model; stop the run if it is too little.
+
+    Weights of other formats are renamed to mmdense's keys first.
 
     Args:
-        min_coverage: Least share of the tensors, from 0 to 1; 0 only reports.
-        part: Part of the model that must be covered so, such as 'backbone' for training that starts
-            from other weights, whose heads may be of other classes; the whole model by default,
+        min_loaded: Least share of the tensors, from 0 to 1; 0 only reports.
+        part: Part of the model that must be loaded so, such as 'backbone' for training that starts
+            from other weights, whose heads may have other classes; the whole model by default,
             and always where a run is resumed.
+        min_coverage: Deprecated alias of ``min_loaded``.
     """
 
     priority = 'VERY_HIGH'  # before averages take the weights too
 
-    def __init__(self, min_coverage: float = 1.0, part: str = '') -> None:
-        check_share(min_coverage)
-        self.min_coverage = min_coverage
+    def __init__(
+        self, min_loaded: float = 1.0, part: str = '', min_coverage: float | None = None
+    ) -> None:
+        self.min_loaded = check_min_loaded(min_loaded, min_coverage)
         self.part = part
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -118,11 +122,11 @@ class CoverageHook(Hook):
             return
         model = unwrap(runner.model)
         in_part = self.part and hasattr(model, self.part) and not runner._resume
-        weights = load_covering(
+        weights = load_checked(
             model,
             checkpoint,
             source='the checkpoint',
-            min_coverage=self.min_coverage,
+            min_loaded=self.min_loaded,
             prefix=f'{self.part}.' if in_part else '',
         )
         held = checkpoint.get('state_dict') or {}

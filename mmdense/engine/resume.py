@@ -17,7 +17,7 @@ __all__ = ['find_training', 'read_training', 'use_checkpoint']
 
 
 def use_checkpoint(
-    cfg: Config, resume: str | None, load_from: str | None = None, min_coverage: float = 1.0
+    cfg: Config, resume: str | None, load_from: str | None = None, min_loaded: float = 1.0
 ) -> None:
     """Go on from a checkpoint, from the latest of the work dir ('auto'), or from none (None).
 
@@ -28,7 +28,7 @@ def use_checkpoint(
         cfg: Changed in place.
         resume: The run to go on with; None leaves it to the config.
         load_from: Weights of a whole model to start from instead; by default the config's.
-        min_coverage: Share of the backbone's tensors that those must fill. Where they fill all,
+        min_loaded: Share of the backbone's tensors that those must fill. Where they fill all,
             the backbone's own ``init_cfg`` is left out.
 
     Raises:
@@ -49,7 +49,7 @@ def use_checkpoint(
             seed = held.get('meta', {}).get('seed')
             if seed is not None and (cfg.get('randomness') or {}).get('seed') is None:
                 cfg.randomness = dict(cfg.get('randomness') or {}, seed=seed)
-    if cfg.get('resume') or (cfg.get('load_from') and min_coverage == 1):
+    if cfg.get('resume') or (cfg.get('load_from') and min_loaded == 1):
         # The checkpoint holds all weights: those that training began with need not be there.
         cfg.model.get('backbone', {}).pop('init_cfg', None)
     start = cfg.get('load_from')

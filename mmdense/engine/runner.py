@@ -26,7 +26,7 @@ from mmdense.config.validate import (
     check_neck,
 )
 from mmdense.engine.bad_samples import name_bad_samples
-from mmdense.engine.hooks import CoverageHook, unwrap
+from mmdense.engine.hooks import LoadReportHook, unwrap
 from mmdense.errors import UserError, one_line, suggest_file
 from mmdense.files import check_writable, wrap_disk_errors
 
@@ -42,7 +42,7 @@ OURS = {
 
 
 @explained()
-def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float = 1.0) -> Runner:
+def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_loaded: float = 1.0) -> Runner:
     """Build the runner after checking what usually goes wrong.
 
     Args:
@@ -52,7 +52,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
             For training, mmengine's loops and hook for checkpoints become those of
             :mod:`mmdense.engine`, which a killed run goes on with exactly.
         loaders: Which loaders will run: of 'train', 'val' and 'test'.
-        min_coverage: Least share of the model's tensors, from 0 to 1, that a checkpoint must hold:
+        min_loaded: Least share of the model's tensors, from 0 to 1, that a checkpoint must hold:
             of the backbone's, where training starts from it (``load_from``).
 
     Raises:
@@ -78,7 +78,7 @@ def build_runner(cfg: Config, *, loaders: tuple[str, ...], min_coverage: float =
     _report_once(runner.logger)
     name_bad_samples(runner)
     part = 'backbone' if 'train' in loaders else ''
-    runner.register_hook(CoverageHook(min_coverage, part))
+    runner.register_hook(LoadReportHook(min_loaded, part))
     built, model = unwrap(runner.model), cfg.model
     if isinstance(built, nn.Module):  # a FlexibleRunner's is built when it starts
         check_channels(built, model.get('module', model))

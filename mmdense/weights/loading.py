@@ -1,8 +1,9 @@
-"""What of a model a checkpoint fills: reported at each load, and an error where it is too little.
+"""Loading checkpoints: a report of each load, and an error where too little of a model is loaded.
 
-mmengine warns of what doesn't fit, and goes on with random weights. Importing this module puts
-:class:`PretrainedInit` in place of mmengine's ``Pretrained``; :class:`CoverageHook`, which the
-tools register, watches what a runner loads.
+mmengine only warns about tensors that don't fit, and continues with random weights.
+:class:`PretrainedInit` replaces mmengine's ``Pretrained``
+(:func:`mmdense.patches.apply_patches`); :class:`~mmdense.engine.LoadReportHook`, which the tools
+register, checks what a runner loads.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from mmdense.errors import UserError
 from mmdense.weights.formats import Format, recognise, state_dict_of
 
-__all__ = ['Coverage', 'PretrainedInit', 'load_covering', 'load_into']
+__all__ = ['LoadReport', 'PretrainedInit', 'load_checked', 'load_into']
 
 SHOWN = 3  # names in a message
 RGB = 3
@@ -33,7 +34,7 @@ SCRATCH = '(To train from scratch: --cfg-options model.backbone.init_cfg=None)'
 
 
 @dataclass(frozen=True)
-class Coverage:
+class LoadReport:
     """What became of a model's tensors, and of a checkpoint's, in a load.
 
     Attributes:
@@ -84,11 +85,11 @@ class Coverage:
             lines.append(f'{fate:13}{len(names):10}{"":9}{_shown(names, "  ")}')
         return '\n'.join(lines)
 
-    def require(self, min_coverage: float | None, *, source: str, prefix: str = '') -> None:
+    def require(self, min_loaded: float | None, *, source: str, prefix: str = '') -> None:
         """Raise if too little was loaded.
 
         Args:
-            min_coverage: Least share that must have been loaded; None asks for anything at all.
+            min_loaded: Least share that must have been loaded; None asks for anything at all.
             source: Of the checkpoint, for the message.
             prefix: Of the model's names that count.
 
@@ -96,7 +97,7 @@ class Coverage:
             UserError: Less than that was loaded: with the first names and what would have matched.
         """
         loaded, wanted = self._count(prefix)
-        enough = loaded > 0 if min_coverage is None else self.share(prefix) >= min_coverage
+        enough = loaded > 0 if min_loaded is None else self.share(prefix) >= min_loaded
         if enough or not wanted:
             return
         part = f'{prefix.rstrip(".")} of {self.model}' if prefix else self.model
@@ -151,7 +152,7 @@ def load_into(
     *,
     prefix: str | None = None,
     way_out: str = 'tools/convert_weights.py --prefix {prefix} takes it off',
-) -> tuple[dict[str, Tensor], Coverage]:
+) -> tuple[dict[str, Tensor], LoadReport]:
     """Load a checkpoint of any known format into a model, as far as it fits.
 
     The first convolution of a backbone of ours is adapted if the image has other than three
@@ -200,7 +201,7 @@ def load_into(
         for name in wanted
         if name in taken and name not in absent and (name in weights or not name.endswith(COUNTER))
     ]
-    coverage = Coverage(
+    report = LoadReport(
         model=type(module).__name__,
         format=known,
         buffers=frozenset(wanted.keys() - {name for name, _ in module.named_parameters()}),
@@ -211,7 +212,7 @@ def load_into(
         dropped=tuple(dropped),
         hint=_hint(state_dict, wanted, len(loaded), way_out) if absent else '',
     )
-    return weights, coverage
+    return weights, report
 
 
 def _taken(
@@ -308,9 +309,10 @@ class PretrainedInit(MMEnginePretrainedInit):
         checkpoint: A file (.pth, .safetensors), a URL, or a scheme such as ``timm://NAME``.
         prefix: Take the keys that begin so, without it.
         map_location: Device that the tensors are read to.
-        min_coverage: Least share of the module's tensors, from 0 to 1, that must be loaded. By
+        min_loaded: Least share of the module's tensors, from 0 to 1, that must be loaded. By
             default all of a backbone of ours (what was never pretrained aside, such as RDNet's
             output norms), also in a whole model, and of any other module anything at all.
+        min_coverage: Deprecated alias of ``min_loaded``.
 
     Raises:
         UserError: No such weights, or too few: raised when the module is initialised.
@@ -321,31 +323,30 @@ class PretrainedInit(MMEnginePretrainedInit):
         checkpoint: str,
         prefix: str | None = None,
         map_location: str = 'cpu',
+        min_loaded: float | None = None,
         min_coverage: float | None = None,
     ) -> None:
         super().__init__(checkpoint, prefix, map_location)
-        if min_coverage is not None:
-            check_share(min_coverage)
-        self.min_coverage = min_coverage
+        self.min_loaded = check_min_loaded(min_loaded, min_coverage)
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into a module."""
         ours = _is_backbone(module)
         try:
             checkpoint = CheckpointLoader.load_checkpoint(self.checkpoint, self.map_location)
-            _, coverage = load_into(
+            _, report = load_into(
                 module,
                 checkpoint,
                 prefix=self.prefix,
                 way_out="add prefix='{prefix}' to init_cfg",
             )
-            _report(coverage, self.checkpoint)
-            least = 1.0 if ours and self.min_coverage is None else self.min_coverage
-            coverage.require(least, source=self.checkpoint)
-            if self.min_coverage is None:  # of a whole model too
+            _log(report, self.checkpoint)
+            least = 1.0 if ours and self.min_loaded is None else self.min_loaded
+            report.require(least, source=self.checkpoint)
+            if self.min_loaded is None:  # of a whole model too
                 for name, net in module.named_modules():
                     if _is_backbone(net) and name:
-                        coverage.require(1.0, source=self.checkpoint, prefix=f'{name}.')
+                        report.require(1.0, source=self.checkpoint, prefix=f'{name}.')
         except UserError as error:
             said = str(error) if self.checkpoint in str(error) else f'{self.checkpoint}: {error}'
             raise UserError(f'{said} {SCRATCH}' if ours else said) from error
@@ -353,17 +354,26 @@ class PretrainedInit(MMEnginePretrainedInit):
             update_init_info(module, init_info=self._get_init_info())
 
 
-def check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f'min_coverage is {share}, must be from 0 to 1')
+def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None) -> float | None:
+    """Return ``min_loaded``, which may be given by its deprecated alias ``min_coverage``.
+
+    Raises:
+        ValueError: It is not a share from 0 to 1.
+    """
+    if min_coverage is not None:
+        print_log('min_coverage is a deprecated alias of min_loaded', 'current', logging.WARNING)
+        min_loaded = min_coverage
+    if min_loaded is not None and not 0 <= min_loaded <= 1:
+        raise ValueError(f'min_loaded is {min_loaded}, must be from 0 to 1')
+    return min_loaded
 
 
-def load_covering(
+def load_checked(
     model: nn.Module,
     checkpoint: Any,
     *,
     source: str,
-    min_coverage: float = 1.0,
+    min_loaded: float = 1.0,
     prefix: str = '',
 ) -> dict[str, Tensor]:
     """Load a checkpoint into a model, report what it filled, and refuse one that fills too little.
@@ -372,7 +382,7 @@ def load_covering(
         model: A whole model.
         checkpoint: What a file held.
         source: Of the checkpoint, for the messages.
-        min_coverage: Least share of the tensors, from 0 to 1; 0 only reports.
+        min_loaded: Least share of the tensors, from 0 to 1; 0 only reports.
         prefix: Of the model's names that count.
 
     Returns:
@@ -381,9 +391,9 @@ def load_covering(
     Raises:
         UserError: As :func:`load_into`, or less than that was filled.
     """
-    weights, coverage = load_into(model, checkpoint)
-    _report(coverage, source)
-    coverage.require(min_coverage, source=source, prefix=prefix)
+    weights, report = load_into(model, checkpoint)
+    _log(report, source)
+    report.require(min_loaded, source=source, prefix=prefix)
     return weights
 
 
@@ -392,12 +402,12 @@ def _is_backbone(module: nn.Module) -> bool:
     return hasattr(module, 'not_pretrained')
 
 
-def _report(coverage: Coverage, source: str) -> None:
-    complete = not coverage.missing and not coverage.wrong_shape
+def _log(report: LoadReport, source: str) -> None:
+    complete = not report.missing and not report.wrong_shape
     print_log(
-        f'{coverage.model} from {source}'
-        + (f' ({coverage.format.about})' if coverage.format else '')
-        + f': {coverage.share():.1%} of its tensors\n{coverage.table()}',
+        f'{report.model} from {source}'
+        + (f' ({report.format.about})' if report.format else '')
+        + f': {report.share():.1%} of its tensors\n{report.table()}',
         logger='current',
         level=logging.INFO if complete else logging.WARNING,
     )

@@ -56,9 +56,9 @@ def test_a_converted_file_fills_the_network_and_says_where_it_is_from(rexnet, su
     )
     assert list(held['meta']['classes']) == ['a', 'b']
     net = ReXNet(out_indices=(5,))  # with the last convolution
-    _, coverage = load_into(net, held)
-    assert coverage.share() == 1
-    assert not coverage.unexpected
+    _, report = load_into(net, held)
+    assert report.share() == 1
+    assert not report.unexpected
     for name, value in net.state_dict().items():
         assert torch.equal(value, state[name]), name
 
@@ -125,8 +125,8 @@ def test_config_wants_every_tensor(tmp_path):
     state = DenseNet(tap='activated').state_dict()
     torch.save(state, tmp_path / 'x.pth')
     done = convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=config())
-    assert done.coverage.share() == 1
-    assert done.coverage.model == 'DenseNet'
+    assert done.report.share() == 1
+    assert done.report.model == 'DenseNet'
     del state['features.denseblock2.denselayer3.conv2.weight']
     torch.save(state, tmp_path / 'x.pth')
     convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'nothing-to-compare-with.pth')
@@ -148,7 +148,7 @@ def test_a_whole_model_of_ours_behind_a_prefix(tmp_path):
     with pytest.raises(UserError, match='no key begins with model., such as'):
         convert_weights(source, tmp_path / 'y.pth', prefix='model')
     done = convert_weights(source, tmp_path / 'y.pth', prefix='net', config=config())
-    assert done.coverage.model == 'RetinaNet'
+    assert done.report.model == 'RetinaNet'
     assert done.format == 'mmdense'
     assert read_checkpoint(tmp_path / 'y.pth')['state_dict'].keys() == state.keys()
     done = convert_weights(source, tmp_path / 'z.pth', prefix='net.backbone.')
@@ -177,7 +177,7 @@ def test_a_config_without_a_backbone_s_weights_is_not_asked_for_the_network(tmp_
     cfg = load_config(str(RETINANET))
     assert cfg.model.backbone.init_cfg.checkpoint.startswith('timm://')
     torch.save(DenseNet(tap='activated').state_dict(), tmp_path / 'x.pth')
-    assert convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=cfg).coverage
+    assert convert_weights(str(tmp_path / 'x.pth'), tmp_path / 'y.pth', config=cfg).report
 
 
 def test_every_format_is_documented():

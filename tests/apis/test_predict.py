@@ -160,7 +160,8 @@ def test_a_checkpoint_must_fill_the_model(detector, pixels, tmp_path, log):
         UserError, match=r'x\.pth fills .*missing: neck\.fpn_convs\.0\.conv\.weight'
     ):
         predictor(config(), tmp_path / 'x.pth')
-    assert predictor(config(), tmp_path / 'x.pth', min_coverage=0.9).classes == DIGITS
+    assert predictor(config(), tmp_path / 'x.pth', min_loaded=0.9).classes == DIGITS
+    assert predictor(config(), tmp_path / 'x.pth', min_coverage=0.9).classes == DIGITS  # its alias
     assert not log
     predictor(config())
     assert log == ['no checkpoint: random weights']

@@ -252,7 +252,7 @@ def test_load_from(tmp_path):
     assert not cfg.get('resume')
     assert 'init_cfg' not in cfg.model.backbone  # all of the backbone must come from the file
     cfg = read.load_config(COCO)
-    resume.use_checkpoint(cfg, None, str(file), min_coverage=0.5)
+    resume.use_checkpoint(cfg, None, str(file), min_loaded=0.5)
     assert cfg.model.backbone.init_cfg.checkpoint.startswith('timm://')
     cfg = read.load_config(COCO, options=dict(load_from=str(file)))
     resume.use_checkpoint(cfg, None)
@@ -434,7 +434,7 @@ def test_checkpoints_that_are_none(project, tmp_path):
         with pytest.raises(UserError, match=f'^{file}: the checkpoint .*{said}'):
             run.load_weights(runner, str(file))
         lenient = run.build_runner(
-            demo('detection', project, tmp_path), loaders=('test',), min_coverage=0
+            demo('detection', project, tmp_path), loaders=('test',), min_loaded=0
         )
         run.load_weights(lenient, str(file))
     torch.save(dict(state_dict=runner.model.state_dict()), file)

@@ -66,7 +66,7 @@ def test_training_says_how_to_need_less(greedy):
 def test_test_says_how_to_need_less(greedy, tmp_path):
     held = {'backbone.stem.0.bias': torch.zeros(32)}
     torch.save(dict(state_dict=held), tmp_path / 'part.pth')
-    status, line = greedy('test.py', tmp_path / 'part.pth', '--min-coverage', '0')
+    status, line = greedy('test.py', tmp_path / 'part.pth', '--min-loaded', '0')
     assert status == 2
     assert line.startswith(
         'error: out of memory with test_dataloader.batch_size=8. Try --cfg-options '

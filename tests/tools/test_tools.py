@@ -181,7 +181,7 @@ def test_training_starts_from_a_model_of_other_classes(
     status, said = run_tool(*command, '--load-from', tmp_path / 'partial.pth', *options)
     assert status == 2, said
     assert 'tensors of backbone of FasterRCNN: missing: backbone.stem.0.bias' in said
-    lenient = ['--min-coverage', '0.9']
+    lenient = ['--min-loaded', '0.9']
     status, said = run_tool(*command, '--load-from', tmp_path / 'partial.pth', *lenient, *options)
     assert status == 0, said
     # To test a model, or to go on with a run, all must be there.

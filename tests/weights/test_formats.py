@@ -64,18 +64,18 @@ def check_maps(found, expected):
         assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
 
 
-def check_full(coverage):
-    assert coverage.share() == 1.0
-    assert coverage.loaded
-    faults = (coverage.missing, coverage.unexpected, coverage.wrong_shape)
-    assert not any(faults), coverage.table()
+def check_full(report):
+    assert report.share() == 1.0
+    assert report.loaded
+    faults = (report.missing, report.unexpected, report.wrong_shape)
+    assert not any(faults), report.table()
 
 
 def loaded(net, checkpoint, **options):
-    """Return our network with all of a checkpoint's weights, and its coverage."""
-    _, coverage = load_into(net, checkpoint, **options)
-    check_full(coverage)
-    return net.double().eval(), coverage
+    """Return our network with all of a checkpoint's weights, and its report."""
+    _, report = load_into(net, checkpoint, **options)
+    check_full(report)
+    return net.double().eval(), report
 
 
 # Installed sources.
@@ -92,9 +92,9 @@ def loaded(net, checkpoint, **options):
 @torch.no_grad()
 def test_timm_classifiers(name, ours):
     theirs = randomised(timm.create_model(name))
-    net, coverage = loaded(ours(), theirs.state_dict())
+    net, report = loaded(ours(), theirs.state_dict())
     classifier = [k for k in theirs.state_dict() if k.startswith(('head.', 'classifier.'))]
-    assert list(coverage.dropped) == classifier
+    assert list(report.dropped) == classifier
     x = image()
     indices = [i for i, info in enumerate(theirs.feature_info) if info['reduction'] >= 4]
     last, maps = theirs.forward_intermediates(x, indices=indices)
@@ -107,8 +107,8 @@ def test_timm_classifiers(name, ours):
 @torch.no_grad()
 def test_timm_feature_extractors(name, ours):
     theirs = randomised(timm.create_model(name, features_only=True))
-    net, coverage = loaded(ours(), theirs.state_dict())
-    assert coverage.dropped == ()
+    net, report = loaded(ours(), theirs.state_dict())
+    assert report.dropped == ()
     x = image()
     check_maps(net(x), theirs(x)[-4:])
 
@@ -132,8 +132,8 @@ def test_torchvision(rename):
     state = rename(theirs.state_dict())
     old = rename is named_as_in_2017
     assert ('features.denseblock1.denselayer1.norm.1.weight' in state) == old
-    net, coverage = loaded(DenseNet(), state)
-    assert coverage.dropped == ('classifier.weight', 'classifier.bias')
+    net, report = loaded(DenseNet(), state)
+    assert report.dropped == ('classifier.weight', 'classifier.bias')
     x = image()
     last = F.relu(theirs.features(x))
     check_maps(net(x), [maps[1], maps[2], maps[3], last])
@@ -217,9 +217,9 @@ def test_mmpretrain(prefix):
     theirs = randomised(MMPretrainDenseNet())
     state = {k.replace('backbone.', prefix): v for k, v in theirs.state_dict().items()}
     assert len(state) == 727
-    net, coverage = loaded(DenseNet(arch='121'), dict(meta={}, state_dict=state))
-    assert coverage.format.name == 'densenet-mmpretrain'
-    assert coverage.dropped == ('head.fc.weight', 'head.fc.bias')
+    net, report = loaded(DenseNet(arch='121'), dict(meta={}, state_dict=state))
+    assert report.format.name == 'densenet-mmpretrain'
+    assert report.dropped == ('head.fc.weight', 'head.fc.bias')
     x = image()
     check_maps(net(x)[-1:], [theirs(x)])
 
@@ -241,9 +241,9 @@ def test_clovaai():
     state = theirs.state_dict()
     assert len(state) == 413
     assert state['output.1.weight'].shape == (1000, 1280, 1, 1)
-    net, coverage = loaded(ReXNet(arch='1.0', out_indices=range(6)), state)
-    assert coverage.format.name == 'rexnet-clovaai'
-    assert coverage.dropped == ('output.1.weight', 'output.1.bias')
+    net, report = loaded(ReXNet(arch='1.0', out_indices=range(6)), state)
+    assert report.format.name == 'rexnet-clovaai'
+    assert report.dropped == ('output.1.weight', 'output.1.bias')
     x = image()
     with torch.no_grad():
         check_maps(net(x), theirs(x))
@@ -403,11 +403,11 @@ def test_released_models_load_whole(scope):
     for extra in ({}, ema):
         for value in net.state_dict().values():
             value.zero_()
-        _, coverage = load_into(net, dict(meta={}, state_dict={**state, **extra}, optimizer={}))
-        check_full(coverage)
-        assert coverage.format.name == 'rdnet-mmlab'
-        assert list(coverage.dropped) == list(extra)
-        assert set(coverage.loaded) == set(net.state_dict())
+        _, report = load_into(net, dict(meta={}, state_dict={**state, **extra}, optimizer={}))
+        check_full(report)
+        assert report.format.name == 'rdnet-mmlab'
+        assert list(report.dropped) == list(extra)
+        assert set(report.loaded) == set(net.state_dict())
         check_landed(net, state, names)
 
 
@@ -433,16 +433,16 @@ def test_released_models_as_backbone_weights(scope, tmp_path, monkeypatch):
 
 def test_output_norms_of_a_detector_are_left_over_in_other_backbones():
     net = on_meta(RDNet)
-    _, coverage = load_into(net, numbered(cascade()), prefix='backbone.')
-    assert coverage.share() == 1.0
+    _, report = load_into(net, numbered(cascade()), prefix='backbone.')
+    assert report.share() == 1.0
     expected = [name for i in range(4) for name in affine(f'output_norms.{i}', 1)]
-    assert list(coverage.unexpected) == expected
+    assert list(report.unexpected) == expected
 
 
 def test_output_norms_start_afresh_beside_a_segmentor():
     net = RDNet(output_norm=True)
-    _, coverage = load_into(net, numbered(upernet()), prefix='backbone.')
-    check_full(coverage)
+    _, report = load_into(net, numbered(upernet()), prefix='backbone.')
+    check_full(report)
     assert all((norm.weight == 1).all() for norm in net.output_norms.values())
 
 
@@ -602,24 +602,24 @@ def test_a_renamed_key_is_reported(sample):
 
 
 @every_sample
-def test_coverage_reports_what_is_dropped_or_renamed(sample):
+def test_the_report_names_what_is_dropped_or_renamed(sample):
     state, net = state_of(sample), network_of(sample)
-    weights, coverage = load_into(net, state)
-    check_full(coverage)
+    weights, report = load_into(net, state)
+    check_full(report)
     keys = list(state)
     for key in {*keys[:: len(keys) // 15], keys[0], keys[-1]}:
         without = {k: v for k, v in state.items() if k != key}
-        left, coverage = load_into(net, without)
+        left, report = load_into(net, without)
         name = tuple(weights.keys() - left.keys())
         assert len(name) == (0 if CLASSIFIER.match(key) else 1)
         # As in files of old: torch asks for no such counter.
         missing = () if key.endswith('num_batches_tracked') else name
-        assert coverage.missing == missing, key
-        assert (coverage.share() < 1) == bool(missing)
-        assert coverage.unexpected == ()
-        _, coverage = load_into(net, {**without, f'{key}x': state[key]})
-        assert coverage.missing == missing, key
-        assert len(coverage.unexpected) == 1, key
+        assert report.missing == missing, key
+        assert (report.share() < 1) == bool(missing)
+        assert report.unexpected == ()
+        _, report = load_into(net, {**without, f'{key}x': state[key]})
+        assert report.missing == missing, key
+        assert len(report.unexpected) == 1, key
 
 
 @every_sample

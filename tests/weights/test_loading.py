@@ -20,9 +20,9 @@ from timm.models import adapt_input_conv
 from torch import nn
 from torch.nn import functional as F
 
-from mmdense.engine import CoverageHook
+from mmdense.engine import LoadReportHook
 from mmdense.errors import UserError
-from mmdense.weights import loading as coverage
+from mmdense.weights import loading
 from mmdense.weights.files import read_checkpoint
 from mmdense.weights.loading import PretrainedInit, load_into
 from support import DEMOS
@@ -53,7 +53,7 @@ def log(monkeypatch):
     def print_log(text, logger=None, level=logging.INFO):
         lines.append((level, text))
 
-    monkeypatch.setattr(coverage, 'print_log', print_log)
+    monkeypatch.setattr(loading, 'print_log', print_log)
     return lines
 
 
@@ -150,7 +150,7 @@ def test_the_report_names_what_was_not_loaded(log, tmp_path):
     state_dict |= {f'extra.{i}': torch.zeros(1) for i in range(5)}
     state_dict |= {'classifier.weight': torch.zeros(9, 4), 'classifier.bias': torch.zeros(9)}
     file = save(tmp_path, state_dict)
-    initialise('DenseNet', file, dict(min_coverage=0.5))
+    initialise('DenseNet', file, dict(min_loaded=0.5))
     ((level, text),) = log
     assert level == logging.WARNING
     total = parameters + buffers
@@ -348,7 +348,7 @@ def test_stages_that_are_not_built(kind, log, tmp_path):
     assert {*names.removesuffix(', ...').split(', ')} < {*left}
 
 
-# min_coverage
+# min_loaded
 
 
 def half(kind):
@@ -360,9 +360,9 @@ def test_partial_files_must_be_asked_for(log, tmp_path):
     part = half('RDNet')
     file = save(tmp_path, part)
     refusal(initialise, 'RDNet', file)
-    refusal(initialise, 'RDNet', file, dict(min_coverage=0.7))
+    refusal(initialise, 'RDNet', file, dict(min_loaded=0.7))
     log.clear()
-    net = initialise('RDNet', file, dict(min_coverage=0.5))
+    net = initialise('RDNet', file, dict(min_loaded=0.5))
     assert_equal({k: v for k, v in net.state_dict().items() if k in part}, part)
     ((level, text),) = log
     assert level == logging.WARNING
@@ -374,14 +374,20 @@ def test_exactly_enough(tmp_path):
     part = dict(list(whole.items())[1:])
     file = save(tmp_path, part)
     share = len(part) / len(whole)
-    initialise('RDNet', file, dict(min_coverage=share))
-    refusal(initialise, 'RDNet', file, dict(min_coverage=share + 1e-6))
+    initialise('RDNet', file, dict(min_loaded=share))
+    refusal(initialise, 'RDNet', file, dict(min_loaded=share + 1e-6))
 
 
 @pytest.mark.parametrize('value', [-0.1, 1.1, 50, math.nan, math.inf])
 def test_impossible_shares(value):
-    with pytest.raises(ValueError, match='min_coverage is .*, must be from 0 to 1'):
-        PretrainedInit('x.pth', min_coverage=value)
+    with pytest.raises(ValueError, match='min_loaded is .*, must be from 0 to 1'):
+        PretrainedInit('x.pth', min_loaded=value)
+
+
+def test_min_coverage_is_a_deprecated_alias(log):
+    assert PretrainedInit('x.pth', min_coverage=0.5).min_loaded == 0.5
+    assert HOOKS.build(dict(type='mmdense.CoverageHook', min_coverage=0.5)).min_loaded == 0.5
+    assert log == [(logging.WARNING, 'min_coverage is a deprecated alias of min_loaded')] * 2
 
 
 def resnet(file, **init):
@@ -405,7 +411,7 @@ def test_other_modules(log, tmp_path):
     assert level == logging.WARNING
     assert table(text)['unexpected'] == (1, 'fc.weight')
     assert sum(table(text)['loaded'][:2]) == len(part) - 1
-    assert 'tensors of ResNet' in refusal(resnet, file, min_coverage=1.0)
+    assert 'tensors of ResNet' in refusal(resnet, file, min_loaded=1.0)
     save(tmp_path, {'fc.weight': torch.zeros(2, 2)})
     said = refusal(resnet, file)
     assert f'{file} fills 0 of {len(without_counts(whole))} tensors of ResNet: missing: ' in said
@@ -516,7 +522,7 @@ def _quiet(monkeypatch):
     DefaultScope._instance_dict.clear()
 
 
-def train(folder, model, *, iters=2, hooks=(), part='backbone', min_coverage=1.0, **options):
+def train(folder, model, *, iters=2, hooks=(), part='backbone', min_loaded=1.0, **options):
     """Train for a few iterations; return the runner and what was loaded."""
     channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
     generator = torch.Generator().manual_seed(0)
@@ -540,7 +546,7 @@ def train(folder, model, *, iters=2, hooks=(), part='backbone', min_coverage=1.0
         **options,
     )
     look = AsLoaded()
-    runner.register_hook(CoverageHook(min_coverage, part))
+    runner.register_hook(LoadReportHook(min_loaded, part))
     runner.register_hook(look)
     runner.train()
     return runner, look
@@ -598,16 +604,16 @@ def test_part_and_share_of_the_hook(tmp_path):
         said = refusal(train, tmp_path / 'b', Classifier(), part=part, load_from=file)
         assert 'of Classifier: missing: fc.bias' in said
     share = (len(whole) - 0.5) / (len(whole) + 1)
-    train(tmp_path / 'c', Classifier(), part='', min_coverage=share, load_from=file)
+    train(tmp_path / 'c', Classifier(), part='', min_loaded=share, load_from=file)
     del whole['backbone.stem.0.bias']
     file = save(tmp_path, whole)
-    refusal(train, tmp_path / 'd', Classifier(), part='', min_coverage=share, load_from=file)
-    train(tmp_path / 'e', Classifier(), min_coverage=0, load_from=file)
+    refusal(train, tmp_path / 'd', Classifier(), part='', min_loaded=share, load_from=file)
+    train(tmp_path / 'e', Classifier(), min_loaded=0, load_from=file)
 
 
 def test_nothing_that_fits_is_only_reported_if_asked_for(log, tmp_path):
     file = save(tmp_path, {'a.weight': torch.zeros(3)})
-    train(tmp_path, Classifier(), min_coverage=0, load_from=file)
+    train(tmp_path, Classifier(), min_loaded=0, load_from=file)
     ((level, text),) = log
     assert level == logging.WARNING
     assert ': 0.0% of its tensors' in text
@@ -727,7 +733,7 @@ def test_a_run_without_its_head_is_not_resumed(tmp_path):
 
 def load_by_hook(model, checkpoint, part='backbone', resume=False):
     """Do what a runner does with a checkpoint before it loads it."""
-    hook = HOOKS.build(dict(type='mmdense.CoverageHook', part=part))
+    hook = HOOKS.build(dict(type='mmdense.LoadReportHook', part=part))
     hook.after_load_checkpoint(SimpleNamespace(model=model, _resume=resume), checkpoint)
 
 
