@@ -65,7 +65,7 @@ def main() -> None:
             found += wrong
     found = list(dict.fromkeys(found))
     if args.json:
-        rows = [dict(dataclasses.asdict(f), severity=f.severity, mend=f.mend) for f in found]
+        rows = [dict(dataclasses.asdict(f), severity=f.severity, fix=f.fix) for f in found]
         Path(args.json).write_text(json.dumps(rows, indent=1))
     sys.exit(_report(found, len(files)))
 
@@ -83,7 +83,7 @@ def _report(found: list[Finding], count: int) -> int:
             console.print(f'  {finding}', markup=False, highlight=False, soft_wrap=True)
         if len(findings) > SHOWN:
             console.print(f'  and {len(findings) - SHOWN} more', markup=False)
-        table.add_row(findings[0].severity, kind, str(len(findings)), findings[0].mend)
+        table.add_row(findings[0].severity, kind, str(len(findings)), findings[0].fix)
     if found:
         console.print(table, markup=False)
     errors = sum(finding.severity == ERROR for finding in found)

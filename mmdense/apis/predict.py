@@ -32,7 +32,7 @@ from torch import nn
 from mmdense.apis.deployment import deploy as deploy_backbone
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
-from mmdense.datasets.check import ERROR, Reading, check_image
+from mmdense.datasets.check import ERROR, ReadOptions, check_image
 from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.visualization.draw import draw_instances, draw_segments
@@ -155,8 +155,8 @@ class Predictor:
     def _load_image(self, image: str | Path | np.ndarray) -> dict[str, Any]:
         """Return what the config's loader of images would put into the pipeline."""
         if not isinstance(image, np.ndarray):
-            reading = Reading(self._read.imdecode_backend, self._read.color_type)
-            for finding in check_image(image, reading=reading):
+            options = ReadOptions(self._read.imdecode_backend, self._read.color_type)
+            for finding in check_image(image, options=options):
                 if finding.severity == ERROR:
                     raise UserError(str(finding))
             try:

@@ -21,7 +21,7 @@ from torch import nn
 
 from mmdense.config.channels import readers
 from mmdense.config.explain import arguments, check_keys, find
-from mmdense.datasets.files import data_sets
+from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, suggest_name
 
 __all__ = [
@@ -177,7 +177,7 @@ def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
     """
     for loader in loaders:
         place = f'{loader}_dataloader'
-        for where, data in data_sets(cfg.get(place), place):
+        for where, data in iter_dataset_configs(cfg.get(place), place):
             root = data.get('data_root') or ''
             prefixes = [p for p in (data.get('data_prefix') or {}).values() if isinstance(p, str)]
             for name in [data.get('ann_file'), *prefixes]:
@@ -236,7 +236,7 @@ def check_classes(model: nn.Module, cfg: Config, loaders: tuple[str, ...]) -> No
     """Compare the heads' numbers of classes with the data sets', before these read their files."""
     for loader in loaders:
         place = f'{loader}_dataloader'
-        for where, node in data_sets(cfg.get(place), place):
+        for where, node in iter_dataset_configs(cfg.get(place), place):
             if 'lazy_init' in arguments(find(node, DATASETS)):  # or it would read its files
                 data = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
                 _compare_classes(model, data.metainfo, where)

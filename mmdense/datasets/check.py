@@ -32,7 +32,7 @@ __all__ = [
     'MAX_PIXELS',
     'WARNING',
     'Finding',
-    'Reading',
+    'ReadOptions',
     'Sample',
     'check_coco',
     'check_image',
@@ -125,7 +125,7 @@ class Finding:
         return KINDS[self.kind][0]
 
     @property
-    def mend(self) -> str:
+    def fix(self) -> str:
         """What can be done about it."""
         return KINDS[self.kind][1]
 
@@ -134,7 +134,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a data set's pipeline reads images and label maps.
 
     Attributes:
@@ -173,13 +173,13 @@ class Sample:
     label_map: str | None = None
 
 
-def check_sample(sample: Sample, reading: Reading) -> list[Finding]:
+def check_sample(sample: Sample, options: ReadOptions) -> list[Finding]:
     """Return what is wrong with the files of an image."""
-    found, size = _image(sample.image, sample.size, reading)
+    found, size = _image(sample.image, sample.size, options)
     if sample.id is not None:
         found = [replace(finding, id=f'image {sample.id}') for finding in found]
     if sample.label_map is not None:
-        found += check_label_map(sample.label_map, size=size, reading=reading)
+        found += check_label_map(sample.label_map, size=size, options=options)
     return found
 
 
@@ -187,7 +187,7 @@ def check_sample(sample: Sample, reading: Reading) -> list[Finding]:
 
 
 def check_image(
-    file: str | Path, *, size: tuple[int, int] | None = None, reading: Reading | None = None
+    file: str | Path, *, size: tuple[int, int] | None = None, options: ReadOptions | None = None
 ) -> list[Finding]:
     """Return what is wrong with an image, decoding all of it.
 
@@ -196,16 +196,16 @@ def check_image(
     Args:
         file: The image.
         size: (width, height) that its annotations are made for.
-        reading: How it will be read; by default as :class:`Reading` says.
+        options: How it will be read; by default as :class:`ReadOptions` says.
     """
-    return _image(str(file), size, reading or Reading())[0]
+    return _image(str(file), size, options or ReadOptions())[0]
 
 
 def _image(
-    file: str, size: tuple[int, int] | None, reading: Reading
+    file: str, size: tuple[int, int] | None, options: ReadOptions
 ) -> tuple[list[Finding], tuple[int, int] | None]:
     """Return what is wrong, and (width, height) as training sees it, if it can be read."""
-    found, seen = _decode(file, reading)
+    found, seen = _decode(file, options)
     if seen is None:
         return found, None
     width, height = seen
@@ -218,7 +218,7 @@ def _image(
     return found, seen
 
 
-def _decode(file: str, reading: Reading) -> tuple[list[Finding], tuple[int, int] | None]:
+def _decode(file: str, options: ReadOptions) -> tuple[list[Finding], tuple[int, int] | None]:
     """Decode an image by Pillow, which says what is missing, or by OpenCV, which reads more."""
     if not os.path.isfile(file):
         return [Finding('missing file', file, 'no such image')], None
@@ -232,15 +232,15 @@ def _decode(file: str, reading: Reading) -> tuple[list[Finding], tuple[int, int]
             # Whoever raised OpenCV's limit leaves it to OpenCV, which looks at the header first.
             if os.environ.get(PIXELS_VARIABLE, str(MAX_PIXELS)) == str(MAX_PIXELS):
                 return [Finding('too many pixels', file, one_line(error))], None
-            return _decode_by_opencv(file, reading)
+            return _decode_by_opencv(file, options)
         except Exception:  # each of Pillow's formats raises its own; OpenCV may read it
-            return _decode_by_opencv(file, reading)
+            return _decode_by_opencv(file, options)
         with image:
-            return _load(image, file, reading)
+            return _load(image, file, options)
 
 
 def _load(
-    image: Image.Image, file: str, reading: Reading
+    image: Image.Image, file: str, options: ReadOptions
 ) -> tuple[list[Finding], tuple[int, int] | None]:
     size, mode, depth = image.size, image.mode, repr(image.tile[:1])
     try:
@@ -260,16 +260,18 @@ def _load(
         found.append(Finding('deep pixels', file, 'more than 8 bits per channel'))
     if mode in ('RGBA', 'LA') and image.getchannel('A').getextrema()[0] < 255:
         found.append(Finding('transparency', file, 'partly transparent'))
-    if turned or (reading.backend == 'cv2' and not cv2.haveImageReader(file)):
+    if turned or (options.backend == 'cv2' and not cv2.haveImageReader(file)):
         # Which formats OpenCV reads, and turns upright, depends on its version.
-        unread, size = _decode_by_opencv(file, reading)
+        unread, size = _decode_by_opencv(file, options)
         found += unread
     return found, size
 
 
-def _decode_by_opencv(file: str, reading: Reading) -> tuple[list[Finding], tuple[int, int] | None]:
+def _decode_by_opencv(
+    file: str, options: ReadOptions
+) -> tuple[list[Finding], tuple[int, int] | None]:
     try:
-        pixels = mmcv.imread(file, reading.color_type, backend='cv2')
+        pixels = mmcv.imread(file, options.color_type, backend='cv2')
     except Exception as error:  # OpenCV and the file system raise their own
         if 'MAX_IMAGE_PIXELS' in str(error):
             return [Finding('too many pixels', file, 'more pixels than OpenCV may read')], None
@@ -297,29 +299,29 @@ def check_label_map(
     file: str | Path,
     *,
     size: tuple[int, int] | None = None,
-    reading: Reading | None = None,
+    options: ReadOptions | None = None,
 ) -> list[Finding]:
     """Return what is wrong with a label map.
 
     Args:
         file: The map.
         size: (width, height) of its image as training sees it.
-        reading: How it will be read; by default as :class:`Reading` says.
+        options: How it will be read; by default as :class:`ReadOptions` says.
     """
-    file, reading = str(file), reading or Reading()
-    found, seen = _decode(file, Reading(color_type='unchanged'))
+    file, options = str(file), options or ReadOptions()
+    found, seen = _decode(file, ReadOptions(color_type='unchanged'))
     found = [finding for finding in found if finding.severity == ERROR]
     if seen is None:
         return found
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         content = Path(file).read_bytes()
-        pixels = mmcv.imfrombytes(content, 'unchanged', backend=reading.label_backend).squeeze()
+        pixels = mmcv.imfrombytes(content, 'unchanged', backend=options.label_backend).squeeze()
     seen = pixels.shape[1::-1]
     if size and seen != tuple(size):
         text = f'{seen[0]} x {seen[1]} pixels, but its image has {size[0]} x {size[1]}'
         found.append(Finding('another size', file, text))
-    if reading.classes is None:
+    if options.classes is None:
         return found
     if content.startswith(b'\xff\xd8'):
         wrong = 'a JPEG, which changes the numbers'
@@ -330,29 +332,29 @@ def check_label_map(
     elif int(pixels.max()) > 255:
         wrong = f'numbers up to {pixels.max()}, of which training keeps 8 bits'
     else:
-        return found + _labels(file, np.flatnonzero(np.bincount(pixels.ravel())), reading)
+        return found + _labels(file, np.flatnonzero(np.bincount(pixels.ravel())), options)
     return [*found, Finding('label map', file, wrong)]
 
 
-def map_labels(numbers: np.ndarray, reading: Reading) -> np.ndarray:
+def map_labels(numbers: np.ndarray, options: ReadOptions) -> np.ndarray:
     """Return the labels that mmseg makes of the numbers in a label map, uint8 of any shape."""
     labels = numbers.astype(np.uint8)
-    if reading.reduce_zero_label:  # mmseg's 255, whatever is ignored
+    if options.reduce_zero_label:  # mmseg's 255, whatever is ignored
         labels = np.where((labels == 0) | (labels == 255), 255, labels - 1).astype(np.uint8)
     before = labels.copy()
-    for old, new in reading.label_map.items():
+    for old, new in options.label_map.items():
         labels[before == old] = new
     return labels
 
 
-def _labels(file: str, numbers: np.ndarray, reading: Reading) -> list[Finding]:
-    labels = map_labels(numbers, reading)
-    counts = labels != reading.ignored
-    unknown = numbers[counts & (labels >= reading.classes)].tolist()
+def _labels(file: str, numbers: np.ndarray, options: ReadOptions) -> list[Finding]:
+    labels = map_labels(numbers, options)
+    counts = labels != options.ignored
+    unknown = numbers[counts & (labels >= options.classes)].tolist()
     if unknown:
-        first = 1 if reading.reduce_zero_label else 0
-        known = f'{first} to {first + reading.classes - 1}' if not reading.label_map else 'others'
-        text = f'{_some(unknown)} found, but the {reading.classes} classes are {known}'
+        first = 1 if options.reduce_zero_label else 0
+        known = f'{first} to {first + options.classes - 1}' if not options.label_map else 'others'
+        text = f'{_some(unknown)} found, but the {options.classes} classes are {known}'
         return [Finding('unknown label', file, text)]
     return [] if counts.any() else [Finding('nothing labelled', file, 'no pixel has a class')]
 

@@ -13,25 +13,25 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
 
-from mmdense.datasets.check import Finding, Reading, Sample, check_coco, check_sample
+from mmdense.datasets.check import Finding, ReadOptions, Sample, check_coco, check_sample
 from mmdense.errors import UserError, one_line
 
-__all__ = ['check_files', 'data_sets', 'list_files']
+__all__ = ['check_files', 'iter_dataset_configs', 'list_files']
 
 CHUNK = 64  # samples that go to a worker at once
 
 
-def data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
+def iter_dataset_configs(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
     """Yield every data set config below ``node`` that reads files, with its place."""
     if isinstance(node, dict):
         if node.get('ann_file') or node.get('data_prefix'):
             yield where, node
         for key in ('dataset', 'datasets'):
             if key in node:
-                yield from data_sets(node[key], f'{where}.{key}')
+                yield from iter_dataset_configs(node[key], f'{where}.{key}')
     elif isinstance(node, list | tuple):
         for i, child in enumerate(node):
-            yield from data_sets(child, f'{where}[{i}]')
+            yield from iter_dataset_configs(child, f'{where}[{i}]')
 
 
 # Before training
@@ -39,7 +39,7 @@ def data_sets(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
 
 def list_files(
     cfg: Config, loaders: Sequence[str]
-) -> tuple[list[Finding], list[tuple[Sample, Reading]]]:
+) -> tuple[list[Finding], list[tuple[Sample, ReadOptions]]]:
     """Read the annotations of a config's data sets, inside wrappers too.
 
     Args:
@@ -56,23 +56,23 @@ def list_files(
     found, samples, known = {}, {}, []
     for loader in loaders:
         place = f'{loader}_dataloader'
-        for where, node in data_sets(cfg.get(place), place):
+        for where, node in iter_dataset_configs(cfg.get(place), place):
             if node in known:  # the test set is the validation set in most configs
                 continue
             known.append(node)
             with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
                 dataset = build_dataset(node, where)
-            reading = reading_of(dataset)
-            wrong, files = check_annotations(dataset, reading)
+            options = read_options_of(dataset)
+            wrong, files = check_annotations(dataset, options)
             found.update(dict.fromkeys(wrong))
-            samples.update({sample: (sample, reading) for sample in files})
+            samples.update({sample: (sample, options) for sample in files})
     if not known:
         raise UserError(f'{cfg.filename} has no data set for {", ".join(loaders)}')
     return list(found), list(samples.values())
 
 
 def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
-    """Build a data set without reading its annotations."""
+    """Build a data set without options its annotations."""
     paths = [node.get('data_root'), node.get('ann_file'), *(node.get('data_prefix') or {}).values()]
     if node.get('backend_args') or any('://' in str(path) for path in paths):
         raise UserError(f'{where} is not on this machine: copy it here to check it')
@@ -85,7 +85,7 @@ def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
     return dataset
 
 
-def reading_of(dataset: BaseDataset) -> Reading:
+def read_options_of(dataset: BaseDataset) -> ReadOptions:
     """Return how a data set's pipeline reads files."""
     known: dict[str, Any] = {}
     for transform in _transforms(dataset.pipeline):
@@ -100,7 +100,7 @@ def reading_of(dataset: BaseDataset) -> Reading:
             reduce_zero_label=dataset.reduce_zero_label,
             label_map=dataset.label_map or {},
         )
-    return Reading(**known)
+    return ReadOptions(**known)
 
 
 def _transforms(node: Any) -> Iterator[Any]:
@@ -111,13 +111,15 @@ def _transforms(node: Any) -> Iterator[Any]:
         yield from _transforms(child)
 
 
-def reads_coco(dataset: BaseDataset) -> bool:
+def is_coco_dataset(dataset: BaseDataset) -> bool:
     return type(dataset).load_data_list.__module__ == 'mmdet.datasets.coco'
 
 
-def check_annotations(dataset: BaseDataset, reading: Reading) -> tuple[list[Finding], list[Sample]]:
+def check_annotations(
+    dataset: BaseDataset, options: ReadOptions
+) -> tuple[list[Finding], list[Sample]]:
     """Return what is wrong with a data set's annotations, and the files that it reads."""
-    if reads_coco(dataset):
+    if is_coco_dataset(dataset):
         transforms = list(_transforms(dataset.pipeline))
         filters = dataset.filter_cfg or {}
         found, samples = check_coco(
@@ -138,7 +140,7 @@ def check_annotations(dataset: BaseDataset, reading: Reading) -> tuple[list[Find
             listed = dataset.load_data_list()
         except Exception as error:  # each data set raises its own
             return [Finding('annotation file', where, one_line(error))], []
-        found, samples = [], [sample_of(info) for info in listed]
+        found, samples = [], [to_sample(info) for info in listed]
         if not samples:
             found.append(Finding('no images', where, 'no image found'))
     if dataset._indices is not None:
@@ -147,12 +149,14 @@ def check_annotations(dataset: BaseDataset, reading: Reading) -> tuple[list[Find
     return found, samples
 
 
-def sample_of(info: Mapping[str, Any]) -> Sample:
+def to_sample(info: Mapping[str, Any]) -> Sample:
     size = (info['width'], info['height']) if 'width' in info and 'height' in info else None
     return Sample(info['img_path'], info.get('img_id'), size, info.get('seg_map_path'))
 
 
-def check_files(files: Sequence[tuple[Sample, Reading]], workers: int) -> Iterator[list[Finding]]:
+def check_files(
+    files: Sequence[tuple[Sample, ReadOptions]], workers: int
+) -> Iterator[list[Finding]]:
     """Decode images and label maps in several processes; yield what is wrong with each, in order.
 
     Raises:

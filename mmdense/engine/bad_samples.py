@@ -10,14 +10,14 @@ from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
-from mmdense.datasets.check import ERROR, Finding, Reading, Sample, check_sample
+from mmdense.datasets.check import ERROR, Finding, ReadOptions, Sample, check_sample
 from mmdense.datasets.files import (
     build_dataset,
     check_annotations,
-    data_sets,
-    reading_of,
-    reads_coco,
-    sample_of,
+    is_coco_dataset,
+    iter_dataset_configs,
+    read_options_of,
+    to_sample,
 )
 from mmdense.errors import UserError, one_line
 
@@ -47,9 +47,11 @@ def name_bad_samples(runner: Runner) -> None:
             _blame_annotations(dataloader, error)
             raise
         for dataset in _leaves(loader.dataset):
-            if reads_coco(dataset) and len(dataset.cat_ids) != len(dataset.metainfo['classes']):
+            if is_coco_dataset(dataset) and len(dataset.cat_ids) != len(
+                dataset.metainfo['classes']
+            ):
                 _blame_annotations(dataloader)
-            dataset.prepare_data = partial(_prepare, dataset, reading_of(dataset))
+            dataset.prepare_data = partial(_prepare, dataset, read_options_of(dataset))
         return loader
 
     runner.build_dataloader = build_named
@@ -67,47 +69,47 @@ def _leaves(dataset: Any) -> Iterator[BaseDataset]:
 
 def _blame_annotations(dataloader: Any, error: Exception | None = None) -> None:
     """Raise the first error that a loader's annotations have."""
-    for where, node in data_sets(dataloader, 'dataloader'):
+    for where, node in iter_dataset_configs(dataloader, 'dataloader'):
         try:
             dataset = build_dataset(node, where)
         except UserError:  # then it isn't the annotations
             continue
-        _blame(check_annotations(dataset, reading_of(dataset))[0], error)
+        _blame(check_annotations(dataset, read_options_of(dataset))[0], error)
 
 
 def _blame(found: Sequence[Finding], error: Exception | None = None) -> None:
     for finding in found:
         if finding.severity == ERROR or (error and finding.kind == EXTREME):
-            raise UserError(f'{finding}: {finding.mend} ({WAY_OUT})') from error
+            raise UserError(f'{finding}: {finding.fix} ({WAY_OUT})') from error
 
 
-def _prepare(dataset: BaseDataset, reading: Reading, index: int) -> Any:
+def _prepare(dataset: BaseDataset, options: ReadOptions, index: int) -> Any:
     """Do what the data set's ``prepare_data`` does."""
     info = dataset.get_data_info(index)
-    sample = sample_of(info)
+    sample = to_sample(info)
     try:
         data = dataset.pipeline(info)
     except UserError:
         raise
     except Exception as error:  # each transform raises its own
-        _blame(check_sample(sample, reading), error)
+        _blame(check_sample(sample, options), error)
         raise RuntimeError(f'{sample.image}: cannot be prepared ({one_line(error)})') from error
     packed = data.get('data_samples') if isinstance(data, dict) else None
-    if reading.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
-        _check_labels(packed, sample, reading)
+    if options.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
+        _check_labels(packed, sample, options)
     return data
 
 
-def _check_labels(packed: BaseDataElement, sample: Sample, reading: Reading) -> None:
+def _check_labels(packed: BaseDataElement, sample: Sample, options: ReadOptions) -> None:
     """Refuse labels that are no class, and a map that is laid over another image's pixels."""
     labels = packed.gt_sem_seg.data
-    unknown = ((labels < 0) | (labels >= reading.classes)) & (labels != reading.ignored)
+    unknown = ((labels < 0) | (labels >= options.classes)) & (labels != options.ignored)
     # Resized with the image, or not.
     shapes = [tuple(packed.get(key, ()))[:2] for key in ('img_shape', 'ori_shape')]
     if unknown.any() or tuple(labels.shape[-2:]) not in shapes:
-        _blame(check_sample(sample, reading))
+        _blame(check_sample(sample, options))
     if unknown.any():
         raise UserError(
             f'{sample.label_map}: the pipeline makes labels of it that are none of the '
-            f'{reading.classes} classes'
+            f'{options.classes} classes'
         )

@@ -13,12 +13,12 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-import mmdense.apis  # noqa: F401  (hands the limit of pixels to OpenCV)
+import mmdense.models  # noqa: F401  (before OpenCV: sets its limit of pixels)
 from bad_data import PIXELS, UNUSABLE, USABLE, WHOLE, bomb, box, coco, encode, png, write
 from mmdense.datasets import check
 from mmdense.datasets.check import (
     Finding,
-    Reading,
+    ReadOptions,
     Sample,
     check_coco,
     check_image,
@@ -59,9 +59,9 @@ def test_annotations_of_a_photograph_before_it_was_turned(tmp_path):
     (finding,) = check_image(file, size=(96, 64))
     assert str(finding) == f'{file}: 64 x 96 pixels, upright, but annotated as 96 x 64'
     assert not check_image(file, size=(64, 96))
-    as_it_lies = Reading(color_type='color_ignore_orientation')
-    assert not check_image(file, size=(96, 64), reading=as_it_lies)
-    assert kinds(check_image(file, size=(64, 96), reading=as_it_lies)) == ['another size']
+    as_it_lies = ReadOptions(color_type='color_ignore_orientation')
+    assert not check_image(file, size=(96, 64), options=as_it_lies)
+    assert kinds(check_image(file, size=(64, 96), options=as_it_lies)) == ['another size']
 
 
 def test_whoever_raises_the_limit_leaves_it_to_opencv(tmp_path, monkeypatch):
@@ -76,7 +76,7 @@ def test_whoever_raises_the_limit_leaves_it_to_opencv(tmp_path, monkeypatch):
 
 LIMITED = """
 import resource, sys
-import mmdense.apis
+import mmdense.models
 import cv2, mmcv
 from mmdense.datasets.check import check_image, check_label_map
 
@@ -93,7 +93,7 @@ for file in files:
         trained = 'refused'
     print(check_image(file)[0].kind, check_label_map(file)[0].kind, trained, sep=', ')
 print(peak() - before)
-import mmdense.apis.data  # a label map, as mmseg reads it
+# a label map, as mmseg reads it
 try:
     mmcv.imread(files[-1], 'unchanged', backend='pillow')
 except OSError:
@@ -138,16 +138,16 @@ MAP = np.arange(64 * 96).reshape(64, 96) % 3
 
 
 def test_label_maps_that_fit(tmp_path):
-    three = Reading(classes=3)
-    assert not check_label_map(label_map(tmp_path, MAP), size=(96, 64), reading=three)
-    assert not check_label_map(label_map(tmp_path, np.where(MAP == 1, 255, MAP)), reading=three)
+    three = ReadOptions(classes=3)
+    assert not check_label_map(label_map(tmp_path, MAP), size=(96, 64), options=three)
+    assert not check_label_map(label_map(tmp_path, np.where(MAP == 1, 255, MAP)), options=three)
     palette = Image.fromarray(MAP.astype(np.uint8), 'P')
     palette.putpalette([9, 8, 7, 200, 100, 0, 1, 2, 3])
     palette.save(tmp_path / 'palette.png')
-    assert not check_label_map(tmp_path / 'palette.png', reading=three)
-    by_opencv = Reading(classes=3, label_backend='cv2')  # which sees the colours
-    assert kinds(check_label_map(tmp_path / 'palette.png', reading=by_opencv)) == ['label map']
-    assert not check_label_map(label_map(tmp_path, MAP * 80), reading=Reading())  # nobody asks
+    assert not check_label_map(tmp_path / 'palette.png', options=three)
+    by_opencv = ReadOptions(classes=3, label_backend='cv2')  # which sees the colours
+    assert kinds(check_label_map(tmp_path / 'palette.png', options=by_opencv)) == ['label map']
+    assert not check_label_map(label_map(tmp_path, MAP * 80), options=ReadOptions())  # nobody asks
 
 
 @pytest.mark.parametrize(
@@ -165,22 +165,22 @@ def test_label_maps_that_fit(tmp_path):
 )
 def test_label_maps_that_do_not_fit(values, more, kind, text, tmp_path):
     file = label_map(tmp_path, values, mode=None)
-    reading = Reading(classes=3, **more)
-    (finding,) = check_label_map(file, size=(96, 64), reading=reading)
+    options = ReadOptions(classes=3, **more)
+    (finding,) = check_label_map(file, size=(96, 64), options=options)
     assert (finding.kind, finding.file) == (kind, str(file))
     assert re.search(text, finding.text), finding.text
 
 
 def test_colours_and_jpeg_are_no_label_maps(tmp_path):
-    three = Reading(classes=3)
+    three = ReadOptions(classes=3)
     for name, content, text in (
         ('colour.png', encode('PNG'), '3 numbers for each pixel'),
         ('map.jpg', encode(mode='L'), 'a JPEG, which changes the numbers'),
     ):
-        (finding,) = check_label_map(write(tmp_path, name, content), reading=three)
+        (finding,) = check_label_map(write(tmp_path, name, content), options=three)
         assert (finding.kind, finding.text) == ('label map', text)
     for name, (content, kind) in UNUSABLE.items():
-        assert kinds(check_label_map(write(tmp_path, name, content), reading=three)) == [kind]
+        assert kinds(check_label_map(write(tmp_path, name, content), options=three)) == [kind]
 
 
 @pytest.mark.parametrize('reduce_zero_label', [False, True])
@@ -190,17 +190,17 @@ def test_labels_are_those_of_mmseg(reduce_zero_label, replaced, tmp_path):
     file = write(tmp_path, 'map.png', png(numbers))
     info = dict(seg_map_path=str(file), reduce_zero_label=reduce_zero_label, seg_fields=[])
     theirs = LoadAnnotations()(dict(info, label_map=replaced))['gt_seg_map']
-    reading = Reading(reduce_zero_label=reduce_zero_label, label_map=replaced)
-    assert (map_labels(numbers, reading) == theirs).all()
+    options = ReadOptions(reduce_zero_label=reduce_zero_label, label_map=replaced)
+    assert (map_labels(numbers, options) == theirs).all()
 
 
 def test_a_sample_is_an_image_and_its_map(tmp_path):
     image = write(tmp_path, 'image.jpg', USABLE['turned.jpg'][0])
     lying, upright = label_map(tmp_path, MAP), write(tmp_path, 'u.png', png(MAP.T.astype(np.uint8)))
-    assert not check_sample(Sample(str(image), label_map=str(upright)), Reading(classes=3))
-    (finding,) = check_sample(Sample(str(image), label_map=str(lying)), Reading(classes=3))
+    assert not check_sample(Sample(str(image), label_map=str(upright)), ReadOptions(classes=3))
+    (finding,) = check_sample(Sample(str(image), label_map=str(lying)), ReadOptions(classes=3))
     assert (finding.kind, finding.file) == ('another size', str(lying))
-    (finding,) = check_sample(Sample(str(image), 7, (96, 64)), Reading())
+    (finding,) = check_sample(Sample(str(image), 7, (96, 64)), ReadOptions())
     assert (finding.kind, finding.id) == ('another size', 'image 7')
 
 

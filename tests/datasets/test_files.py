@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 
 import bad_data as bad
 from mmdense.datasets import files as data
-from mmdense.datasets.check import Reading, Sample
+from mmdense.datasets.check import ReadOptions, Sample
 from mmdense.datasets.files import check_files, list_files
 from mmdense.engine.bad_samples import name_bad_samples
 from mmdense.errors import UserError
@@ -99,16 +99,16 @@ def test_how_files_are_read(tmp_path):
         ((_, found),) = files_of(scope, train=dataset)[1]
         return found
 
-    assert reading(boxes(tmp_path, number=1)) == Reading()
+    assert reading(boxes(tmp_path, number=1)) == ReadOptions()
     loads = [dict(type='LoadImageFromFile', imdecode_backend='pillow', color_type='grayscale')]
     inside = [dict(type='RandomChoice', transforms=[loads])]
     for pipeline in (loads, inside):
         found = reading(boxes(tmp_path, number=1, pipeline=pipeline))
         assert (found.backend, found.color_type) == ('pillow', 'grayscale')
-    assert reading(maps(tmp_path), 'mmseg') == Reading(classes=2)
+    assert reading(maps(tmp_path), 'mmseg') == ReadOptions(classes=2)
     loads = [dict(type='LoadAnnotations', imdecode_backend='cv2')]
     more = dict(pipeline=loads, ignore_index=9, reduce_zero_label=True)
-    expected = Reading(label_backend='cv2', classes=2, ignored=9, reduce_zero_label=True)
+    expected = ReadOptions(label_backend='cv2', classes=2, ignored=9, reduce_zero_label=True)
     assert reading(maps(tmp_path, **more), 'mmseg') == expected
     some = dict(type='ADE20KDataset', metainfo=dict(classes=('building', 'wall')))
     found = reading(maps(tmp_path, **some), 'mmseg')
@@ -164,12 +164,12 @@ def die(sample, reading):
 
 def test_decoding_in_processes(tmp_path, monkeypatch):
     good, worse = Sample('x.jpg'), Sample(str(bad.write(tmp_path, 'x.jpg', b'text')))
-    found = list(check_files([(good, Reading()), (worse, Reading())] * 70, workers=2))
+    found = list(check_files([(good, ReadOptions()), (worse, ReadOptions())] * 70, workers=2))
     assert [finding.kind for [finding] in found] == ['missing file', 'no image'] * 70
     assert list(check_files([], workers=1)) == []
     monkeypatch.setattr(data, 'check_sample', die)
     with pytest.raises(UserError, match='was killed.*--workers'):
-        list(check_files([(good, Reading())], workers=1))
+        list(check_files([(good, ReadOptions())], workers=1))
 
 
 # During training

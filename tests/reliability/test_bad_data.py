@@ -90,7 +90,7 @@ def checked(run_tool, config, folder, *options):
     found = {}
     for row in json.loads(file.read_text()):
         assert row['severity'] in ('error', 'warning')
-        assert row['mend']
+        assert row['fix']
         found.setdefault(row['kind'], []).append((row['file'], row['id']))
     return status, said, found
 
