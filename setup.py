@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 
-# Two distributions own the import names mmengine, mmcv, mmdet and mmseg. They must never be
-# installed over each other, so neither is a hard dependency: the user takes one by its extra.
+# Two distributions provide the packages mmengine, mmcv, mmdet and mmseg. Installing both breaks
+# them, so neither is a hard dependency: an extra selects one.
 MM = [
     'onedl-mmengine>=0.10.10',
     'onedl-mmcv>=2.3.2',
@@ -20,7 +20,7 @@ OPENMMLAB = [
     'mmcv-lite>=2.1,<2.2',
     'mmdet>=3.3,<3.4',
     'mmsegmentation>=1.2,<1.3',
-    # Imported by mmsegmentation and mmengine, declared by neither.
+    # mmsegmentation and mmengine import these without declaring them.
     'ftfy',
     'regex',
     'setuptools<82',
@@ -37,6 +37,9 @@ setup(
     long_description=(ROOT / 'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    # An editable install is then a plain path, so that a folder named mmdense in the working
+    # directory, such as the checkout's own seen from its parent, doesn't hide the package.
+    package_dir={'': '.'},
     packages=find_packages(include=['mmdense', 'mmdense.*']),
     package_data={'mmdense.benchmark': ['*.html', '*.yml']},
     python_requires='>=3.10',

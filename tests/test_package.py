@@ -1,5 +1,6 @@
 """The package as it is installed and imported, and the documents beside it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,26 @@ def python(code):
         [sys.executable, '-c', code], capture_output=True, text=True, timeout=120, cwd=ROOT
     )
     return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
+    """The README's imports work in the parent folder of a checkout named mmdense.
+
+    It needs the installation that `make setup` makes.
+    """
+    (tmp_path / 'mmdense').symlink_to(ROOT)
+    imports = re.findall(r'^(?:from|import) mmdense.*$', (ROOT / 'README.md').read_text(), re.M)
+    code = '\n'.join(['import mmdense', *imports, 'print(mmdense.__version__)'])
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r'\d+\.\d+\.\d+', done.stdout.split()[-1])
 
 
 def test_import_is_cheap():
