@@ -1,43 +1,66 @@
-"""Draw a trained model's predictions and its training curves."""
+"""Draw a trained model's predictions beside the ground truth, and its training curves."""
 
+import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
 from rich.table import Table
 
-from mmdense import cli as options
-from mmdense.cli import report_errors
-from mmdense.engine import runner as run
-from mmdense.visualization import grid
-from mmdense.visualization import logs as pictures
+from mmdense import cli
+from mmdense.apis import Predictor
+from mmdense.config.validate import check_data
+from mmdense.visualization.grid import save_grid
+from mmdense.visualization.logs import METRICS, plot_curves, read_scalars
 
 
-@report_errors
-def main() -> None:
-    parser = options.config_parser(__doc__, 'tools/visualize.py CONFIG CHECKPOINT --out pictures')
+def parser() -> argparse.ArgumentParser:
+    parser = cli.config_parser(__doc__, 'tools/visualize.py CONFIG CHECKPOINT --out pictures')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
-    parser.add_argument('--out', metavar='DIR', help='where pictures go (the work dir)')
-    parser.add_argument('--num', type=int, default=12, help='number of images (%(default)s)')
+    parser.add_argument('--out', metavar='DIR', help='output folder (the work dir)')
+    parser.add_argument('--num', type=int, default=12, help='number of test images (%(default)s)')
     parser.add_argument(
         '--score-thr', type=float, default=0.5, help='lowest score of a drawn box (%(default)s)'
     )
-    args, cfg = options.parse_config(parser)
-    losses, metrics = pictures.read_scalars(cfg.work_dir)
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args, cfg = cli.parse_config(parser(), argv)
+    losses, metrics = read_scalars(cfg.work_dir)
+    check_data(cfg, ('test',))
+    predictor = Predictor(cfg, args.checkpoint)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)
-    pictures.plot_curves(losses, metrics, out / 'curves.png')
-    runner = run.build_runner(cfg, loaders=('test',))
-    run.load_weights(runner, args.checkpoint)
-    grid.draw_predictions(runner, out / 'predictions.png', count=args.num, score_thr=args.score_thr)
+    plot_curves(losses, metrics, out / 'curves.png')
+    drawings = list(draw_test_images(cfg, predictor, args.num, args.score_thr))
+    save_grid(drawings, out / 'predictions.png', titles=('truth', 'prediction'), columns=6)
     console = Console()
     if metrics:
         table = Table('last validation', 'value')
-        for key, name in pictures.METRICS.items():
+        for key, name in METRICS.items():
             if key in metrics[-1]:
                 table.add_row(name, f'{metrics[-1][key]:.3f}')
         console.print(table)
     written = f'pictures: {out / "predictions.png"} {out / "curves.png"}'
     console.print(written, soft_wrap=True, markup=False)
+
+
+def draw_test_images(
+    cfg: Config, predictor: Predictor, count: int, score_thr: float
+) -> Iterator[np.ndarray]:
+    """Yield the ground truth and the prediction of the first test images."""
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    for i in range(min(count, len(dataset))):
+        truth = dataset[i]['data_samples']
+        (prediction,) = predictor(truth.img_path)
+        yield predictor.draw_truth(truth.img_path, truth)
+        yield predictor.draw(truth.img_path, prediction, score_thr)
 
 
 if __name__ == '__main__':

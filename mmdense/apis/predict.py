@@ -25,7 +25,7 @@ from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import CheckpointLoader
-from mmengine.structures import BaseDataElement
+from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from pycocotools import mask as coco_mask
 from torch import nn
 
@@ -35,7 +35,7 @@ from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, check_image
 from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
-from mmdense.visualization.draw import draw_instances, draw_segments
+from mmdense.visualization.draw import draw_instances, draw_label_map, make_palette
 from mmdense.weights.loading import check_min_loaded, load_checked
 
 __all__ = ['Predictor', 'find_images', 'save_predictions']
@@ -175,29 +175,58 @@ class Predictor:
     ) -> np.ndarray:
         """Draw a prediction on its image.
 
-        Detection: boxes with class and score, on top of masks if there are some, the best ones
-        last. Segmentation: the classes' colours over the image, with the names of larger patches.
+        Detection: boxes with class and score, on top of masks if there are any, the best ones last.
+        Segmentation: the classes' colours over the image, with the names of larger segments.
 
         Args:
-            image: What was predicted on.
-            sample: What was predicted.
+            image: The image that was predicted on.
+            sample: The prediction.
             score_thr: Instances with a lower score are left out.
 
         Returns:
             uint8 [H, W, 3] in RGB.
 
         Raises:
-            UserError: The image cannot be read, or is of another size than the prediction.
+            UserError: The image cannot be read, or its size is not that of the prediction.
         """
-        picture = _rgb(self._load_image(image)['img'])
-        if picture.shape[:2] != tuple(sample.ori_shape):
-            raise UserError(
-                f'the image is {picture.shape[0]} x {picture.shape[1]} pixels, but the prediction '
-                f'was made on {sample.ori_shape[0]} x {sample.ori_shape[1]}'
-            )
+        rgb = self._load_rgb(image, sample)
         if self.segments:
-            return draw_segments(picture, _label_map(sample), self.classes, self.palette)
-        return draw_instances(picture, _found(sample, score_thr), self.classes, self.palette)
+            return draw_label_map(rgb, _label_map(sample.pred_sem_seg), self.classes, self.palette)
+        instances = sample.pred_instances
+        instances = instances[instances.scores >= score_thr]
+        return draw_instances(rgb, _arrays(instances), self.classes, self.palette)
+
+    def draw_truth(self, image: str | Path | np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        """Draw the ground truth on its image, as :meth:`draw` does, with dashed outlines.
+
+        Args:
+            image: The image.
+            sample: The ground truth: the data sample of a data set's item, from a pipeline that
+                loads annotations after resizing. Without annotations the image is returned as it
+                is.
+
+        Returns:
+            uint8 [H, W, 3] in RGB.
+
+        Raises:
+            UserError: As :meth:`draw`.
+        """
+        rgb = self._load_rgb(image, sample)
+        if 'gt_sem_seg' in sample and self.segments:
+            return draw_label_map(rgb, _label_map(sample.gt_sem_seg), self.classes, self.palette)
+        if 'gt_instances' in sample and not self.segments:
+            instances = _arrays(sample.gt_instances)
+            return draw_instances(rgb, instances, self.classes, self.palette)
+        return rgb
+
+    def _load_rgb(self, image: str | Path | np.ndarray, sample: BaseDataElement) -> np.ndarray:
+        rgb = _rgb(self._load_image(image)['img'])
+        if rgb.shape[:2] != tuple(sample.ori_shape):
+            raise UserError(
+                f'the image has {rgb.shape[0]} x {rgb.shape[1]} pixels, but the sample is of one '
+                f'with {sample.ori_shape[0]} x {sample.ori_shape[1]}'
+            )
+        return rgb
 
     def coco(
         self, sample: BaseDataElement, image_id: int, score_thr: float = 0.0
@@ -218,7 +247,8 @@ class Predictor:
         """
         if self.segments:
             return self._coco_segments(sample, image_id)
-        found = _found(sample, score_thr)
+        instances = sample.pred_instances
+        found = _arrays(instances[instances.scores >= score_thr])
         results = []
         for i, (x1, y1, x2, y2) in enumerate(found['bboxes'].tolist()):
             result = dict(
@@ -233,7 +263,7 @@ class Predictor:
         return results
 
     def _coco_segments(self, sample: BaseDataElement, image_id: int) -> list[dict[str, Any]]:
-        labels = _label_map(sample)
+        labels = _label_map(sample.pred_sem_seg)
         logits = sample.seg_logits.data
         if len(logits) > 1:
             surest = logits.softmax(0).amax(0)
@@ -462,16 +492,7 @@ def _classes(
         palette = source.get('palette')
         if isinstance(palette, list | tuple) and len(palette) >= len(classes):
             return classes, [tuple(map(int, colour)) for colour in palette]
-    return classes, _colours(len(classes))
-
-
-def _colours(count: int) -> list[tuple[int, ...]]:
-    """Return distinct colours: hues by the golden ratio, in turns of three brightnesses."""
-    hues = np.arange(count) * 0.618034 % 1 * 180
-    values = np.take([255, 200, 150], np.arange(count) % 3)
-    hsv = np.stack([hues, np.full(count, 200), values], -1).astype(np.uint8)
-    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] if count else []
-    return [tuple(map(int, colour)) for colour in colours]
+    return classes, make_palette(len(classes))
 
 
 def _categories(
@@ -526,16 +547,19 @@ def _rgb(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels[..., 2::-1])
 
 
-def _found(sample: BaseDataElement, score_thr: float) -> dict[str, np.ndarray]:
-    """Return the instances of a score and better, as arrays."""
-    found = sample.pred_instances
-    found = found[found.scores >= score_thr]
-    keys = [key for key in ('bboxes', 'labels', 'scores', 'masks') if key in found]
-    return {key: torch.as_tensor(found[key]).cpu().numpy() for key in keys}
+def _arrays(instances: InstanceData) -> dict[str, np.ndarray]:
+    """Return boxes, labels, scores and masks, whatever mmdet's classes for them."""
+    arrays = {}
+    for key in ('bboxes', 'labels', 'scores', 'masks'):
+        if key in instances:
+            value = instances[key]
+            value = value.to_ndarray() if hasattr(value, 'to_ndarray') else value
+            arrays[key] = torch.as_tensor(getattr(value, 'tensor', value)).cpu().numpy()
+    return arrays
 
 
-def _label_map(sample: BaseDataElement) -> np.ndarray:
-    return sample.pred_sem_seg.data.squeeze(0).cpu().numpy().astype(np.int64)
+def _label_map(segmentation: PixelData) -> np.ndarray:
+    return segmentation.data.squeeze(0).cpu().numpy().astype(np.int64)
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
-from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdense.apis.deployment import deploy
@@ -529,24 +529,9 @@ def _draw_truth(
     files = []
     for i, item in enumerate(images):
         sample = item['data_samples']
-        if predictor.segments:
-            labels = sample.gt_sem_seg.data
-            known = labels < len(predictor.classes)  # what is ignored looks like the first class
-            sample.pred_sem_seg = PixelData(data=labels * known)
-        else:
-            sample.pred_instances = _as_predicted(sample.gt_instances)
-        picture = predictor.draw(sample.img_path, sample, SCORE)
+        picture = predictor.draw_truth(sample.img_path, sample)
         files.append(_write(folder, f'pictures/truth_{i}.jpg', picture))
     return files
-
-
-def _as_predicted(truth: InstanceData) -> InstanceData:
-    """Return true instances as a detector would predict them."""
-    boxes = getattr(truth.bboxes, 'tensor', truth.bboxes)
-    found = InstanceData(bboxes=boxes, labels=truth.labels, scores=torch.ones(len(boxes)))
-    if 'masks' in truth:
-        found.masks = torch.from_numpy(truth.masks.to_ndarray()).bool()
-    return found
 
 
 def _write(folder: Path, name: str, picture: np.ndarray) -> str:

@@ -1,4 +1,8 @@
-"""Drawing predictions on images."""
+"""Draw predictions and ground truth on images, with NumPy, OpenCV and Pillow only.
+
+Images are uint8 arrays [H, W, 3] in RGB and are not modified. A palette holds one colour per class:
+(R, G, B), each from 0 to 255.
+"""
 
 from __future__ import annotations
 
@@ -9,87 +13,140 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-LUMA = (0.299, 0.587, 0.114)  # how bright red, green and blue look
-INSTANCE_ALPHA, SEGMENT_ALPHA = 0.45, 0.55  # opacity of colours on the image
-LABELLED = 0.005  # share of the image that a patch of a label map needs to be named
+__all__ = ['draw_instances', 'draw_label_map', 'make_palette']
 
+Colour = tuple[int, ...]
 
-# Drawing
+LUMA = (0.299, 0.587, 0.114)  # perceived brightness of red, green and blue
+MASK_ALPHA, LABEL_MAP_ALPHA = 0.45, 0.55  # opacity of the classes' colours
+MIN_LABELLED_AREA = 0.005  # smallest segment that gets a label, as a share of the image
 
 
 def draw_instances(
-    picture: np.ndarray,
-    found: Mapping[str, np.ndarray],
+    image: np.ndarray,
+    instances: Mapping[str, np.ndarray],
     classes: Sequence[str],
-    palette: Sequence[tuple[int, ...]],
+    palette: Sequence[Colour],
 ) -> np.ndarray:
-    width = max(1, round(min(picture.shape[:2]) / 250))
-    order = np.argsort(found['scores'], kind='stable')
-    for i in order if 'masks' in found else ():
-        mask, colour = found['masks'][i].astype(bool), palette[found['labels'][i]]
-        _blend(picture, mask, colour, INSTANCE_ALPHA)
-        outlines, _ = cv2.findContours(
+    """Draw the boxes of instances with their classes, and their masks if they have any.
+
+    Predictions have scores: the best ones are drawn last. Ground truth has none: its outlines are
+    dashed.
+
+    Args:
+        image: The image, [H, W, 3].
+        instances: ``bboxes`` [N, 4] as x1, y1, x2, y2 in pixels, ``labels`` [N]; for predictions
+            ``scores`` [N]; optionally ``masks`` [N, H, W].
+        classes: Class names.
+        palette: Class colours.
+
+    Returns:
+        The drawing, [H, W, 3].
+    """
+    image = image.copy()
+    line_width = max(1, round(min(image.shape[:2]) / 250))
+    boxes, labels, scores = (instances.get(key) for key in ('bboxes', 'labels', 'scores'))
+    boxes = boxes.round().astype(np.int32)
+    dashed = scores is None
+    order = range(len(labels)) if scores is None else np.argsort(scores, kind='stable')
+    for i in order if 'masks' in instances else ():
+        mask, colour = instances['masks'][i].astype(bool), palette[labels[i]]
+        blend = image[mask] * (1 - MASK_ALPHA) + np.array(colour) * MASK_ALPHA
+        image[mask] = blend.astype(np.uint8)
+        contours, _ = cv2.findContours(
             mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
         )
-        cv2.drawContours(picture, outlines, -1, colour, width, cv2.LINE_AA)
+        for contour in contours:
+            _draw_outline(image, contour[:, 0], colour, line_width, dashed)
     for i in order:
-        x1, y1, x2, y2 = found['bboxes'][i].round().astype(int).tolist()
-        cv2.rectangle(picture, (x1, y1), (x2, y2), palette[found['labels'][i]], width)
-    writing = _Writing(picture)
+        x1, y1, x2, y2 = boxes[i]
+        corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
+        _draw_outline(image, corners, palette[labels[i]], line_width, dashed)
+    writer = _LabelWriter(image)
     for i in order:
-        label, (x1, y1) = found['labels'][i], found['bboxes'][i][:2].round().astype(int).tolist()
-        text = f'{classes[label]} {found["scores"][i]:.2f}'
-        writing.put(text, x1 - width // 2, y1 - writing.height, palette[label])
-    return writing.picture()
+        text = classes[labels[i]] if scores is None else f'{classes[labels[i]]} {scores[i]:.2f}'
+        x1, y1, _, y2 = boxes[i].tolist()
+        top = y1 - writer.height
+        if top < 0 and y2 - y1 < 2 * writer.height:  # it would hide a small object
+            top = y2 + 1
+        writer.write(text, x1 - line_width // 2, top, palette[labels[i]])
+    return writer.image()
 
 
-def draw_segments(
-    picture: np.ndarray,
-    labels: np.ndarray,
-    classes: Sequence[str],
-    palette: Sequence[tuple[int, ...]],
+def draw_label_map(
+    image: np.ndarray, label_map: np.ndarray, classes: Sequence[str], palette: Sequence[Colour]
 ) -> np.ndarray:
-    colours = np.array(palette, np.uint8)[labels]
-    picture = cv2.addWeighted(picture, 1 - SEGMENT_ALPHA, colours, SEGMENT_ALPHA, 0)
-    writing = _Writing(picture)
-    for label in np.unique(labels).tolist():
-        mask = (labels == label).astype(np.uint8)
-        _, patches, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
+    """Draw a segmentation over an image, with the class names of its larger segments.
+
+    Args:
+        image: The image, [H, W, 3].
+        label_map: The class of each pixel, [H, W]. Others, such as 255 where the ground truth is
+            unknown, show the image.
+        classes: Class names.
+        palette: Class colours.
+
+    Returns:
+        The drawing, [H, W, 3].
+    """
+    known = label_map < len(classes)
+    colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]
+    blend = cv2.addWeighted(image, 1 - LABEL_MAP_ALPHA, colours, LABEL_MAP_ALPHA, 0)
+    writer = _LabelWriter(np.where(known[..., None], blend, image))
+    for label in np.unique(label_map[known]).tolist():
+        mask = (label_map == label).astype(np.uint8)
+        _, segments, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
         largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-        if stats[largest, cv2.CC_STAT_AREA] < LABELLED * labels.size:
+        if stats[largest, cv2.CC_STAT_AREA] < MIN_LABELLED_AREA * label_map.size:
             continue
-        # The name stands where the patch is widest, so that it covers as little else as can be.
-        inside = cv2.copyMakeBorder(
-            (patches == largest).astype(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT
-        )
-        depth = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
-        y, x = np.unravel_index(depth.argmax(), depth.shape)
-        text = classes[label]
-        left = int(x) - 1 - writing.width(text) // 2
-        writing.put(text, left, int(y) - 1 - writing.height // 2, palette[label])
-    return writing.picture()
+        # The label goes where the segment is widest, to cover as little else as possible.
+        inside = np.pad((segments == largest).astype(np.uint8), 1)
+        distance = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
+        y, x = np.unravel_index(distance.argmax(), distance.shape)
+        left = int(x) - 1 - writer.width(classes[label]) // 2
+        writer.write(classes[label], left, int(y) - 1 - writer.height // 2, palette[label])
+    return writer.image()
 
 
-def _blend(picture: np.ndarray, mask: np.ndarray, colour: tuple[int, ...], alpha: float) -> None:
-    picture[mask] = (picture[mask] * (1 - alpha) + np.array(colour) * alpha).astype(np.uint8)
+def make_palette(count: int) -> list[Colour]:
+    """Return distinct colours: hues in steps of the golden ratio, in three brightnesses."""
+    hues = np.arange(count) * 0.618034 % 1 * 180
+    values = np.take([255, 200, 150], np.arange(count) % 3)
+    hsv = np.stack([hues, np.full(count, 200), values], -1).astype(np.uint8)
+    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] if count else []
+    return [tuple(map(int, colour)) for colour in colours]
 
 
-class _Writing:
-    """Text on patches of colour, in matplotlib's own font: OpenCV has no letters beyond ASCII."""
+def _draw_outline(
+    image: np.ndarray, corners: np.ndarray, colour: Colour, width: int, dashed: bool
+) -> None:
+    """Draw a closed polygon, given by its corners [K, 2] as x, y."""
+    lines = [corners]
+    if dashed:
+        closed = np.concatenate([corners, corners[:1]])
+        position = np.concatenate([[0], np.abs(np.diff(closed, axis=0)).max(1).cumsum()])
+        pixels = np.arange(position[-1] + 1)
+        x, y = (np.interp(pixels, position, side).round().astype(np.int32) for side in closed.T)
+        dash = 4 * width
+        lines = np.split(np.stack([x, y], 1), range(dash, len(pixels), dash))[::2]
+    cv2.polylines(image, lines, not dashed, colour, width)
 
-    def __init__(self, picture: np.ndarray) -> None:
-        self._image = Image.fromarray(picture)
+
+class _LabelWriter:
+    """Text on coloured labels, in matplotlib's font: OpenCV's has ASCII letters only."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self._image = Image.fromarray(image)
         self._draw = ImageDraw.Draw(self._image)
-        size = max(9, round(min(picture.shape[:2]) / 40))
+        size = max(9, round(min(image.shape[:2]) / 40))
         self._font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf', size)
-        self._pad = max(1, size // 8)
-        self.height = sum(self._font.getmetrics()) + self._pad
+        self._padding = max(1, size // 8)
+        self.height = sum(self._font.getmetrics()) + self._padding
 
     def width(self, text: str) -> int:
-        return int(self._font.getlength(text)) + 2 * self._pad
+        return int(self._font.getlength(text)) + 2 * self._padding
 
-    def put(self, text: str, left: int, top: int, colour: tuple[int, ...]) -> None:
-        """Write on a patch of this colour, inside the picture."""
+    def write(self, text: str, left: int, top: int, colour: Colour) -> None:
+        """Write a label of this colour, moved into the image where it would stick out."""
         width, height = self._image.size
         left = max(0, min(left, width - self.width(text)))
         top = max(0, min(top, height - self.height))
@@ -97,7 +154,7 @@ class _Writing:
         self._draw.rectangle(((left, top), corner), fill=colour)
         bright = np.dot(colour, LUMA) > 0.4 * 255
         ink = (0, 0, 0) if bright else (255, 255, 255)
-        self._draw.text((left + self._pad, top), text, fill=ink, font=self._font)
+        self._draw.text((left + self._padding, top), text, fill=ink, font=self._font)
 
-    def picture(self) -> np.ndarray:
+    def image(self) -> np.ndarray:
         return np.array(self._image)

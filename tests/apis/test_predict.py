@@ -228,13 +228,6 @@ def test_classes_come_from_the_checkpoint_the_config_or_the_data_set(detector, t
     assert predictor(cfg).classes[:2] == ('aeroplane', 'bicycle')
 
 
-def test_made_up_colours_differ():
-    colours = predict._colours(60)
-    assert len(set(colours)) == 60
-    assert all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colours)
-    assert predict._colours(0) == []
-
-
 def test_category_ids_are_those_of_the_annotations(tmp_path, log):
     def ids(cfg):
         model = predictor(cfg)
@@ -341,82 +334,54 @@ class Sample(dict):
     __getattr__ = dict.__getitem__
 
 
-def instances(shape, boxes, labels, scores, **more):
-    found = InstanceData(
-        bboxes=torch.tensor(boxes, dtype=torch.float32),
-        labels=torch.tensor(labels),
-        scores=torch.tensor(scores),
-        **more,
-    )
-    return Sample(ori_shape=shape, pred_instances=found)
-
-
-def near(picture, colour):
-    return np.abs(picture.astype(int) - colour).max(-1) < 3
-
-
-def test_boxes_are_drawn_in_their_colours(detector):
+def test_instances_below_the_threshold_are_not_drawn(masker):
     image = np.full((200, 300, 3), 128, np.uint8)
-    boxes = [[20, 60, 120, 160], [180, 60, 280, 160]]
-    sample = instances((200, 300), boxes, [3, 4], [0.9, 0.2])
-    picture = detector.draw(image, sample)
-    assert picture.shape == image.shape
-    assert picture.dtype == np.uint8
-    assert near(picture[60:161, 20], detector.palette[3]).all()
-    assert near(picture[160, 20:121], detector.palette[3]).all()
-    assert (picture[80:150, 40:100] == 128).all()
-    assert (picture[:, 150:] == 128).all()  # below the threshold
-    assert (image == 128).all()
-    lower = detector.draw(image, sample, 0.1)
-    assert near(lower[60:161, 180], detector.palette[4]).all()
-    # Beyond the image there is nothing to draw on, and no reason to fail.
-    outside = instances((200, 300), [[-50, -50, 500, 1], [290, 190, 300, 200]], [1, 2], [0.9, 0.9])
-    assert detector.draw(image, outside).shape == image.shape
-
-
-def test_the_best_box_is_on_top(detector):
-    image = np.zeros((200, 300, 3), np.uint8)
-    box = [20, 60, 120, 160]
-    picture = detector.draw(image, instances((200, 300), [box, box], [3, 4], [0.9, 0.8]))
-    assert near(picture[60:161, 20], detector.palette[3]).all()
-
-
-def test_masks_are_drawn(masker):
-    image = np.full((200, 300, 3), 100, np.uint8)
-    mask = torch.zeros(1, 200, 300, dtype=torch.bool)
-    mask[:, 80:140, 40:100] = True
-    sample = instances((200, 300), [[20, 60, 120, 160]], [3], [0.9], masks=mask)
-    picture = masker.draw(image, sample)
-    colour = np.array(masker.palette[3])
-    assert near(picture[85:135, 45:95], 100 * 0.55 + colour * 0.45).all()
-    assert (picture[145:155, 40:100] == 100).all()
-
-
-def test_segments_are_drawn(segmenter):
-    image = np.full((200, 300, 3), 100, np.uint8)
-    image[..., 0] = 50  # blue
-    labels = torch.zeros(1, 200, 300, dtype=torch.long)
-    labels[:, :, 200:] = 1
-    picture = segmenter.draw(
-        image, Sample(ori_shape=(200, 300), pred_sem_seg=PixelData(data=labels))
+    masks = torch.zeros(2, 200, 300, dtype=torch.bool)
+    masks[1, 80:140, 200:260] = True
+    instances = InstanceData(
+        bboxes=torch.tensor([[20.0, 60, 120, 160], [180, 60, 280, 160]]),
+        labels=torch.tensor([3, 4]),
+        scores=torch.tensor([0.9, 0.2]),
+        masks=masks,
     )
-    under = np.array([100, 100, 50]) * 0.45
-    for area, colour in ((picture[:, :200], (0, 0, 0)), (picture[:, 200:], (255, 225, 25))):
-        share = near(area, under + np.array(colour) * 0.55).mean()
-        assert 0.7 < share < 0.999  # the rest is its name
-    labels[:] = 0
-    labels[:, 5:8, 5:8] = 1  # too small for a name
-    small = Sample(ori_shape=(200, 300), pred_sem_seg=PixelData(data=labels))
-    picture = segmenter.draw(image, small)
-    assert near(picture[5:8, 5:8], under + np.array((255, 225, 25)) * 0.55).all()
-    assert near(picture[:40, :40][labels[0, :40, :40] == 0], under).all()
+    sample = Sample(ori_shape=(200, 300), pred_instances=instances)
+    drawing = masker.draw(image, sample)
+    assert (drawing[60:161, 20] == masker.palette[3]).all()
+    assert (drawing[:, 150:] == 128).all()
+    lower = masker.draw(image, sample, 0.1)
+    assert (lower[60:161, 180] == masker.palette[4]).all()
+    assert (lower[85:135, 205:255] != 128).any()
 
 
-def test_a_picture_needs_its_own_image(detector, pixels):
+def test_ground_truth_is_drawn_dashed(masker, segmenter):
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+
+    image = np.full((200, 300, 3), 128, np.uint8)
+    masks = np.zeros((1, 200, 300), np.uint8)
+    masks[:, 80:140, 40:100] = 1
+    truth = InstanceData(
+        bboxes=HorizontalBoxes([[20.0, 60, 120, 160]]),
+        labels=torch.tensor([3]),
+        masks=BitmapMasks(masks, 200, 300),
+    )
+    drawing = masker.draw_truth(image, Sample(ori_shape=(200, 300), gt_instances=truth))
+    side = (drawing[80:161, 20] == masker.palette[3]).all(-1)
+    assert 0.3 < side.mean() < 0.7
+    assert (drawing[85:135, 45:95] != 128).any()
+    labels = torch.full((1, 200, 300), 255)
+    labels[:, :, :100] = 1
+    truth = Sample(ori_shape=(200, 300), gt_sem_seg=PixelData(data=labels))
+    drawing = segmenter.draw_truth(image, truth)
+    assert (drawing[:, 100:] == 128).all()  # ignored
+    assert (drawing[:, :100] != 128).any()
+    for predictor in (masker, segmenter):  # a pipeline that loads no annotations
+        assert (predictor.draw_truth(image, Sample(ori_shape=(200, 300))) == image).all()
+
+
+def test_a_drawing_needs_the_image_of_its_sample(detector, pixels):
     (sample,) = detector(pixels)
-    with pytest.raises(
-        UserError, match='the image is 40 x 100 pixels, but the prediction was made'
-    ):
+    with pytest.raises(UserError, match='the image has 40 x 100 pixels, but the sample is of one'):
         detector.draw(pixels[:40], sample)
 
 

@@ -1,4 +1,4 @@
-"""Curves and grids of predictions; tests/tools draws them with real models."""
+"""Training logs, and the curves plotted from them."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
-from mmengine.structures import InstanceData, PixelData
 
 from mmdense.errors import UserError
-from mmdense.visualization import grid
 from mmdense.visualization import logs as pictures
 
 
@@ -122,71 +119,3 @@ def test_losses_are_smoothed():
     smooth = pictures._smooth(values, 3)
     np.testing.assert_allclose(smooth, [1.5, 1, 2, 1.5, 3, 1.5, 2, 1.5])
     assert pictures._smooth(values, 1) is values
-
-
-class Loader(list):
-    dataset = None
-
-
-class Meta:
-    metainfo = dict(classes=('a', 'b'), palette=[(255, 0, 0), (0, 0, 255)])
-
-
-class Sample(dict):
-    __getattr__ = dict.__getitem__
-
-
-class Runner:
-    """What draw_predictions asks of a runner."""
-
-    def __init__(self, samples):
-        self.test_dataloader = Loader([samples])
-        self.test_dataloader.dataset = Meta
-        self.model = self
-
-    def eval(self):
-        pass
-
-    def test_step(self, batch):
-        return batch
-
-
-@pytest.fixture
-def image(tmp_path):
-    file = tmp_path / 'grey.jpg'
-    cv2.imwrite(str(file), np.full((40, 40, 3), 128, np.uint8))
-    return str(file)
-
-
-def colours(file):
-    picture = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
-    return {
-        name: int((np.abs(picture - colour).max(1) < 12).sum())
-        for name, colour in dict(red=(255, 0, 0), blue=(0, 0, 255)).items()
-    }
-
-
-def test_boxes_below_the_threshold_are_left_out(image, tmp_path):
-    found = InstanceData(
-        bboxes=torch.tensor([[5.0, 5, 30, 30], [8.0, 8, 20, 20]]),
-        labels=torch.tensor([0, 1]),
-        scores=torch.tensor([0.9, 0.3]),
-    )
-    truth = InstanceData(bboxes=torch.tensor([[5.0, 5, 31, 31]]), labels=torch.tensor([0]))
-    sample = Sample(img_path=image, pred_instances=found, gt_instances=truth)
-    grid.draw_predictions(Runner([sample, sample]), tmp_path / 'x.png', count=1, score_thr=0.5)
-    assert colours(tmp_path / 'x.png')['red'] > 0
-    assert colours(tmp_path / 'x.png')['blue'] == 0
-    grid.draw_predictions(Runner([sample]), tmp_path / 'x.png', count=1, score_thr=0.2)
-    assert colours(tmp_path / 'x.png')['blue'] > 0
-
-
-def test_label_maps_stand_beside_the_image(image, tmp_path):
-    truth, guess = torch.zeros(1, 40, 40, dtype=torch.long), torch.ones(1, 40, 40, dtype=torch.long)
-    truth[:, :, 20:] = 255  # ignored
-    sample = Sample(
-        img_path=image, gt_sem_seg=PixelData(data=truth), pred_sem_seg=PixelData(data=guess)
-    )
-    grid.draw_predictions(Runner([sample]), tmp_path / 'x.png', count=1)
-    seen = colours(tmp_path / 'x.png')
-    assert 0.4 < seen['red'] / seen['blue'] < 0.6

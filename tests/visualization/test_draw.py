@@ -1,0 +1,118 @@
+"""Drawings of predictions and of ground truth, and a grid of them."""
+
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from mmdense.visualization import draw
+from mmdense.visualization.draw import draw_instances, draw_label_map, make_palette
+from mmdense.visualization.grid import save_grid
+
+CLASSES = ('background', 'cat', 'čaj')
+PALETTE = [(0, 0, 0), (255, 225, 25), (0, 130, 200)]
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def image():
+    return np.full((200, 300, 3), 100, np.uint8)
+
+
+def draw_boxes(image, boxes, labels, scores=None, **more):
+    instances = dict(bboxes=np.array(boxes, np.float32), labels=np.array(labels), **more)
+    if scores is not None:
+        instances['scores'] = np.array(scores)
+    return draw_instances(image, instances, CLASSES, PALETTE)
+
+
+def near(pixels, colour):
+    return np.abs(pixels.astype(int) - colour).max(-1) < 3
+
+
+def test_boxes_have_the_colours_of_their_classes(image):
+    boxes = [[20, 60, 120, 160], [180, 60, 280, 160]]
+    drawing = draw_boxes(image, boxes, [1, 2], [0.9, 0.8])
+    assert drawing.dtype == np.uint8
+    assert near(drawing[60:161, 20], PALETTE[1]).all()
+    assert near(drawing[160, 180:281], PALETTE[2]).all()
+    assert (drawing[80:150, 40:100] == 100).all()
+    assert (image == 100).all()
+    assert (draw_boxes(image, np.zeros((0, 4)), [], []) == image).all()
+    assert draw_boxes(image, [[-50, -50, 500, 1], [290, 190, 300, 200]], [1, 2], [1, 1]).any()
+
+
+def test_the_best_box_is_on_top(image):
+    box = [20, 60, 120, 160]
+    drawing = draw_boxes(image, [box, box], [1, 2], [0.9, 0.8])
+    assert near(drawing[60:161, 20], PALETTE[1]).all()
+
+
+def test_ground_truth_is_dashed(image):
+    masks = np.zeros((2, 200, 300), bool)
+    masks[0, 80:140, 40:100] = True
+    boxes = [[20, 60, 120, 160], [50, 50, 50, 50]]
+    side = near(draw_boxes(image, boxes, [1, 2], masks=masks)[80:161, 20], PALETTE[1])
+    assert 0.3 < side.mean() < 0.7
+    predicted = draw_boxes(image, boxes, [1, 2], [1, 1], masks=masks)
+    contour = near(predicted[80:140, 40], PALETTE[1])
+    assert contour.all()
+    dashed = near(draw_boxes(image, boxes, [1, 2], masks=masks)[80:140, 40], PALETTE[1])
+    assert 0.3 < dashed.mean() < 0.7
+
+
+def test_masks_are_blended(image):
+    masks = np.zeros((1, 200, 300), bool)
+    masks[:, 80:140, 40:100] = True
+    drawing = draw_boxes(image, [[20, 60, 120, 160]], [1], [0.9], masks=masks)
+    assert near(drawing[85:135, 45:95], 100 * 0.55 + np.array(PALETTE[1]) * 0.45).all()
+    assert (drawing[145:155, 40:100] == 100).all()
+
+
+def test_labels_do_not_hide_small_objects(image):
+    small = draw_boxes(image, [[100, 2, 110, 12]], [1], [0.9])
+    assert (small[4:11, 102:109] == 100).all()
+    assert near(small[13:30, 100:110], PALETTE[1]).any()
+
+
+def test_label_maps_are_blended_and_named(image):
+    label_map = np.zeros((200, 300), int)
+    label_map[:, 100:200] = 1
+    label_map[:, 200:] = 255  # ignored
+    drawing = draw_label_map(image, label_map, CLASSES, PALETTE)
+    assert (drawing[:, 200:] == 100).all()
+    for area, colour in ((drawing[:, :100], PALETTE[0]), (drawing[:, 100:200], PALETTE[1])):
+        share = near(area, 100 * 0.45 + np.array(colour) * 0.55).mean()
+        assert 0.7 < share < 0.999  # the rest is the label
+    label_map[:] = 0
+    label_map[5:8, 5:8] = 2  # too small for a label
+    drawing = draw_label_map(image, label_map, CLASSES, PALETTE)
+    assert near(drawing[5:8, 5:8], 45 + np.array(PALETTE[2]) * 0.55).all()
+    assert near(drawing[:40, :40][label_map[:40, :40] == 0], 45).all()
+
+
+def test_colours_of_a_made_palette_differ():
+    colours = make_palette(60)
+    assert len(set(colours)) == 60
+    assert all(len(c) == 3 and 0 <= min(c) <= max(c) <= 255 for c in colours)
+    assert make_palette(0) == []
+
+
+def test_a_grid_shows_all_images(tmp_path):
+    images = [np.full((h, w, 3), c, np.uint8) for h, w, c in ((40, 60, RED), (9, 9, BLUE))]
+    images.append(np.full((500, 700, 3), GREEN, np.uint8))
+    save_grid(images, tmp_path / 'x.png', titles=('truth', 'prediction'), columns=2)
+    pixels = cv2.imread(str(tmp_path / 'x.png'))[..., ::-1]
+    assert all(near(pixels, colour).sum() > 10_000 for colour in (RED, GREEN, BLUE))
+
+
+def test_drawing_needs_no_torch():
+    code = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location('draw', {draw.__file__!r})
+spec.loader.exec_module(importlib.util.module_from_spec(spec))
+assert not {{'torch', 'mmengine', 'mmdense'}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, '-c', code], check=True)
