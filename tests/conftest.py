@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mmdense.datasets import make_digits
+from support import load_tool
 
 
 @pytest.fixture(scope='session')
@@ -34,3 +35,20 @@ def run_tool(project):
         return done.returncode, done.stdout
 
     return run
+
+
+@pytest.fixture
+def call_tool(project, monkeypatch, capsys):
+    """Run main() of tools/NAME.py in this process; return (status, stdout, stderr)."""
+
+    def call(name, *arguments):
+        monkeypatch.chdir(project)
+        capsys.readouterr()
+        status = 0
+        try:
+            load_tool(name).main([str(argument) for argument in arguments])
+        except SystemExit as error:
+            status = error.code or 0
+        return status, *capsys.readouterr()
+
+    return call

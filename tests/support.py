@@ -1,5 +1,6 @@
 """Names that several test files use."""
 
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -17,3 +18,11 @@ TWO_ITERATIONS = dict(
         'default_hooks.checkpoint.interval=2',
     ],
 )
+
+
+def load_tool(name):
+    """Import tools/NAME.py as a module."""
+    spec = spec_from_file_location(f'tools_{name}', ROOT / f'tools/{name}.py')
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

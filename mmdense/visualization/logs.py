@@ -1,9 +1,10 @@
-"""Pictures of what a model has learned: predictions next to the truth, and training curves."""
+"""Read training logs and plot their losses and metrics."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,9 @@ from matplotlib.lines import Line2D
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 
-__all__ = ['Training', 'plot_curves', 'plot_runs', 'read_runs', 'read_scalars']
+__all__ = ['METRICS', 'Run', 'plot_curves', 'plot_runs', 'read_runs', 'read_scalars']
 
-# The metrics that are drawn and printed, with the names that people know them by.
+# Metrics that are plotted and printed by default, with their usual names.
 METRICS = {
     'coco/segm_mAP': 'mask AP',
     'coco/bbox_mAP': 'box AP',
@@ -27,25 +28,24 @@ METRICS = {
     'mIoU': 'mIoU (%)',
     'rmse': 'RMSE (m)',
 }
-# Metrics that are better the lower.
-ERRORS = ('abs_rel', 'log10', 'rmse', 'rmse_log', 'silog', 'sq_rel')
+LOWER_IS_BETTER = ('abs_rel', 'log10', 'rmse', 'rmse_log', 'silog', 'sq_rel')
 COUNTERS = ('epoch', 'iter', 'step')
-FORMATS = ('.pdf', '.png', '.svg')  # of pictures of several runs
-SHARE = 25  # a smoothed value is the mean over this part of a run
+FORMATS = ('.pdf', '.png', '.svg')  # of plots of several runs
+SMOOTHING = 25  # a smoothed value is the mean over 1/25 of a run
 
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """Read what a training logged, over all its resumptions.
+    """Read the log of a training run and of all its resumptions.
 
     Args:
-        work_dir: The training's work dir.
+        work_dir: The run's work dir.
 
     Returns:
-        The records of the losses and those of the metrics, both in order; in a metrics record
-        ``iter`` is the iteration after which it was taken.
+        The records of the losses and those of the metrics, both in order. In a record of metrics
+        ``iter`` is the training iteration of the validation.
 
     Raises:
-        UserError: Nothing has been logged there.
+        UserError: if there is no training log.
     """
     losses: dict[int, dict] = {}
     metrics: dict[int, dict] = {}
@@ -54,7 +54,7 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
         for line in file.read_text().splitlines():
             record = json.loads(line)
             if 'loss' in record:
-                if not last:  # what an earlier run logged from here on was not resumed from
+                if not last:  # earlier processes logged this far, but were resumed from before
                     losses = {i: r for i, r in losses.items() if i < record['step']}
                     metrics = {i: r for i, r in metrics.items() if i < record['step']}
                 last = record['step']
@@ -62,25 +62,24 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
             elif last and METRICS.keys() & record.keys():
                 metrics[last] = dict(record, iter=last)
     if not losses:
-        raise UserError(f'no training log in {work_dir}: train first, or name its --work-dir')
+        raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')
     return [losses[i] for i in sorted(losses)], [metrics[i] for i in sorted(metrics)]
 
 
-def plot_curves(losses: Sequence[dict], metrics: Sequence[dict], out: str | Path) -> None:
-    """Plot the loss and the metrics over iterations as a PNG file, from :func:`read_scalars`."""
+def plot_curves(losses: Sequence[dict], metrics: Sequence[dict], file: str | Path) -> None:
+    """Plot the losses and metrics of one run, from :func:`read_scalars`, to a PNG file."""
     figure = Figure(figsize=(9, 3.4), layout='constrained', dpi=150)
     left, right = figure.subplots(1, 2)
     steps = [r['step'] for r in losses]
     for name in ('loss', *sorted(k for k in losses[-1] if 'loss' in k and k != 'loss')):
         values = [r.get(name, np.nan) for r in losses]
         left.plot(steps, values, label=name, lw=2 if name == 'loss' else 1)
-    _finish(left, 'training loss')
-    left.set_ylim(bottom=0)
+    _style_axes(left, 'training loss')
     left.legend(fontsize=7, frameon=False)
-    for key, label in METRICS.items():
+    for key, name in METRICS.items():
         points = [(r['iter'], r[key]) for r in metrics if key in r]
         if points:
-            right.plot(*zip(*points, strict=True), marker='o', ms=3, label=label)
+            right.plot(*zip(*points, strict=True), marker='o', ms=3, label=name)
             right.annotate(
                 f'{points[-1][1]:.3g}',
                 points[-1],
@@ -89,25 +88,27 @@ def plot_curves(losses: Sequence[dict], metrics: Sequence[dict], out: str | Path
                 ha='right',
                 fontsize=8,
             )
-    _finish(right, 'validation')
-    right.set_ylim(bottom=0)
-    right.legend(fontsize=7, frameon=False, loc='lower right')
-    figure.savefig(out)
+    _style_axes(right, 'validation')
+    if right.lines:
+        right.legend(fontsize=7, frameon=False, loc='lower right')
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+    figure.savefig(file)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _style_axes(axes: Axes, title: str) -> None:
     axes.set(title=title, xlabel='iteration')
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(alpha=0.3)
 
 
 @dataclass
-class Training:
-    """What a training logged, as :func:`read_scalars` has it.
+class Run:
+    """The log of one training run, from :func:`read_scalars`.
 
     Args:
-        name: Tells it from others.
-        losses: The records of its iterations.
+        name: Its name in tables and legends.
+        losses: The records of its training iterations.
         metrics: The records of its validations.
     """
 
@@ -117,17 +118,17 @@ class Training:
 
     @property
     def keys(self) -> list[str]:
-        """Return the names of all that was logged."""
-        found = dict.fromkeys(key for r in (*self.losses, *self.metrics) for key in r)
-        return [key for key in found if key not in COUNTERS]
+        """The names of all logged values."""
+        keys = dict.fromkeys(key for record in (*self.losses, *self.metrics) for key in record)
+        return [key for key in keys if key not in COUNTERS]
 
-    def validates(self, key: str) -> bool:
-        """Return whether ``key`` is a metric: training's own records don't have it."""
-        return not any(key in r for r in self.losses)
+    def is_metric(self, key: str) -> bool:
+        """Return whether ``key`` is logged by validations only."""
+        return not any(key in record for record in self.losses)
 
     def series(self, key: str) -> list[tuple[int, float]]:
-        """Return the iterations at which ``key`` was logged, and its values."""
-        if self.validates(key):
+        """Return the iterations at which ``key`` was logged, with its values."""
+        if self.is_metric(key):
             return [(r['iter'], r[key]) for r in self.metrics if key in r]
         return [(r['step'], r[key]) for r in self.losses if key in r]
 
@@ -137,69 +138,55 @@ class Training:
         Returns:
             None if ``key`` has no finite value, or is neither a loss nor a metric.
         """
-        points = [p for p in self.series(key) if math.isfinite(p[1])]
-        if not points or not ('loss' in key or self.validates(key)):
+        points = [point for point in self.series(key) if math.isfinite(point[1])]
+        if not points or not ('loss' in key or self.is_metric(key)):
             return None
-        lower = 'loss' in key or key in ERRORS
-        return (min if lower else max)(points, key=lambda point: point[1])
+        choose = min if 'loss' in key or key in LOWER_IS_BETTER else max
+        return choose(points, key=lambda point: point[1])
 
 
-def read_runs(work_dirs: Sequence[str | Path]) -> list[Training]:
-    """Read what several trainings logged.
+def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
+    """Read the logs of several runs.
 
     Args:
-        work_dirs: Their work dirs. Trainings are named after them, by as much of the path as tells
-            one from the others.
+        work_dirs: Their work dirs. Runs are named by their paths below the common parent.
 
     Raises:
-        UserError: As :func:`read_scalars`.
+        UserError: if there is no training log in one of them.
     """
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in work_dirs))
-    return [
-        Training(name, *read_scalars(folder))
-        for name, folder in zip(_short_names(folders), folders, strict=True)
-    ]
-
-
-def _short_names(folders: Sequence[Path]) -> list[str]:
-    names = []
-    for folder in folders:
-        others = [other for other in folders if other != folder]
-        length = 1
-        while any(other.parts[-length:] == folder.parts[-length:] for other in others):
-            length += 1
-        names.append(str(Path(*folder.parts[-length:])))
-    return names
+    root = os.path.commonpath([folder.parent for folder in folders])
+    return [Run(str(folder.relative_to(root)), *read_scalars(folder)) for folder in folders]
 
 
 def plot_runs(
-    runs: Sequence[Training], out: str | Path, *, keys: Sequence[str] | None = None
+    runs: Sequence[Run], file: str | Path, *, keys: Sequence[str] | None = None
 ) -> list[str]:
-    """Plot several trainings in one picture: a panel for each key, a colour for each run.
+    """Plot several runs in one figure: a panel for each key, a colour for each run.
 
-    What was logged in iterations is drawn faint, and above it smoothed.
+    Losses are smoothed; the raw values are drawn faintly behind them.
 
     Args:
-        runs: The trainings, from :func:`read_runs`.
-        out: The picture, .png, .svg or .pdf.
-        keys: What to draw, by its name in the log; by default the loss, and those of
-            :data:`METRICS` that any of the runs has. Runs without a key are missing in its panel.
+        runs: The runs, from :func:`read_runs`.
+        file: The .png, .svg or .pdf file to write.
+        keys: Names of logged values; by default the loss, and those of :data:`METRICS` that any of
+            the runs has. A panel leaves out the runs without its key.
 
     Returns:
-        The keys that were drawn.
+        The plotted keys.
 
     Raises:
-        UserError: A key that no run has, another kind of file, or one that cannot be written.
+        UserError: if no run has a key, or if the file has another suffix or cannot be written.
     """
-    out = Path(out)
-    if out.suffix not in FORMATS:
-        raise UserError(f'{out} must end in {", ".join(FORMATS)}')
+    file = Path(file)
+    if file.suffix not in FORMATS:
+        raise UserError(f'{file} must end in {", ".join(FORMATS)}')
     known = list(dict.fromkeys(key for run in runs for key in run.keys))
     keys = list(dict.fromkeys(keys or ('loss', *(key for key in METRICS if key in known))))
     for key in keys:
         if key not in known:
-            raise UserError(f'no run has logged {key}; there are: {", ".join(known)}')
-    check_writable(out)
+            raise UserError(f'no run has logged {key}; logged values: {", ".join(known)}')
+    check_writable(file)
     columns = min(len(keys), 3)
     rows = -(-len(keys) // columns)
     height = 3.2 * rows + 0.25 * len(runs)
@@ -207,46 +194,49 @@ def plot_runs(
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in panels[len(keys) :]:
         axes.axis('off')
-    coloured = list(zip(runs, _colours(len(runs)), strict=True))
+    colours = _colours(len(runs))
     for axes, key in zip(panels, keys, strict=False):
-        for run, colour in coloured:
-            _draw_run(axes, run, key, colour)
-        _finish(axes, METRICS.get(key, key))
-    # Below all panels: names of runs are long.
-    legend = [Line2D([], [], color=colour, label=run.name) for run, colour in coloured]
-    figure.legend(handles=legend, loc='outside lower left', fontsize=8, frameon=False)
-    figure.savefig(out)
+        for run, colour in zip(runs, colours, strict=True):
+            _plot_run(axes, run, key, colour)
+        _style_axes(axes, METRICS.get(key, key))
+    # Below all panels, because names of runs are long.
+    handles = [
+        Line2D([], [], color=colour, label=run.name)
+        for run, colour in zip(runs, colours, strict=True)
+    ]
+    figure.legend(handles=handles, loc='outside lower left', fontsize=8, frameon=False)
+    figure.savefig(file)
     return keys
 
 
-def _colours(number: int) -> list[tuple[float, ...]]:
+def _colours(count: int) -> list[tuple[float, ...]]:
     few = matplotlib.colormaps['tab10'].colors
-    if number <= len(few):
-        return list(few[:number])
-    return [tuple(colour) for colour in matplotlib.colormaps['turbo'](np.linspace(0, 1, number))]
+    if count <= len(few):
+        return list(few[:count])
+    return [tuple(colour) for colour in matplotlib.colormaps['turbo'](np.linspace(0, 1, count))]
 
 
-def _draw_run(axes: Axes, run: Training, key: str, colour: tuple[float, ...]) -> None:
+def _plot_run(axes: Axes, run: Run, key: str, colour: tuple[float, ...]) -> None:
     points = run.series(key)
     if not points:
         return
     steps, values = (np.array(axis, float) for axis in zip(*points, strict=True))
-    if run.validates(key):
+    if run.is_metric(key):
         axes.plot(steps, values, color=colour, lw=1.5, marker='o', ms=3)
         return
-    width = len(values) // SHARE
-    if width > 1:
+    window = len(values) // SMOOTHING
+    if window > 1:
         axes.plot(steps, values, color=colour, lw=0.8, alpha=0.25)
-    single = 'o' if np.isfinite(values).sum() == 1 else None
-    axes.plot(steps, _smooth(values, width), color=colour, lw=1.5, marker=single, ms=3)
+    marker = 'o' if np.isfinite(values).sum() == 1 else None  # a line needs two points
+    axes.plot(steps, _smooth(values, window), color=colour, lw=1.5, marker=marker, ms=3)
 
 
-def _smooth(values: np.ndarray, width: int) -> np.ndarray:
-    """Return means over ``width`` values around each one, of those that are finite."""
-    if width < 2:
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """Return the means of the finite values in a window around each value."""
+    if window < 2:
         return values
-    known = np.isfinite(values)
-    kernel = np.ones(width | 1)  # an odd number has a middle
-    total = np.convolve(np.where(known, values, 0), kernel, 'same')
-    number = np.convolve(known, kernel, 'same')
-    return total / np.where(number, number, np.nan)
+    finite = np.isfinite(values)
+    kernel = np.ones(window | 1)  # odd, to be centred
+    total = np.convolve(np.where(finite, values, 0), kernel, 'same')
+    count = np.convolve(finite, kernel, 'same')
+    return total / np.where(count, count, np.nan)

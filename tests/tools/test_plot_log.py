@@ -1,4 +1,4 @@
-"""The curves of several trainings, as the command line draws and prints them."""
+"""tools/plot_log.py: the plot and the table of several runs."""
 
 import json
 import sys
@@ -6,8 +6,6 @@ import sys
 import pytest
 
 from support import ROOT
-
-TOOL = ROOT / 'tools/plot_log.py'
 
 
 @pytest.fixture
@@ -27,17 +25,16 @@ def work_dirs(tmp_path):
     return [tmp_path / name for name in records]
 
 
-def rows(said):
-    """Return the cells of the lines of a table."""
-    lines = [line.split('│')[1:-1] for line in said.splitlines() if line.startswith('│')]
+def rows(output):
+    """Return the cells of a table's lines."""
+    lines = [line.split('│')[1:-1] for line in output.splitlines() if line.startswith('│')]
     return [[cell.strip() for cell in line] for line in lines]
 
 
-@pytest.mark.slow
-def test_picture_and_table_of_runs(work_dirs, run_tool, tmp_path):
-    status, said = run_tool(sys.executable, TOOL, *work_dirs, '--out', tmp_path / 'runs.png')
-    assert status == 0, said
-    assert rows(said) == [
+def test_plot_and_table_of_runs(work_dirs, call_tool, tmp_path):
+    status, output, _ = call_tool('plot_log', *work_dirs, '--out', tmp_path / 'runs.png')
+    assert status == 0
+    assert rows(output) == [
         ['loss', 'one/det[1]', '0.5', '15', '0.5', '15'],
         ['loss', 'two/det[1]', '1', '10', '1', '10'],
         ['loss', 'seg', '4', '50', '4', '50'],
@@ -46,15 +43,15 @@ def test_picture_and_table_of_runs(work_dirs, run_tool, tmp_path):
         ['box AP', 'seg', '-', '', '-', ''],
     ]
     assert (tmp_path / 'runs.png').read_bytes().startswith(b'\x89PNG')
-    assert said.splitlines()[-1] == f'picture: {tmp_path / "runs.png"}'
+    assert output.splitlines()[-1] == f'plot: {tmp_path / "runs.png"}'
 
 
 @pytest.mark.slow
-def test_one_line_says_what_is_wrong(work_dirs, run_tool, tmp_path):
+def test_an_error_is_one_line(work_dirs, run_tool, tmp_path):
     empty = tmp_path / 'empty'
-    status, said = run_tool(sys.executable, TOOL, work_dirs[0], empty)
+    status, output = run_tool(sys.executable, ROOT / 'tools/plot_log.py', work_dirs[0], empty)
     assert status == 2
-    line = f'error: no training log in {empty}: train first, or name its --work-dir'
-    assert said.splitlines()[-1] == line  # torch 2.4 has a warning before it
-    assert 'Traceback' not in said
-    assert said.count('error:') == 1
+    line = f'error: no training log in {empty}: train first, or pass its --work-dir'
+    assert output.splitlines()[-1] == line  # torch 2.4 warns before it
+    assert 'Traceback' not in output
+    assert output.count('error:') == 1

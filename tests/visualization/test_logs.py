@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmdense.errors import UserError
-from mmdense.visualization import logs as pictures
+from mmdense.visualization import logs
 
 
 def write_log(folder, name, records):
@@ -26,41 +26,44 @@ def test_read_scalars_joins_resumed_runs(tmp_path):
         [{'loss': 1.5, 'step': 100}, {'coco/bbox_mAP': 0.2, 'step': 1}, {'loss': 1.0, 'step': 150}],
     )
     write_log(tmp_path, '3', [{'coco/bbox_mAP': 0.9, 'step': 0}])  # a test run, no training
-    losses, metrics = pictures.read_scalars(tmp_path)
+    losses, metrics = logs.read_scalars(tmp_path)
     assert [(r['step'], r['loss']) for r in losses] == [(50, 3.0), (100, 1.5), (150, 1.0)]
     assert [(r['iter'], r['coco/bbox_mAP']) for r in metrics] == [(100, 0.2)]
     # A run from the beginning is another training.
     write_log(tmp_path, '4', [{'loss': 9.0, 'step': 50}])
-    assert pictures.read_scalars(tmp_path) == ([{'loss': 9.0, 'step': 50}], [])
-    pictures.plot_curves(losses, metrics, tmp_path / 'curves.png')
+    assert logs.read_scalars(tmp_path) == ([{'loss': 9.0, 'step': 50}], [])
+    logs.plot_curves(losses, metrics, tmp_path / 'curves.png')
     assert cv2.imread(str(tmp_path / 'curves.png')).std() > 0
 
 
 def test_read_scalars_without_a_log(tmp_path):
     with pytest.raises(UserError, match='no training log'):
-        pictures.read_scalars(tmp_path)
+        logs.read_scalars(tmp_path)
 
 
-def logged(folder, name, records):
-    write_log(folder / name, '1', records)
-    return folder / name
+@pytest.fixture
+def run_dir(tmp_path):
+    def write(name, records):
+        write_log(tmp_path / name, '1', records)
+        return tmp_path / name
+
+    return write
 
 
 def pixels_of_runs(file):
-    """Return how many pixels have the colours of three runs."""
-    picture = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
-    wanted = np.array(pictures._colours(3)) * 255
-    return [int((np.abs(picture - colour).max(1) < 3).sum()) for colour in wanted]
+    """Return the number of pixels in the colours of three runs."""
+    pixels = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
+    colours = np.array(logs._colours(3)) * 255
+    return [int((np.abs(pixels - colour).max(1) < 3).sum()) for colour in colours]
 
 
-def test_runs_are_told_apart_by_their_paths(tmp_path):
-    record = [{'loss': 1.0, 'step': 1}]
-    folders = [logged(tmp_path, name, record) for name in ('a/x', 'b/x', 'y', 'c/a/x')]
-    runs = pictures.read_runs([*folders, f'{folders[0]}/', tmp_path / 'y/../b/x'])
-    assert [run.name for run in runs][1:] == ['b/x', 'y', 'c/a/x']
-    assert runs[0].name == f'{tmp_path.name}/a/x'
+def test_runs_are_named_by_their_paths(run_dir, tmp_path):
+    folders = [run_dir(name, [{'loss': 1.0, 'step': 1}]) for name in ('a/x', 'b/x', 'y')]
+    runs = logs.read_runs([*folders, f'{folders[0]}/', tmp_path / 'y/../b/x'])
+    assert [run.name for run in runs] == ['a/x', 'b/x', 'y']
+    assert [run.name for run in logs.read_runs(folders[:1])] == ['x']
     with pytest.raises(UserError, match=f'no training log in {tmp_path / "z"}'):
-        pictures.read_runs([folders[0], tmp_path / 'z'])
+        logs.read_runs([folders[0], tmp_path / 'z'])
 
 
 def test_best_of_a_run():
@@ -72,7 +75,7 @@ def test_best_of_a_run():
         {'mIoU': 50.0, 'rmse': 0.4, 'abs_rel': float('nan'), 'time': 9.0, 'iter': 2},
         {'mIoU': 40.0, 'rmse': 0.5, 'iter': 4},
     ]
-    run = pictures.Training('x', losses, metrics)
+    run = logs.Run('x', losses, metrics)
     assert run.best('loss') == (3, 1.0)
     assert run.best('mIoU') == (2, 50.0)
     assert run.best('rmse') == (2, 0.4)
@@ -81,41 +84,41 @@ def test_best_of_a_run():
     assert [run.best(key) for key in ('abs_rel', 'time', 'acc', 'unknown')] == [None] * 4
 
 
-def test_plot_runs_of_different_metrics(tmp_path):
+def test_plot_runs_of_different_metrics(run_dir, tmp_path):
     steps = range(10, 1010, 10)
     boxes = [{'loss': 2.0 + i % 3, 'step': i} for i in steps] + [{'coco/bbox_mAP': 0.3, 'step': 1}]
     areas = [{'loss': 1.0, 'step': i} for i in steps] + [{'mIoU': 30.0, 'step': 1}]
     young = [{'loss': float('nan'), 'step': 10}, {'loss': 4.0, 'step': 20}]  # no validation yet
     records = dict(boxes=boxes, areas=areas, young=young)
-    runs = pictures.read_runs([logged(tmp_path, k, v) for k, v in records.items()])
+    runs = logs.read_runs([run_dir(k, v) for k, v in records.items()])
     out = tmp_path / 'new/runs.png'
-    assert pictures.plot_runs(runs, out) == ['loss', 'coco/bbox_mAP', 'mIoU']
+    assert logs.plot_runs(runs, out) == ['loss', 'coco/bbox_mAP', 'mIoU']
     shown = pixels_of_runs(out)
     assert min(shown) > 50
-    assert pictures.plot_runs(runs, out, keys=['mIoU', 'mIoU']) == ['mIoU']
+    assert logs.plot_runs(runs, out, keys=['mIoU', 'mIoU']) == ['mIoU']
     only_named = pixels_of_runs(out)[2]
     assert 0 < only_named < shown[2]  # a single loss is seen as well
     # Without a validation there is no panel of metrics.
-    assert pictures.plot_runs(runs[2:], out) == ['loss']
-    pictures.plot_runs(runs * 4, tmp_path / 'many.svg')
+    assert logs.plot_runs(runs[2:], out) == ['loss']
+    logs.plot_runs(runs * 4, tmp_path / 'many.svg')
     assert (tmp_path / 'many.svg').read_text().count('<!-- boxes -->') == 4
 
 
-def test_plot_runs_refuses_what_it_cannot_draw(tmp_path):
-    runs = [pictures.Training('x', [{'loss': 1.0, 'lr': 0.1, 'step': 1}], [])]
+def test_plot_runs_checks_keys_and_file(tmp_path):
+    runs = [logs.Run('x', [{'loss': 1.0, 'lr': 0.1, 'step': 1}], [])]
     out = tmp_path / 'runs.png'
     for keys, file, message in (
-        (['mIoU'], out, 'no run has logged mIoU; there are: loss, lr'),
+        (['mIoU'], out, 'no run has logged mIoU; logged values: loss, lr'),
         (None, tmp_path / 'runs.tiff', 'must end in .pdf, .png, .svg'),
         (None, Path(__file__) / 'runs.png', 'cannot write'),
     ):
         with pytest.raises(UserError, match=message):
-            pictures.plot_runs(runs, file, keys=keys)
+            logs.plot_runs(runs, file, keys=keys)
     assert not out.exists()
 
 
 def test_losses_are_smoothed():
     values = np.array([0.0, 3, 0, 3, np.nan, 3, 0, 3])
-    smooth = pictures._smooth(values, 3)
+    smooth = logs._smooth(values, 3)
     np.testing.assert_allclose(smooth, [1.5, 1, 2, 1.5, 3, 1.5, 2, 1.5])
-    assert pictures._smooth(values, 1) is values
+    assert logs._smooth(values, 1) is values
