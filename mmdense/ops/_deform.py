@@ -1,7 +1,11 @@
 """Deformable convolution, versions 1 and 2, by torchvision's kernels.
 
 Both libraries order offsets as (y, x) pairs a kernel position, deformable groups outermost.
-``im2col_step`` and the buffers ``columns`` and ``ones`` are the compiled kernels' own affair.
+``im2col_step`` and the buffers ``columns`` and ``ones`` only matter to the compiled kernels.
+
+Samples follow mmcv's rule: one that lies a pixel or more outside the image, or is not finite, reads
+zero and passes no gradient on. torchvision's kernel has a one-sided derivative at exactly -1, where
+the first row and column of every zero-initialized layer sample, and crashes on NaN.
 """
 
 import torch
@@ -189,7 +193,7 @@ def _forward(
     used = mask is not None
     mask = offset.new_zeros(len(offset), 1) if mask is None else mask
     bias = weight.new_zeros(len(weight)) if bias is None else bias
-    tensors = widen(input, weight, offset, mask, bias)
+    tensors = widen(input, weight, _readable(input, weight, offset, geometry), mask, bias)
     return torch.ops.torchvision.deform_conv2d(*tensors, *geometry, used)
 
 
@@ -204,5 +208,24 @@ def _backward(
     """Return the gradients of input, weight, offset, mask and bias."""
     used = mask is not None
     mask = offset.new_zeros(len(offset), 1) if mask is None else mask
+    offset = _readable(input, weight, offset, geometry)
     tensors = widen(grad, input, weight, offset, mask, weight.new_zeros(len(weight)))
     return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, used)
+
+
+def _readable(input: Tensor, weight: Tensor, offset: Tensor, geometry: tuple[int, ...]) -> Tensor:
+    """Return offsets that move every sample without a value to (-2, -2), clear of the image."""
+    (offset,) = widen(offset)
+    stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x, *_ = geometry
+    kernel_y, kernel_x = weight.shape[2:]
+    rows, columns = (torch.arange(side, device=offset.device) for side in offset.shape[2:])
+    taps_y, taps_x = (torch.arange(side, device=offset.device) for side in (kernel_y, kernel_x))
+    # Positions that offsets are added to: [kernel_y, 1, rows, 1] and [kernel_x, 1, columns].
+    y = (taps_y * dilation_y)[:, None, None, None] + (rows * stride_y - pad_y)[:, None]
+    x = (taps_x * dilation_x)[:, None, None] + (columns * stride_x - pad_x)
+    pairs = offset.unflatten(1, (-1, kernel_y, kernel_x, 2))
+    dy, dx = pairs.unbind(4)
+    height, width = input.shape[2:]
+    inside = (y + dy > -1) & (y + dy < height) & (x + dx > -1) & (x + dx < width)
+    pairs = torch.stack((dy.where(inside, -2.0 - y), dx.where(inside, -2.0 - x)), 4)
+    return pairs.flatten(1, 4)

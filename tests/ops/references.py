@@ -191,9 +191,10 @@ def roi_pool(maps, rois, size, scale):
 
 
 def sample(maps, y, x, exact):
-    """Values [B, C, *S] of maps [B, C, H, W] at points [B, *S], what is off the map being zero.
+    """Values [B, C, *S] of maps [B, C, H, W] at points [B, *S], interpolated with zeros around.
 
-    Slopes change at pixels, where only ``exact`` points are on one side for sure.
+    mmcv's rule: a point a pixel or more outside, or not finite, is zero and has no slope. Slopes
+    change at pixels, where only ``exact`` points are on one side for sure.
     """
     height, width = maps.shape[2:]
     for at, size in ((y, height), (x, width)):
@@ -201,12 +202,14 @@ def sample(maps, y, x, exact):
         near = (gap < CLOSE) & (at > -2) & (at < size + 1)
         if (near & (gap > 0) if exact else near).any():
             raise Ambiguous
+    on_map = (y > -1) & (y < height) & (x > -1) & (x < width)  # false for NaN
+    y, x = y.where(on_map, 0), x.where(on_map, 0)
     flat = maps.flatten(2)
     top, left = y.detach().floor(), x.detach().floor()
     total = 0
     for row, row_share in ((top, 1 - (y - top)), (top + 1, y - top)):
         for column, column_share in ((left, 1 - (x - left)), (left + 1, x - left)):
-            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            inside = (row >= 0) & (row < height) & (column >= 0) & (column < width) & on_map
             index = torch.where(inside, row * width + column, 0).long()
             index = index.flatten(1)[:, None].expand(-1, maps.size(1), -1)
             share = torch.where(inside, row_share * column_share, 0)

@@ -1,4 +1,5 @@
 import pytest
+import references
 import torch
 import torch.nn.functional as F
 from mmcv.ops import deform_conv2d, modulated_deform_conv2d
@@ -89,6 +90,53 @@ def test_gradient(device, rng, groups, deform_groups):
     assert gradcheck(lambda *t: deform_conv2d(*t, *sizes), (x, offset, weight), **options)
     inputs = x, offset, mask, weight, bias
     assert gradcheck(lambda *t: modulated_deform_conv2d(*t, *sizes), inputs, **options)
+
+
+def offsets(kind, rng, offset):
+    """Offsets [2, 18, 5, 6]: none, or whole pixels that reach the rim and beyond it."""
+    if kind == 'zero':
+        return torch.zeros_like(offset)
+    return torch.randint(-7, 8, offset.shape, generator=rng, device=rng.device).to(offset)
+
+
+@pytest.mark.parametrize('kind', ['zero', 'whole pixels'])
+@pytest.mark.parametrize('modulated', [False, True])
+def test_gradients_at_the_rim_follow_mmcv(device, rng, kind, modulated):
+    """A sample exactly one pixel outside has no slope: every DCN begins with such a rim."""
+    x, offset, mask, weight, _ = leaves(rng)
+    offset = offsets(kind, rng, offset)
+    inputs = [t.requires_grad_() for t in (x, offset, weight, *([mask] if modulated else []))]
+    if modulated:
+        out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)
+    else:
+        out = deform_conv2d(x, offset, weight, 1, 1)
+    expected = references.deform_conv2d(
+        x, offset, mask if modulated else None, weight, None, (1, 1), (1, 1), (1, 1), 1, 1
+    )
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(out.shape, generator=rng, device=device, dtype=out.dtype)
+    grads = [torch.autograd.grad(o, inputs, grad) for o in (out, expected)]
+    torch.testing.assert_close(*grads)
+    if kind == 'zero':  # rows and columns 0 read y = -1 and x = -1 at their first taps
+        assert not grads[0][1][:, 0, 0].any()
+        assert grads[0][1].any()
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
+def test_a_sample_that_is_nowhere_reads_zero(device, rng, value, dtype):
+    """torchvision's kernel reads anywhere in memory for NaN: one bad weight could end a server."""
+    x, offset, mask, weight, bias = (t.to(dtype) for t in leaves(rng))
+    far = offset.clone()
+    far[0, 4:6, 2, 3] = -100  # the pair of tap 2
+    offset[0, 4, 2, 3] = value
+    results = []
+    for field in (offset, far):
+        inputs = [t.clone().requires_grad_() for t in (x, field, mask, weight)]
+        out = modulated_deform_conv2d(*inputs, bias, 1, 1)
+        results.append((out, torch.autograd.grad(out.square().sum(), inputs)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert not results[0][1][1][0, 4:6, 2, 3].any()
 
 
 def test_each_gradient_can_be_asked_alone_and_again(device, rng):
