@@ -5,7 +5,6 @@ column, by convention the number of classes; the softmax form skips negative one
 empty for none, is indexed by the target: there the background, which has no entry, weighs 1
 (mmcv's kernels read past the end).
 
-
 The sigmoid form takes log(1 - p) from the logit: 1 - p rounds to 0 in float32 from logits of 17 on,
 where mmcv's kernels jump to their clamp, a loss of 87 in place of 17.
 """
@@ -13,7 +12,6 @@ where mmcv's kernels jump to their clamp, a loss of 87 in place of 17.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mmdense.ops._common import widen
@@ -26,21 +24,28 @@ def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
     """Write the loss [N, C] of the logits ``input`` [N, C]."""
-    prob, rest, log_prob, log_rest, positive, scale = _sigmoid_terms(input, target, weight)
-    hit = alpha * rest**gamma * log_prob
-    miss = (1 - alpha) * prob**gamma * log_rest
-    output.copy_(-torch.where(positive, hit, miss) * scale)
+    wrong, index, positive = _signed(input, target)
+    miss = wrong.sigmoid()  # 1 - p of what the target says
+    loss = miss.pow_(gamma).mul_(_softplus_(wrong))
+    _scale(loss, index, positive, (alpha, 1 - alpha), _weigh(*widen(weight), target))
+    output.copy_(loss)
 
 
 @torch.no_grad()
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Write the derivative [N, C] of each loss by its logit."""
-    prob, rest, log_prob, log_rest, positive, scale = _sigmoid_terms(input, target, weight)
-    hit = alpha * rest**gamma * (rest - gamma * prob * log_prob)
-    miss = (1 - alpha) * prob**gamma * (gamma * rest * log_rest - prob)
-    grad_input.copy_(-torch.where(positive, hit, miss) * scale)
+    """Write the derivative [N, C] of each loss by its logit.
+
+    With m the logit of the wrong answer, q its probability and s its softplus, the loss is q^g s,
+    and its derivative by m is q^g (q + g (1 - q) s).
+    """
+    wrong, index, positive = _signed(input, target)
+    miss = wrong.sigmoid()
+    slope = torch.addcmul(miss, 1 - miss, _softplus_(wrong), value=gamma)
+    slope.mul_(miss.pow_(gamma))
+    _scale(slope, index, positive, (-alpha, 1 - alpha), _weigh(*widen(weight), target))
+    grad_input.copy_(slope)
 
 
 @torch.no_grad()
@@ -78,23 +83,54 @@ def softmax_focal_loss_backward(
     grad_input.copy_(shared[:, None] * ((classes == target[:, None]).to(input) - input))
 
 
-def _sigmoid_terms(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-    input, weight = widen(input, weight)
-    classes = torch.arange(input.size(1), device=input.device)
-    logs = (F.logsigmoid(x).clamp(min=math.log(TINY)) for x in (input, -input))
-    scale = _weigh(weight, target, input)[:, None]
-    return input.sigmoid(), (-input).sigmoid(), *logs, classes == target[:, None], scale
+def _signed(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [N, C] of the wrong answer, the column of each row's target, and if it has one.
+
+    That is the logit itself but for the target's, whose sign changes. Only [N] values are touched
+    for it: masks of [N, C] would cost more than all the rest.
+    """
+    (wrong,) = widen(input)
+    wrong = wrong.clone() if wrong is input else wrong
+    positive = ((target >= 0) & (target < input.size(1)))[:, None]
+    index = target[:, None].where(positive, 0)
+    if input.size(1):
+        logit = wrong.gather(1, index)
+        wrong.scatter_(1, index, torch.where(positive, -logit, logit))
+    return wrong, index, positive
+
+
+def _softplus_(logit: Tensor) -> Tensor:
+    """Return -log(1 - sigmoid(logit)) in place, at most -log(TINY)."""
+    return torch._C._nn.softplus(logit, 1, 40, out=logit).clamp_(max=-math.log(TINY))
+
+
+def _scale(
+    values: Tensor,
+    index: Tensor,
+    positive: Tensor,
+    factors: tuple[float, float],
+    weight: Tensor | None,
+) -> None:
+    """Multiply values [N, C] in place: targets by the first factor, the rest by the second."""
+    if values.size(1):
+        hit = values.gather(1, index)
+        values.mul_(factors[1])
+        values.scatter_(1, index, torch.where(positive, factors[0] * hit, factors[1] * hit))
+    if weight is not None:
+        values.mul_(weight[:, None])
 
 
 def _softmax_terms(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     input, weight = widen(input, weight)
     prob = input.gather(1, target.clamp(min=0)[:, None])[:, 0]
-    return prob, _weigh(weight, target, input) * (target >= 0)
+    scale, known = _weigh(weight, target), target >= 0
+    return prob, known.to(prob) if scale is None else scale * known
 
 
-def _weigh(weight: Tensor, target: Tensor, like: Tensor) -> Tensor:
+def _weigh(weight: Tensor, target: Tensor) -> Tensor | None:
+    """Return the weight [N] of each row's target, None where there are no weights."""
     if not weight.numel():
-        return like.new_ones(target.shape)
+        return None
     known = (target >= 0) & (target < len(weight))
     return torch.where(known, weight[target.where(known, 0)], 1)
 

@@ -3,17 +3,20 @@
 R: RoIs, rows of (image index, x1, y1, x2, y2); C: channels; H, W: size of the maps [N, C, H, W];
 P, Q: size of the outputs [R, C, P, Q]. Pairs are (y, x) unless said otherwise.
 
-A RoI that isn't finite, as a diverging network proposes it, gives NaN and sends back no gradient:
-torchvision's kernel would read anywhere in memory for it. One of an image that isn't there is an
-IndexError.
+A RoI that is not finite, as a diverging network proposes it, gives NaN and sends back no gradient:
+torchvision's kernel would read anywhere in memory for it. A RoI of an image that is not in the
+batch raises an IndexError on a CPU and a device-side assertion on a GPU. Average pooling never
+waits for the GPU.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mmdense.ops._common import widen
 
 MAX = 0  # pool_mode of RoIAlign; 1 is average
+OUTSIDE = -3e4  # coordinate in pixels, also of a half, that no feature map reaches
 CHUNK = 2**24  # values that max pooling samples at once: 64 MiB
 
 
@@ -42,7 +45,7 @@ def roi_align_forward(
     roi_align = torch.ops.torchvision.roi_align
     if pool_mode != MAX:
         output.copy_(roi_align(input, rois, spatial_scale, *size, sampling_ratio, aligned))
-        output[bad] = torch.nan
+        output.masked_fill_(bad[:, None, None, None], torch.nan)
         return
     corner, side = _frames(rois, spatial_scale, aligned)
     grids = (side / side.new_tensor(size)).ceil().long().clamp(min=0)
@@ -72,8 +75,8 @@ def roi_align_forward(
                 at = (place + index + 0.5).to(side) / fine[axis]
                 origin, length = (v[rows, axis, None, None, None] for v in (corner, side))
                 out[rows] = (origin + at * length).to(out)
-    output[bad] = torch.nan
-    argmax_y[bad] = -1
+    output.masked_fill_(bad[:, None, None, None], torch.nan)
+    argmax_y.masked_fill_(bad[:, None, None, None], -1)
 
 
 @torch.no_grad()
@@ -92,11 +95,9 @@ def roi_align_backward(
 ) -> None:
     """Write the gradient of the maps to ``grad_input`` [N, C, H, W]."""
     grad, rois, y, x = widen(grad_output, rois, argmax_y, argmax_x)
-    rois, bad = _usable(rois, len(grad_input))
+    rois, _ = _usable(rois, len(grad_input))
     if pool_mode != MAX:
         size = aligned_height, aligned_width
-        if bad.numel():
-            grad = grad.index_fill(0, bad, 0)
         grad_input.copy_(
             torch.ops.torchvision._roi_align_backward(
                 grad, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
@@ -164,8 +165,8 @@ def roi_pool_forward(
     shape = rois.size(0), pooled_height, pooled_width, channels
     output.copy_(best.view(shape).permute(0, 3, 1, 2))
     argmax.copy_(where.view(shape).permute(0, 3, 1, 2))
-    output[bad] = torch.nan
-    argmax[bad] = -1
+    output.masked_fill_(bad[:, None, None, None], torch.nan)
+    argmax.masked_fill_(bad[:, None, None, None], -1)
 
 
 @torch.no_grad()
@@ -188,14 +189,19 @@ def roi_pool_backward(
 
 
 def _usable(rois: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Return RoIs that the kernels can take, and the indices of those that weren't finite."""
-    finite = rois.isfinite().all(1)
-    rois = rois.where(finite[:, None], 0)
-    inside = (rois[:, 0] >= 0) & (rois[:, 0] < images)
-    if not inside.all():
-        wanted = rois[~inside, 0][0].item()
-        raise IndexError(f'a RoI of image {wanted:g}, where there are {images} images')
-    return rois, (~finite).nonzero()[:, 0]
+    """Return RoIs that the kernels can take, and a mask [R] of those that were not finite.
+
+    The latter are moved off every feature map, where they read and send back nothing.
+    """
+    bad = ~rois.isfinite().all(1)
+    inside = bad | ((rois[:, 0] >= 0) & (rois[:, 0] < images))
+    if rois.is_cuda:
+        torch._assert_async(inside.all(), 'a RoI belongs to an image that is not in the batch')
+    elif not inside.all():
+        index = rois[~inside, 0][0].item()
+        raise IndexError(f'a RoI of image {index:g}, where there are {images} images')
+    outside = F.pad(rois.new_full((1, 4), OUTSIDE), (1, 0))
+    return rois.where(~bad[:, None], outside), bad
 
 
 def _frames(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:

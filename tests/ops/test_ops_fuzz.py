@@ -644,5 +644,67 @@ def test_mistakes_are_errors_of_python_and_never_crash():
     assert not [line for line in lines if 'passes' in line]
 
 
+NOT_FINITE = """
+import torch
+from torch import rand as r
+import mmdense
+from mmcv import ops
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as Attention
+
+boxes = torch.tensor([[0.0, 0, 4, 4], [1, 1, 5, 5], [8, 8, 9, 9], [0, 0, 4, 3]])
+rois = torch.cat((torch.zeros(4, 1), boxes), 1)
+classes = torch.tensor([0, 1, 2, 4])
+for operator, *inputs in (
+    (lambda b, s: ops.nms(b, s, 0.5), boxes, r(4)),
+    (lambda b, s: ops.soft_nms(b, s), boxes, r(4)),
+    (lambda d: ops.nms_match(d, 0.5), torch.cat((boxes, r(4, 1)), 1)),
+    (ops.bbox_overlaps, boxes, boxes + 1),
+    *((lambda x, b, m=m: ops.roi_align(x, b, 2, 1.0, 0, m), r(1, 2, 9, 9), rois) for m in MODES),
+    (lambda x, b: ops.roi_pool(x, b, 2), r(1, 2, 9, 9), rois),
+    (
+        lambda x, o, w: ops.deform_conv2d(x, o, w, 1, 1),
+        r(1, 4, 5, 5), r(1, 18, 5, 5), r(2, 4, 3, 3),
+    ),
+    (
+        lambda x, o, m, w: ops.modulated_deform_conv2d(x, o, m, w, None, 1, 1),
+        r(1, 4, 5, 5), r(1, 18, 5, 5), r(1, 9, 5, 5), r(2, 4, 3, 3),
+    ),
+    (lambda x: ops.sigmoid_focal_loss(x, classes), r(4, 4)),
+    (lambda x: ops.softmax_focal_loss(x, classes % 4), r(4, 4)),
+    (
+        lambda v, p, w: Attention.apply(
+            v, torch.tensor([[4, 5]]), torch.tensor([0]), p, w, 9
+        ),
+        r(1, 20, 2, 3), r(1, 2, 2, 1, 3, 2), r(1, 2, 2, 1, 3),
+    ),
+    (lambda x, m: ops.carafe(x, m, 3, 1, 2), r(1, 4, 3, 3), r(1, 9, 6, 6)),
+    (ops.PSAMask('collect', (3, 3)), r(1, 9, 4, 4)),
+):
+    for spoiled in range(len(inputs)):
+        for bad in (torch.nan, torch.inf, -torch.inf, 1e38, -1e38):
+            leaves = [x.clone() for x in inputs]
+            leaves[spoiled].view(-1)[1::3] = bad
+            try:
+                out = operator(*[x.requires_grad_() for x in leaves])
+            except IndexError:  # a RoI of image 1e38
+                continue
+            if isinstance(out, torch.Tensor) and out.requires_grad:
+                out.sum().backward()
+print('end')
+""".replace('MODES', "('avg', 'max')")
+
+
+def test_numbers_that_are_not_finite_never_crash():
+    """NaN, infinities and huge numbers in every input, forward and backward."""
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', NOT_FINITE],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith('end\n')
+
+
 if __name__ == '__main__':
     case(sys.argv[1], int(sys.argv[2]))
