@@ -1,4 +1,4 @@
-"""Fixtures that several test files use."""
+"""Shared fixtures."""
 
 import os
 import subprocess
@@ -7,12 +7,12 @@ import sys
 import pytest
 
 from mmdense.datasets import make_digits
-from support import load_tool
+from support import ROOT, load_tool
 
 
 @pytest.fixture(scope='session')
 def project(tmp_path_factory):
-    """A working folder with demo data for two training iterations where configs expect them."""
+    """A working folder with demo data, enough for two iterations, where the configs expect it."""
     folder = tmp_path_factory.mktemp('project')
     make_digits(folder / 'data/digits', train=16, val=4)
     return folder
@@ -20,9 +20,14 @@ def project(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def run_tool(project):
-    """Run a script in the working folder; return (status, everything that it said)."""
+    """Return a function that runs a command in the working folder.
+
+    It returns the exit status and the output, stdout and stderr together.
+    """
 
     def run(*command, **env):
+        paths = env.pop('PYTHONPATH', ''), str(ROOT)
+        env['PYTHONPATH'] = os.pathsep.join(filter(None, paths))
         done = subprocess.run(
             [str(part) for part in command],
             cwd=project,

@@ -1,4 +1,4 @@
-"""Names that several test files use."""
+"""Shared paths, options and helpers."""
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path

@@ -1,12 +1,12 @@
 """Training: importing this package registers hooks, loops and optimizer wrappers."""
 
-from mmdense import models  # noqa: F401  (registers the networks, which hooks look for)
+from mmdense import models  # noqa: F401  (registers the models that hooks look for)
 from mmdense.engine.checkpoint_hook import CheckpointHook
 from mmdense.engine.condense_schedule import CondenseScheduleHook
 from mmdense.engine.hooks import ChannelsLastHook, CompileBackboneHook, LoadReportHook
 from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmdense.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmdense.engine.nan_guard import FiniteHook
+from mmdense.engine.nan_guard import NaNGuardHook
 from mmdense.engine.optim_wrapper import BFloat16OptimWrapper
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     'CheckpointHook',
     'CompileBackboneHook',
     'CondenseScheduleHook',
-    'LoadReportHook',
     'EpochBasedTrainLoop',
-    'FiniteHook',
     'IterBasedTrainLoop',
     'LayerDecayOptimWrapperConstructor',
+    'LoadReportHook',
+    'NaNGuardHook',
 ]

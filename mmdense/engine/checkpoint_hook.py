@@ -1,4 +1,4 @@
-"""Checkpoints that are whole, whatever ends the run, and finding the last of them."""
+"""Checkpoints that stay intact however the run ends."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ from mmengine.runner import Runner
 from mmdense.files import PART_SUFFIX, atomic_write
 from mmdense.registry import HOOKS
 
-__all__ = ['CheckpointHook', 'WholeFileBackend']
+__all__ = ['CheckpointHook', 'AtomicFileBackend']
 
 BACKEND = 'mmdense'
 INTERRUPTED = 'interrupted.pth'
 
 
-class WholeFileBackend(LocalBackend):
-    """The local disk, where a file is there whole or not at all, and outdated ones stay a while.
+class AtomicFileBackend(LocalBackend):
+    """The local disk with atomic writes and deferred removal.
 
-    mmengine's hook deletes a checkpoint before it writes the one that takes its place.
+    Removal is deferred because mmengine's hook deletes the old checkpoint before it writes the
+    new one.
     """
 
     def __init__(self) -> None:
         self._outdated: list[Path] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file, and its folder if there is none.
+        """Write a file and make its folder.
 
         Raises:
-            WriteError: It can't be written: what was there before stays.
+            WriteError: If it can't be written. An existing file stays.
         """
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(filepath), obj)
 
     def remove(self, filepath: str | Path) -> None:
-        """Remember to remove a file."""
+        """Mark a file for removal."""
         self._outdated.append(Path(filepath))
 
     def remove_outdated(self) -> None:
-        """Remove what was to be removed."""
+        """Remove the marked files."""
         while self._outdated:
             self._outdated.pop().unlink(missing_ok=True)
 
 
-register_backend(BACKEND, WholeFileBackend, force=True)
+register_backend(BACKEND, AtomicFileBackend, force=True)
 
 
 @HOOKS.register_module()
 class CheckpointHook(MMEngineCheckpointHook):
-    """mmengine's hook, with files that are written whole, before those that they replace go.
+    """mmengine's hook with atomic writes; an old checkpoint is removed after its successor exists.
 
-    The tools put it in place of mmengine's; the arguments are the same. Files of a ``Runner`` on
-    the local disk are meant: those on other storage, and of strategies (``FlexibleRunner``), are
-    written as by mmengine.
+    The tools use it in place of mmengine's. The arguments are the same. It applies to a ``Runner``
+    that writes to the local disk. Other storage and strategies (``FlexibleRunner``) work as in
+    mmengine.
 
     Raises:
-        WriteError: In training, if a file can't be written.
+        WriteError: During training, if a file can't be written.
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Remove what a run that was killed has left half-written."""
+        """Remove partly written files of a killed run."""
         local = '://' not in str(self.out_dir or runner.work_dir)
         if local and self.backend_args is None and self.file_client_args is None:
             self.backend_args = dict(backend=BACKEND)
@@ -75,10 +76,10 @@ class CheckpointHook(MMEngineCheckpointHook):
                 part.unlink(missing_ok=True)
 
     def save_now(self, runner: Runner) -> str:
-        """Write ``interrupted.pth``, from which ``--resume`` goes on; return its name.
+        """Write ``interrupted.pth`` for ``--resume`` and return its path.
 
-        For between two iterations; other processes don't wait for the main one. It goes with the
-        next checkpoint that is written.
+        Call it between two iterations. Other processes don't wait for the main one. The next
+        checkpoint replaces it.
         """
         with self._replacing():
             runner.save_checkpoint(
@@ -103,9 +104,9 @@ class CheckpointHook(MMEngineCheckpointHook):
 
     @contextmanager
     def _replacing(self, *outdated: str) -> Iterator[None]:
-        """Remove what is outdated after the rest, on the main process."""
+        """Remove outdated files after the new ones are written, on the main process."""
         yield
-        if isinstance(self.file_backend, WholeFileBackend) and is_main_process():
+        if isinstance(self.file_backend, AtomicFileBackend) and is_main_process():
             for name in outdated:
                 self.file_backend.remove(Path(self.out_dir, name))
             self.file_backend.remove_outdated()

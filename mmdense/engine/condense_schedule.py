@@ -1,4 +1,4 @@
-"""The schedule that CondenseNetV2's connections are pruned by while it trains."""
+"""The schedule by which CondenseNetV2's connections are pruned during training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 from mmengine.dist import broadcast
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
 
+from mmdense.engine.hooks import unwrap
 from mmdense.errors import UserError
 from mmdense.models.backbones.condensenetv2 import CondenseNetV2
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
@@ -24,32 +24,30 @@ LOSS = 'loss_group_lasso'
 
 @HOOKS.register_module()
 class CondenseScheduleHook(Hook):
-    """Prune the model's CondenseNetV2, which must be of the learned form, stage by stage.
+    """Prune the model's CondenseNetV2, in its learned form, stage by stage.
 
-    One line of a config::
+    In a config::
 
         custom_hooks = [dict(type='mmdense.CondenseScheduleHook')]
 
-    The stages are spread over the first half of the run, by epochs or by iterations: the last one
-    is reached in the middle, with every weight trained on for the other half (a run of a single
-    iteration has no second half, and prunes nothing). Each gets a line in the log, which shows the
-    share of the connections that is left as ``connections``.
+    The stages are spread evenly over the first half of the run, by epochs or by iterations, and the
+    remaining weights train on for the second half. (A run of one iteration prunes nothing.) Each
+    stage is logged, and the log shows the share of remaining connections as ``connections``.
 
-    Masks are part of the checkpoint and the hook stores nothing: a resumed run continues where it
-    was, and one from weights that are fully pruned needs no hook. Mind that ``save_best`` can pick
-    a checkpoint from before the pruning was complete, which can't be condensed in full.
+    The masks are part of the checkpoint and the hook has no state: a resumed run continues where it
+    stopped, and training from fully pruned weights needs no hook. ``save_best`` may pick a
+    checkpoint from before the last stage, which can't be condensed completely.
 
-    Pruning happens before the iteration runs, so that the hooks after it, which average and save
-    weights, see the new masks at any priority. Averages get them at once: EMAHook with
-    ``update_buffers=True`` averages floats and leaves integers as they were.
+    Pruning happens before the iteration, so that hooks that average or save weights after it see
+    the new masks at any priority. The hook also copies them to averaged models,
+    since EMAHook averages buffers of floats and ignores those of integers.
 
     Args:
-        group_lasso: Weight of the group lasso, a loss by which whole groups of weights vanish, as
-            ``loss_group_lasso`` among the model's losses until the pruning is complete. 0, as
-            published, for none.
+        group_lasso: Weight of the group lasso, a loss that drives whole groups of weights to zero.
+            It is reported as ``loss_group_lasso`` until the last stage. 0 as published.
 
     Raises:
-        ValueError: A weight that is negative or not finite.
+        ValueError: If the weight is negative or not finite.
     """
 
     def __init__(self, *, group_lasso: float = 0.0) -> None:
@@ -59,32 +57,31 @@ class CondenseScheduleHook(Hook):
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Find the network, and how far it is pruned.
+        """Find the network and its stage of pruning.
 
         Raises:
-            UserError: Nothing that can be pruned, several networks, or frozen layers that are not
-                fully pruned.
+            UserError: If there is nothing to prune, more than one network, or if frozen layers are
+                not fully pruned.
         """
-        self._net = _network(runner.model)
+        self._net = _find_network(runner.model)
         _check_frozen(self._net)
-        # From here on Python numbers: to ask the buffers would wait for the device.
+        # As Python numbers, since reading the buffers would wait for the device.
         self._stage = self._net.stage
         self._share = self._net.connections()
-        self._remove()  # what a run that was interrupted has left
+        self._remove()  # of an interrupted run
         if self.group_lasso:
-            self._handle = _unwrapped(runner.model).register_forward_hook(
-                self._add_loss, with_kwargs=True
-            )
+            model = unwrap(runner.model)
+            self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Prune what is due at the share of the training that has been done."""
+        """Prune to the stage that the progress of the run calls for."""
         net = self._net
         progress = runner.iter / runner.max_iters
         stage = pruning_stage(progress, net.arch.factor)
         if stage > self._stage:
             net.prune_to(progress)
-            # Processes on unlike devices may rank equal weights differently, and DDP as mmengine
-            # sets it up doesn't share buffers.
+            # Different devices may rank equal weights differently, and mmengine's DDP doesn't
+            # broadcast buffers.
             for layer in _layers(net):
                 for buffer in layer.buffers(recurse=False):
                     broadcast(buffer)
@@ -96,11 +93,11 @@ class CondenseScheduleHook(Hook):
             )
         runner.message_hub.update_scalar('train/connections', self._share)
         if self.group_lasso and self._stage == net.last_stage:
-            # The log would go on to show the last values.
+            # Otherwise the log keeps showing the last value.
             runner.message_hub.update_scalar(f'train/{LOSS}', 0.0)
 
     def after_train(self, runner: Runner) -> None:
-        """Take the loss off the model."""
+        """Remove the group lasso from the model."""
         self._remove()
 
     def _remove(self) -> None:
@@ -111,28 +108,17 @@ class CondenseScheduleHook(Hook):
     def _add_loss(
         self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any
     ) -> Any:
-        # Stays on the model to the end: compiled code doesn't notice that a hook was removed.
-        wanted = model.training and kwargs.get('mode') == 'loss' and isinstance(output, dict)
-        if not wanted or self._stage == self._net.last_stage:
+        # It stays until the end of training: compiled code doesn't notice a removed hook.
+        training = model.training and kwargs.get('mode') == 'loss' and isinstance(output, dict)
+        if not training or self._stage == self._net.last_stage:
             return output
         return {**output, LOSS: self.group_lasso * self._net.group_lasso()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers for processes and of torch.compile."""
-    while True:
-        if is_model_wrapper(model):
-            model = model.module
-        elif hasattr(model, '_orig_mod'):
-            model = model._orig_mod
-        else:
-            return model
-
-
-def _network(model: nn.Module) -> CondenseNetV2:
-    """Return the network that is to be pruned."""
-    found = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
-    learned = [net for net in found if net.form == 'learned']
+def _find_network(model: nn.Module) -> CondenseNetV2:
+    """Return the only CondenseNetV2 in its learned form."""
+    networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
+    learned = [net for net in networks if net.form == 'learned']
     if len(learned) > 1:
         raise UserError(
             f'CondenseScheduleHook prunes one CondenseNetV2, not {len(learned)}: a teacher and its '
@@ -140,16 +126,15 @@ def _network(model: nn.Module) -> CondenseNetV2:
         )
     if learned:
         return learned[0]
-    way_out = "give the backbone form='learned', or take the hook out of custom_hooks"
-    if found:
+    if networks:
         raise UserError(
-            f'CondenseScheduleHook cannot prune a CondenseNetV2 of form {found[0].form!r}: '
-            f'{way_out}'
+            f'CondenseScheduleHook cannot prune a CondenseNetV2 of form {networks[0].form!r}: set '
+            "backbone.form='learned', or remove the hook from custom_hooks"
         )
     raise UserError(
-        'CondenseScheduleHook finds no CondenseNetV2 to prune in '
-        f"{type(_unwrapped(model)).__name__}: take backbone.type='mmdense.CondenseNetV2' with "
-        "form='learned', or take the hook out of custom_hooks"
+        f'CondenseScheduleHook finds no CondenseNetV2 in {type(unwrap(model)).__name__}: set '
+        "backbone.type='mmdense.CondenseNetV2' and backbone.form='learned', or remove the hook "
+        'from custom_hooks'
     )
 
 
@@ -165,13 +150,13 @@ def _check_frozen(net: CondenseNetV2) -> None:
     if min(frozen, default=net.last_stage) < net.last_stage:
         raise UserError(
             f'backbone.frozen_stages={net.frozen_stages} freezes layers at stage {min(frozen)} of '
-            f'{net.last_stage} of pruning, which cannot adapt to what is pruned: set '
-            'backbone.frozen_stages to -1 or 0, or load weights that are fully pruned'
+            f'{net.last_stage} of pruning, which cannot adapt to later stages: set '
+            'backbone.frozen_stages to -1 or 0, or load fully pruned weights'
         )
 
 
 def _copy_to_averages(runner: Runner) -> None:
-    """Copy masks, counts and stages to the averages of the model."""
+    """Copy masks, counts and stages to the averaged models."""
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             pairs = zip(_layers(hook.src_model), _layers(hook.ema_model.module), strict=True)

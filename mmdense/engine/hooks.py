@@ -1,4 +1,4 @@
-"""Hooks for mmengine's runner."""
+"""Hooks for channels-last training, compiled backbones and the load report."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ __all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'unwrap'
 class ChannelsLastHook(Hook):
     """Run the model in channels-last memory format, in training, validation and test.
 
-    Convolutions answer in the format of their weights, so putting the weights into it is enough:
-    images need no conversion, results stay the same. Which format is the faster depends on the
-    machine: measure it.
+    Convolutions return the memory format of their weights, so only the weights are converted.
+    Results stay the same up to rounding. Which format is faster depends on the machine: measure it.
 
-    DDP has laid out buckets for the gradients by then, and reads them by the weights' new strides:
-    until it makes new ones, which is after the first iteration, or never with
-    ``find_unused_parameters``, it would mix up each gradient. So it is made again.
+    DDP is built before this hook runs, and its gradient buckets still have the old strides: it
+    would scramble the gradients of the first iteration, or of all with
+    ``find_unused_parameters``. So the hook wraps the model again.
     """
 
     def before_run(self, runner: Runner) -> None:
@@ -42,7 +41,7 @@ class ChannelsLastHook(Hook):
         if isinstance(model, DistributedDataParallel):
             runner.model = model.module
             del model
-            gc.collect()  # of two that listen to the same parameters, each would wait for its own
+            gc.collect()  # otherwise the old wrapper's gradient hooks would still run
             runner.model = runner.wrap_model(runner.cfg.get('model_wrapper_cfg'), runner.model)
 
 
@@ -50,19 +49,19 @@ class ChannelsLastHook(Hook):
 class CompileBackboneHook(Hook):
     """Train with the model's backbone compiled by :meth:`torch.nn.Module.compile`.
 
-    Batches of one size make it compile once, others a second or third time, then with sizes as
-    variables. The rest of the model runs as it is; so does everything in validation and test, whose
-    results are then those of any other run of the checkpoint. Names of parameters stay the same.
+    A new image size compiles again, after two or three of them with dynamic shapes. The rest of
+    the model, and everything in validation and test, runs uncompiled, so metrics don't depend on
+    this hook. Parameter names stay the same.
     """
 
     def __init__(self) -> None:
         self._calls: list[tuple[nn.Module, Any]] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Compile every backbone in the model; a teacher's and its student's are two.
+        """Compile every backbone in the model, such as a teacher's and its student's.
 
         Raises:
-            UserError: The model has none.
+            UserError: If the model has none.
         """
         model = unwrap(runner.model)
         children = [getattr(module, 'backbone', None) for module in model.modules()]
@@ -74,17 +73,17 @@ class CompileBackboneHook(Hook):
         self._calls = [(backbone, backbone._compiled_call_impl) for backbone in backbones]
 
     def before_val(self, runner: Runner) -> None:
-        """Run the backbones as they are."""
+        """Switch to the uncompiled backbones."""
         for backbone, _ in self._calls:
             backbone._compiled_call_impl = None
 
     def after_val(self, runner: Runner) -> None:
-        """Go on with the compiled ones."""
+        """Switch back to the compiled backbones."""
         for backbone, call in self._calls:
             backbone._compiled_call_impl = call
 
     def after_train(self, runner: Runner) -> None:
-        """Run the backbones as they are from here on."""
+        """Leave the backbones uncompiled."""
         self.before_val(runner)
         self._calls = []
 
@@ -103,7 +102,7 @@ class LoadReportHook(Hook):
         min_coverage: Deprecated alias of ``min_loaded``.
     """
 
-    priority = 'VERY_HIGH'  # before averages take the weights too
+    priority = 'VERY_HIGH'  # before EMAHook reads the weights
 
     def __init__(
         self, min_loaded: float = 1.0, part: str = '', min_coverage: float | None = None
@@ -112,10 +111,10 @@ class LoadReportHook(Hook):
         self.part = part
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Load into the model, as the runner will do again, and see what became of it."""
-        if isinstance(runner.model, FullyShardedDataParallel):  # its names are not the model's
+        """Load the weights, as the runner will do again, and check the load report."""
+        if isinstance(runner.model, FullyShardedDataParallel):  # it renames the parameters
             print_log(
-                'under FSDP it is not checked whether the checkpoint fills the model',
+                'the load report is not available under FSDP: missing weights go unnoticed',
                 logger='current',
                 level=logging.WARNING,
             )
@@ -129,13 +128,17 @@ class LoadReportHook(Hook):
             min_loaded=self.min_loaded,
             prefix=f'{self.part}.' if in_part else '',
         )
-        held = checkpoint.get('state_dict') or {}
-        if held.keys() != weights.keys() or any(held[k] is not v for k, v in weights.items()):
-            checkpoint['state_dict'] = weights  # averages and the runner take these
+        state = checkpoint.get('state_dict') or {}
+        if state.keys() != weights.keys() or any(state[k] is not v for k, v in weights.items()):
+            checkpoint['state_dict'] = weights  # for EMAHook and the runner
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the detector or segmentor inside wrappers for processes and test-time augmentation."""
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
-    return model
+    """Return the detector or segmentor inside DDP, test-time augmentation and torch.compile."""
+    while True:
+        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+            model = model.module
+        elif hasattr(model, '_orig_mod'):
+            model = model._orig_mod
+        else:
+            return model

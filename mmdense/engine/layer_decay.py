@@ -1,4 +1,4 @@
-"""Learning rates that fall from the heads down to the backbone's stem."""
+"""Layer-wise learning rate decay from the heads down to the backbone's stem."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mmdense.registry import OPTIM_WRAPPER_CONSTRUCTORS
 __all__ = ['LayerDecayOptimWrapperConstructor']
 
 MODES = ('exact', 'published')
-# RDNet's release counts 7 stages in every size, and the heads one beyond the last depth.
+# RDNet's release counts 7 stages in every size, and places the heads one depth after the last.
 PUBLISHED_DEPTHS = 7 + 2
 PUBLISHED_HEADS = PUBLISHED_DEPTHS + 1
-COMPILED = '_orig_mod.'  # what torch.compile puts into names
+COMPILED = '_orig_mod.'  # torch.compile's prefix of parameter names
 FSDP = 'FullyShardedDataParallel'
 
 
@@ -30,29 +30,29 @@ FSDP = 'FullyShardedDataParallel'
 class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     """Scale learning rates by ``decay_rate ** (number of depths - 1 - depth)``.
 
-    Depths come from ``backbone.layer_depth(name, granularity)``: 0 for the stem, the last for what
-    was not pretrained, so necks and heads keep the optimizer's ``lr``. Parameters of one dimension
-    and biases get no weight decay, frozen ones no place in the optimizer, shared ones one place.
-    A table of the scales goes to the log.
+    The depths come from ``backbone.layer_depth(name, granularity)``: 0 for the stem, the last one
+    for layers that were not pretrained. Necks and heads use the base learning rate. One-dimensional
+    parameters and biases have no weight decay. Frozen parameters are left out of the optimizer, and
+    shared ones count once. The scales are logged as a table.
 
-    ``paramwise_cfg`` has these settings:
+    Settings in ``paramwise_cfg``:
 
     - ``decay_rate`` (float): Above 0, at most 1.
-    - ``granularity`` ('stage' or 'layer'): What counts as one step of depth. 'stage' by default.
-    - ``mode`` ('exact' or 'published'): 'published' gives the scales that RDNet was released with.
-      They count 7 stages in every size, and the heads beyond the last depth: heads get
-      ``decay_rate ** -2``, stage i (from 0) gets ``decay_rate ** (7 - i)``, above 1 for stages that
-      only larger sizes have. 'exact' by default.
-    - ``custom_keys`` (dict): As in mmengine, settings for parameters by a part of their names, the
-      longest that fits: ``lr_mult`` and ``decay_mult`` multiply what is said above.
+    - ``granularity`` ('stage' or 'layer'): One step of depth. 'stage' by default.
+    - ``mode`` ('exact' or 'published'): 'published' gives the scales of RDNet's release, which
+      counts 7 stages in every size and places the heads after the last depth. The heads get
+      ``decay_rate ** -2`` and stage i (from 0) gets ``decay_rate ** (7 - i)``, which exceeds 1 for
+      the last stages of the larger sizes. 'exact' by default.
+    - ``custom_keys`` (dict): As in mmengine, settings for the parameters whose names contain a key;
+      the longest key wins. ``lr_mult`` and ``decay_mult`` multiply the values above.
 
     Args:
-        optim_wrapper_cfg: As in mmengine; its optimizer needs ``lr`` and ``weight_decay``.
+        optim_wrapper_cfg: As in mmengine. The optimizer needs ``lr`` and ``weight_decay``.
         paramwise_cfg: The settings above.
 
     Raises:
-        ValueError: A setting that is unknown, missing or impossible, a custom key that fits no
-            parameter, or a backbone that can't tell depths.
+        ValueError: If a setting is unknown, missing or out of range, if a custom key matches no
+            parameter, or if the backbone has no ``layer_depth``.
     """
 
     def _validate_cfg(self) -> None:
@@ -71,7 +71,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         for name, settings in _mapping('paramwise_cfg.custom_keys', cfg.get('custom_keys', {})):
             where = f'paramwise_cfg.custom_keys[{name!r}]'
             if not isinstance(name, str):
-                raise ValueError(f'{where}: a key must be part of a name')
+                raise ValueError(f'{where}: a key must be part of a parameter name')
             _check_keys(where, settings, ('lr_mult', 'decay_mult'))
             for key, value in settings.items():
                 if not _is_number(value) or value < 0:
@@ -83,23 +83,23 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the optimizer wrapper of a model."""
         if any(c.__name__ == FSDP for m in model.modules() for c in type(m).__mro__):
-            raise ValueError(f'{FSDP} flattens parameters, so layer decay cannot tell them apart')
+            raise ValueError(f'layer decay does not support {FSDP}, which flattens parameters')
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
-        """Append one group per depth and setting to ``params``, each with its ``depth``.
+        """Append one parameter group per depth and setting, each with its ``depth``.
 
         Args:
             params: The list of groups, changed in place.
             module: A model with a ``backbone``.
-            **kwargs: Ignored; mmengine's own constructor recurses with them.
+            **kwargs: Ignored. mmengine's own constructor uses them for recursion.
         """
         backbone = self._backbone(module)
         name, _ = next(backbone.named_parameters())
         last = backbone.layer_depth(name, self.granularity)[1] - 1
         keys = self._custom_keys(module)
         groups, scales = {}, {}
-        for name, parameter in module.named_parameters():  # a shared one comes once
+        for name, parameter in module.named_parameters():  # without duplicates
             if not parameter.requires_grad:
                 continue
             name = name.replace(COMPILED, '')
@@ -115,24 +115,24 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             group = dict(params=[], lr=self.base_lr * scale, weight_decay=weight_decay, depth=depth)
             group = groups.setdefault((depth, scale, weight_decay), group)
             group['params'].append(parameter)
-        # In the model's order, whatever the values: a resumed optimizer finds groups by position.
+        # The order must not depend on the settings: a resumed optimizer matches groups by position.
         params.extend(groups.values())
         self._log(scales)
 
     def _backbone(self, module: nn.Module) -> nn.Module:
-        """Return the backbone, if it can tell depths."""
+        """Return the backbone, which must have ``layer_depth``."""
         backbone = getattr(module, 'backbone', None)
         if backbone is None:
-            raise ValueError(f'{type(module).__name__} has no backbone for layer decay to ask')
+            raise ValueError(f'{type(module).__name__} has no backbone, which layer decay needs')
         backbone = getattr(backbone, COMPILED.rstrip('.'), backbone)
         if not hasattr(backbone, 'layer_depth'):
             raise ValueError(
-                f'{type(backbone).__name__} cannot tell depths for layer decay: add a method '
-                'layer_depth(name, granularity) that returns (depth, number of depths), from 0 '
-                'for the stem to number - 1 for what was not pretrained'
+                f'{type(backbone).__name__} cannot be used with layer decay: add a method '
+                'layer_depth(name, granularity) that returns (depth, number of depths), from 0 for '
+                'the stem to number - 1 for layers that were not pretrained'
             )
         if self.published and not isinstance(backbone, RDNet):
-            raise ValueError("paramwise_cfg.mode 'published' is RDNet's: use 'exact'")
+            raise ValueError("paramwise_cfg.mode 'published' is only for RDNet: use 'exact'")
         return backbone
 
     def _scale(self, depth: int, last: int) -> float:
@@ -142,12 +142,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return self.paramwise_cfg['decay_rate'] ** (last - depth)
 
     def _custom_keys(self, module: nn.Module) -> dict[str, Mapping[str, float]]:
-        """Return the custom keys in mmengine's order: longest first, then by the alphabet."""
+        """Return the custom keys in mmengine's order: the longest first, then alphabetically."""
         custom = self.paramwise_cfg.get('custom_keys', {})
         names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
         for key in custom:
             if not any(key in name for name in names):
-                raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] fits no parameter')
+                raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] matches no parameter')
         return {key: custom[key] for key in sorted(custom, key=lambda key: (-len(key), key))}
 
     def _log(self, scales: Mapping[tuple[int, float], list[int]]) -> None:

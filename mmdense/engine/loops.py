@@ -1,10 +1,10 @@
-"""Training loops that go on from a checkpoint as if they had never stopped.
+"""Training loops that resume as if the run had never stopped.
 
-On a CPU a run that was killed and resumed ends bit for bit as one that was not. mmengine's loops
-leave that open in four ways, which are mended here: random numbers (:mod:`.seeding`), an epoch
-that was left in the middle, the validation that was due when the run ended, and SIGTERM.
+On a CPU a killed and resumed run ends bit for bit like an uninterrupted one. mmengine's loops
+differ in four points: random numbers (:mod:`.seeding`), resuming in the middle of an epoch, a
+validation that was due when the run ended, and SIGTERM.
 
-The tools put them in place of mmengine's; the arguments are the same.
+The tools use these loops in place of mmengine's. The arguments are the same.
 """
 
 from __future__ import annotations
@@ -32,31 +32,32 @@ from mmdense.registry import LOOPS
 
 __all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']
 
-MODEL, BATCH, VALIDATION = range(3)  # what is seeded: none may draw the numbers of another
-# Entries of the message hub, which is part of each checkpoint.
+MODEL, BATCH, VALIDATION = range(3)  # independent random streams
+# Entries of the message hub, which is saved with each checkpoint.
 EPOCH, VALIDATED = 'epoch_begun', 'validated_at'
 
 
 class _Resumable:
-    """What both loops share.
+    """Base of both loops.
 
-    After each iteration, a SIGTERM ends the run: with a checkpoint that it goes on from exactly,
-    one line in the log and status 143. While gradients are accumulated, which no checkpoint holds,
-    it waits for the step. A SIGTERM during a validation ends that, and it begins again on resuming;
-    several processes write the checkpoint at once, and finish the validation if nobody kills them.
+    SIGTERM ends the run after the current iteration, with a checkpoint to resume from exactly, one
+    line in the log and status 143. If gradients are being accumulated, which no checkpoint holds,
+    the run continues to the next optimizer step. SIGTERM during a validation ends it, and it starts
+    again on resuming. Several processes write the checkpoint at once and then finish the validation
+    if they are given the time.
 
-    A validation that was due at the iteration of the checkpoint, and isn't in it, comes first:
-    checkpoints are written before it.
+    Checkpoints are written before validation. If the validation of the resumed checkpoint is
+    missing, it runs first.
 
     Raises:
-        WriteError: The disk takes no more.
+        WriteError: If the disk is full or read-only.
     """
 
     endless: bool
 
     @property
     def dataloader(self) -> DataLoader:
-        """The loader; its batch sampler is :class:`.NumberedBatches` as soon as it is set."""
+        """The loader, whose batch sampler is a :class:`.NumberedBatches`."""
         return self._dataloader
 
     @dataloader.setter
@@ -67,17 +68,17 @@ class _Resumable:
     @contextmanager
     def _running(self) -> Iterator[None]:
         runner = self.runner
-        self._signal = StopSignal(self._keep)
+        self._signal = StopSignal(self._save_in_validation)
         runner.register_hook(self._signal)
         try:
             with self._signal, wrap_disk_errors(runner.work_dir):
                 yield
         except WriteError as error:
-            last = Path(runner.work_dir, 'last_checkpoint')
-            held = last.read_text().strip() if last.is_file() else ''
-            whole = f'the last whole checkpoint is {held}' if held else 'there is no checkpoint yet'
+            pointer = Path(runner.work_dir, 'last_checkpoint')
+            last = pointer.read_text().strip() if pointer.is_file() else ''
+            last = f'the last complete checkpoint is {last}' if last else 'no checkpoint yet'
             raise WriteError(
-                f'{error}: stopped at iteration {self._iter}; {whole}. Make room, and go on '
+                f'{error}: stopped at iteration {self._iter}; {last}. Free some space and continue '
                 'with --resume'
             ) from error
 
@@ -88,45 +89,49 @@ class _Resumable:
         return self.runner.seed, kind, get_rank()
 
     def _train(self, *batch: Any) -> None:
-        """Run an iteration: ``batch`` is what mmengine's ``run_iter`` takes."""
+        """Run an iteration; ``batch`` are the arguments of mmengine's ``run_iter``."""
         seed_all(*self._key(MODEL), self._iter)
         self.run_iter(*batch)
         wrapper = self.runner.optim_wrapper
         stepped = not isinstance(wrapper, OptimWrapper) or wrapper.should_update()
-        if self._signal.wanted() and stepped:
+        if self._signal.received() and stepped:
             self._stop()
 
     def _stop(self) -> None:
-        kept = self._save()
-        barrier()  # the launcher kills who is late
-        self._say('stopped', kept)
+        outcome = self._save()
+        barrier()  # the launcher kills the processes that are late
+        self._warn('stopped', outcome)
         sys.exit(STATUS)
 
     def _save(self) -> str:
         hook = next((h for h in self.runner.hooks if isinstance(h, CheckpointHook)), None)
         if hook is None:
-            return 'nothing is kept, as the config saves no checkpoints'
-        return f'--resume goes on from {hook.save_now(self.runner)}'
+            return 'nothing was saved, since the config saves no checkpoints'
+        return f'--resume continues from {hook.save_now(self.runner)}'
 
-    def _say(self, what: str, kept: str) -> None:
-        done = f'after {self._iter} of {self.max_iters}'
-        self.runner.logger.warning(f'SIGTERM: {what} {done}; {kept}')
+    def _warn(self, action: str, outcome: str) -> None:
+        progress = f'after {self._iter} of {self.max_iters} iterations'
+        self.runner.logger.warning(f'SIGTERM: {action} {progress}; {outcome}')
 
-    def _keep(self) -> None:
-        """Write a checkpoint in a validation that goes on, on the main process."""
-        runner = self.runner
-        # Processes of a strategy would have to write together.
-        if not (is_main_process() and isinstance(runner, Runner)):
+    def _save_in_validation(self) -> None:
+        """Write a checkpoint from the main process while the validation continues."""
+        # With a strategy, all processes would have to write together.
+        if not (is_main_process() and isinstance(self.runner, Runner)):
             return
-        averages = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
-        self._set_validated(None)
+        averages = self._leave_validation()
+        outcome = self._save()
         for hook in averages:
-            hook.after_val_epoch(runner)  # gives the weights back
-        kept = self._save()
-        for hook in averages:
-            hook.before_val_epoch(runner)
+            hook.before_val_epoch(self.runner)
         self._set_validated(self._iter)
-        self._say('finishing the validation', kept)
+        self._warn('finishing the validation', outcome)
+
+    def _leave_validation(self) -> list[EMAHook]:
+        """Undo the start of a validation; return the hooks that swapped in averaged weights."""
+        self._set_validated(None)
+        averages = [hook for hook in self.runner.hooks if isinstance(hook, EMAHook)]
+        for hook in averages:
+            hook.after_val_epoch(self.runner)  # swaps the weights back
+        return averages
 
     def _set_validated(self, iteration: int | None) -> None:
         self.runner.message_hub.update_info(VALIDATED, iteration)
@@ -136,28 +141,25 @@ class _Resumable:
         self._decide_current_val_interval()
         runner = self.runner
         due = done >= self.val_begin and (done % self.val_interval == 0 or done == last)
-        known = runner.message_hub.runtime_info.get(VALIDATED)
-        if runner.val_loop is None or not due or known == self._iter:
+        last_validated = runner.message_hub.runtime_info.get(VALIDATED)
+        if runner.val_loop is None or not due or last_validated == self._iter:
             return
         seed_all(*self._key(VALIDATION), self._iter)
-        # Before it: a checkpoint that turns out to be the best is written again in its end.
+        # Before the validation, which ends with saving the best checkpoint.
         self._set_validated(self._iter)
         try:
             runner.val_loop.run()
         except Stopped:
-            self._set_validated(None)
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):
-                    hook.after_val_epoch(runner)  # gives the weights back
+            self._leave_validation()
             self._stop()
 
 
 @LOOPS.register_module()
 class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
-    """mmengine's loop by epochs, resumable.
+    """mmengine's loop by epochs, resumable at any iteration.
 
-    An epoch that was left in the middle goes on with its next batch: with another number of
-    processes or batch size, after the same share of it.
+    A resumed epoch continues with its next batch, or after the same share of the epoch if the
+    number of processes or the batch size has changed.
     """
 
     endless = False
@@ -175,12 +177,12 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         return self.runner.model
 
     def run_epoch(self) -> None:
-        """Train for an epoch, or for what is left of it."""
+        """Train for an epoch or for the rest of it."""
         runner = self.runner
         done = self._done()
         if not done:
-            begun = self._epoch, self._iter, len(self.dataloader)
-            runner.message_hub.update_info(EPOCH, begun)
+            begin = self._epoch, self._iter, len(self.dataloader)
+            runner.message_hub.update_info(EPOCH, begin)
         runner.call_hook('before_train_epoch')
         runner.model.train()
         self._start_batches(skip=done)
@@ -190,11 +192,11 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         self._epoch += 1
 
     def _done(self) -> int:
-        """Return how many batches of the epoch have been trained on."""
+        """Return the number of batches of the epoch that the run has trained on."""
         epoch, begin, length = self.runner.message_hub.runtime_info.get(EPOCH, (-1, 0, 0))
         if epoch != self._epoch:
             return 0
-        # Another number of processes, or batch size: the same share.
+        # The same share, if the number of processes or the batch size has changed.
         return (self._iter - begin) * len(self.dataloader) // length
 
 
@@ -202,7 +204,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
 class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
     """mmengine's loop by iterations, resumable.
 
-    No batch is loaded to find the place in the data.
+    It loads no batches to find its position in the data.
     """
 
     endless = True
@@ -212,7 +214,7 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
         runner = self.runner
         runner.call_hook('before_train')
         with self._running():
-            # One long epoch, for the hooks.
+            # To the hooks, the run is one epoch.
             runner.call_hook('before_train_epoch')
             self._start_batches(skip=self._iter)
             self.dataloader_iterator = type(self.dataloader_iterator)(self.dataloader)

@@ -1,4 +1,4 @@
-"""Training in bfloat16, without a GPU too."""
+"""Mixed-precision training in bfloat16, on CPUs and GPUs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ __all__ = ['BFloat16OptimWrapper']
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):
-    """Run the model under autocast to bfloat16; weights, gradients and steps stay in float32.
+    """Run the model under bfloat16 autocast; weights, gradients and optimizer steps stay float32.
 
-    Losses are not scaled: bfloat16 has the range of float32. mmengine's AmpOptimWrapper scales
-    them, and refuses to run without a GPU.
+    bfloat16 has the range of float32, so losses are not scaled. mmengine's AmpOptimWrapper scales
+    them and requires a GPU.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast on the device that mmengine chose; with DDP, also its context for accumulation.
+        """Autocast on mmengine's device, inside DDP's ``no_sync`` while gradients accumulate.
 
         Args:
-            model: The model, in its wrapper if there is one.
+            model: The model or its wrapper.
         """
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

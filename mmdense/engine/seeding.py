@@ -1,9 +1,9 @@
-"""Random numbers that depend on the seed and the iteration alone, not on what was drawn before.
+"""Random numbers that depend only on the seed and the iteration.
 
-mmengine seeds the main process once and each worker as it starts, with the same number in every
-epoch, and saves neither's state: a resumed run draws other numbers than the run would have. Here
-the main process draws from (seed, rank, iteration), and each batch, in whatever process it is
-loaded, from (seed, rank, number of the batch in the run).
+mmengine seeds the main process once and each worker when it starts, with the same number in every
+epoch, and saves no generator state, so a resumed run draws other numbers. Here the main process is
+seeded by (seed, rank, iteration) and each batch, whichever process loads it, by (seed, rank, number
+of the batch in the run).
 """
 
 from __future__ import annotations
@@ -24,59 +24,59 @@ __all__ = ['NumberedBatches', 'seed_all']
 
 
 def seed_all(*key: int) -> None:
-    """Seed Python's, numpy's and torch's generators, those of all devices, by numbers from 0 up."""
+    """Seed the generators of Python, numpy and torch (on all devices) by non-negative integers."""
     words = np.random.SeedSequence(key).generate_state(4)
     random.seed(words.tobytes())
-    np.random.seed(words)  # noqa: NPY002  (data sets draw from this one)
+    np.random.seed(words)  # noqa: NPY002  (transforms use this generator)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
 
 
 class Batch(list):
-    """The indices of a batch's samples, and what its random numbers are seeded by."""
+    """The indices of a batch's samples, with the key that seeds its random numbers."""
 
     key: tuple[int, ...]
 
 
 class NumberedBatches:
-    """A loader's batch sampler that can begin in the middle, and numbers its batches.
+    """A batch sampler that can start at any batch, and numbers its batches.
 
-    It takes the place of the sampler in the loader, whose workers then seed themselves for each
-    batch, and don't end by a SIGTERM that isn't their parent's: schedulers send it to all
-    processes, and the main one is to finish its iteration.
+    It replaces the loader's batch sampler. The loader's workers then seed themselves for each batch
+    and ignore SIGTERM unless their parent sends it: schedulers send it to all processes, but the
+    main one has to finish its iteration.
 
-    What data sets keep between samples, such as the images that CachedMosaic mixes, is not restored
-    by seeds.
+    State that a data set keeps between samples, such as the cache of CachedMosaic, is not restored.
 
     Args:
-        loader: Changed in place. Nothing comes out of it until :meth:`start` is called.
-        endless: Whether to begin again at the end, as for training by iterations.
+        loader: Changed in place. It is empty until :meth:`start` is called.
+        endless: Whether to start over at the end, as training by iterations does.
     """
 
     def __init__(self, loader: DataLoader, *, endless: bool) -> None:
-        held = loader.batch_sampler
-        self.inner = held.inner if isinstance(held, NumberedBatches) else held
+        current = loader.batch_sampler
+        numbered = isinstance(current, NumberedBatches)
+        self.inner = current.inner if numbered else current
         self.endless = endless
         self._range: tuple[tuple[int, ...], int, int] | None = None
-        # The loader refuses it once built; it looks there whenever it begins, though.
+        # DataLoader refuses a plain assignment, but reads the attribute for each new iterator.
         object.__setattr__(loader, 'batch_sampler', self)
-        if not isinstance(held, NumberedBatches):
-            # An attribute that torch asks for whole batches.
+        if not numbered:
+            # torch calls this attribute with the indices of a batch.
             loader.dataset.__getitems__ = _SeededFetch(loader.dataset)
             loader.worker_init_fn = _Worker(loader.worker_init_fn)
 
     def start(self, key: Sequence[int], *, first: int, skip: int) -> None:
-        """Say what comes out from the next time on that the loader begins.
+        """Set where the loader's next iterator starts.
 
         Args:
-            key: What the run's batches are seeded by, besides their number.
+            key: Seeds the batches, together with their numbers.
             first: Number of the first batch.
-            skip: How many batches of the sampler to leave out before it. None is loaded; the
-                indices are drawn, some million a second.
+            skip: Number of the sampler's batches to skip before it. They are not loaded; drawing
+                their indices takes about a second for a million.
         """
         self._range = tuple(key), first, skip
 
     def __iter__(self) -> Iterator[Batch]:
-        # The original mmengine begins with a loader as soon as it has it, before a run is resumed.
+        # The original mmengine iterates over a new loader at once, before a run is resumed.
         if self._range is None:
             return
         key, first, skip = self._range
@@ -101,7 +101,7 @@ class NumberedBatches:
 
     @property
     def sampler(self) -> Any:
-        """The sampler of single samples, which hooks tell the epoch."""
+        """The sampler of single samples, on which hooks set the epoch."""
         return self.inner.sampler
 
     @property
@@ -116,7 +116,7 @@ class _SeededFetch:
         self.fetch = getattr(dataset, '__getitems__', None)
 
     def __call__(self, indices: Sequence[int]) -> list:
-        if isinstance(indices, Batch):  # not, if another loader reads the same data set
+        if isinstance(indices, Batch):  # another loader of the same data set has plain lists
             seed_all(*indices.key)
         if self.fetch is not None:
             return self.fetch(indices)
@@ -136,7 +136,7 @@ class _Worker:
 
 
 def _end_with_parent() -> None:
-    """Do as torch's own handler, which ends a worker quietly if its parent asks for it."""
+    """Exit quietly when the parent sends SIGTERM, like torch's own handler."""
     while signal.sigwaitinfo([signal.SIGTERM]).si_pid != getppid():
         pass
     _exit(0)

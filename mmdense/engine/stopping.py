@@ -1,4 +1,4 @@
-"""Ending a training on SIGTERM, between two iterations."""
+"""Stopping on SIGTERM between two iterations."""
 
 from __future__ import annotations
 
@@ -16,64 +16,67 @@ from mmengine.runner import Runner
 
 __all__ = ['STATUS', 'StopSignal', 'Stopped']
 
-STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has ended
-# torchrun hands on a signal that the scheduler has sent to its processes as well.
+STATUS = 128 + signal.SIGTERM  # as shells report a process that SIGTERM has ended
+# Seconds. torchrun forwards a signal that the scheduler may have sent to its processes as well.
 ECHO = 3.0
 
 
 class Stopped(Exception):
-    """Ends a validation."""
+    """SIGTERM arrived during a validation."""
 
 
 class StopSignal(Hook):
-    """Take note of SIGTERM, as a context manager; a second one, or Ctrl-C, ends at once.
+    """Record SIGTERM while the context is active; a second one, or Ctrl-C, ends the run at once.
 
-    Signals within three seconds count as one. As a hook it ends a validation by :class:`Stopped`,
-    where there is one process. Several may have unlike numbers of batches, and finish it, if they
-    are given the time: they call ``keep`` first.
+    Signals within three seconds count as one. As a hook it ends a validation in a single process by
+    :class:`Stopped`. Several processes may have different numbers of batches left: they call
+    ``save`` and then finish the validation if they are given the time.
+
+    Args:
+        save: Writes a checkpoint in the middle of a validation.
     """
 
-    def __init__(self, keep: Callable[[], None]) -> None:
-        self._keep = keep
-        self._kept = False
+    def __init__(self, save: Callable[[], None]) -> None:
+        self._save = save
+        self._saved = False
         self._since: float | None = None
-        self._before: Any = None
+        self._previous: Any = None
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():  # Python allows no other
-            self._before = signal.signal(signal.SIGTERM, self._take)
+            self._previous = signal.signal(signal.SIGTERM, self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-        self._before = None
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+        self._previous = None
 
-    def _take(self, number: int, frame: Any) -> None:
+    def _record(self, number: int, frame: Any) -> None:
         if self._since is None:
             self._since = time.monotonic()
         elif time.monotonic() - self._since > ECHO:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def wanted(self) -> bool:
-        """Return whether any process was told to stop: the same in all, which must all ask."""
-        told = torch.tensor(float(self._since is not None))
-        all_reduce(told, 'max')
-        return bool(told)
+    def received(self) -> bool:
+        """Return whether any process received SIGTERM. All processes must call it together."""
+        received = torch.tensor(float(self._since is not None))
+        all_reduce(received, 'max')
+        return bool(received)
 
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """End the validation, or see that nothing is lost with it, if told to.
+        """After SIGTERM, end the validation or save a checkpoint once.
 
         Raises:
-            Stopped: To the loop that began it.
+            Stopped: In a single process, for the training loop to catch.
         """
         if self._since is None:
             return
         if not is_distributed():
             raise Stopped
-        if not self._kept:
-            self._kept = True
-            self._keep()
+        if not self._saved:
+            self._saved = True
+            self._save()

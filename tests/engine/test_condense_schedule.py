@@ -1,4 +1,4 @@
-"""The hook that prunes CondenseNetV2 while it trains, in runs of mmengine's runner."""
+"""CondenseScheduleHook in runs of mmengine's runner."""
 
 import itertools
 import os
@@ -10,35 +10,27 @@ import torch
 from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS, DefaultScope
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import nn
 from torch.nn import functional as F
 
-from mmdense.engine import CondenseScheduleHook
+import mmdense  # noqa: F401
 from mmdense.errors import UserError
 from mmdense.models.backbones import CondenseNetV2, DenseNet
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
 from mmdense.weights.files import allow_training_state
 
 ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
-LAST = 3  # stages are due from 1/6, 1/3 and 1/2 of the training on
+LAST = 3  # stages start after 1/6, 1/3 and 1/2 of the run
 CHANNELS = [16, 20, 24, 28]
 LASSO = 0.01
 NUMBERS = itertools.count()
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    """Leave out the report on the machine, which takes longer than the runs."""
-    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
-    yield
-    DefaultScope._instance_dict.clear()
-
-
 class Classifier(BaseModel):
-    """A backbone and a linear layer; adds the penalty itself if it is told to."""
+    """A backbone and a linear layer. With ``penalty``, it adds the group lasso itself."""
 
     def __init__(self, backbone, penalty=0.0):
         super().__init__()
@@ -57,7 +49,7 @@ class Classifier(BaseModel):
 
 
 class Each(Hook):
-    """Call a function after every iteration, when all other hooks have run."""
+    """Call a function after every iteration, after all other hooks."""
 
     priority = 'LOWEST'
 
@@ -93,7 +85,7 @@ def build(
     accumulative_counts=1,
     **options,
 ):
-    """Build a runner: batches of 4, in the order of the data; a checkpoint for each iteration."""
+    """Build a runner: batches of 4 in order, a checkpoint for each iteration."""
     by_epoch = epochs is not None
     data = samples() if data is None else data
     sampler = dict(type='DefaultSampler', shuffle=False)
@@ -136,7 +128,7 @@ def buffers(model):
 
 
 def logged(runner):
-    """Return what has been logged, without times."""
+    """Return the lines of the log without times."""
     (file,) = Path(runner.log_dir).glob('*.log')
     return [line.partition(' - INFO - ')[2] for line in file.read_text().splitlines()]
 
@@ -183,20 +175,20 @@ def test_short_runs_reach_the_last_stage(iters, tmp_path):
     runner.train()
     assert {layer.stage for layer in learned(model)} == {LAST}
     assert stage_lines(runner)[-1].startswith('condense: stage 3 of 3')
-    images = samples()[0][0][None]
-    maps = model.eval().backbone(images)
+    images = samples()[0][0][None].double()
+    maps = model.eval().double().backbone(images)
     model.backbone.condense()
     torch.testing.assert_close(model.backbone(images), maps)
 
 
 @pytest.mark.parametrize('done', [4, 8])
-def test_resumed_runs_end_alike(done, tmp_path):
+def test_resumed_runs_end_like_uninterrupted_ones(done, tmp_path):
     allow_training_state()
     whole = build(tmp_path / 'whole', classifier(), iters=16, lasso=LASSO)
     whole.train()
     model = classifier()
     with torch.no_grad():
-        model.backbone.features.init_conv.weight.zero_()  # so that a checkpoint is needed
+        model.backbone.features.init_conv.weight.zero_()  # only the checkpoint restores it
     checkpoint = str(tmp_path / f'whole/iter_{done}.pth')
     rest = build(tmp_path / 'rest', model, iters=16, lasso=LASSO, load_from=checkpoint, resume=True)
     rest.train()
@@ -214,7 +206,7 @@ def test_resumed_runs_end_alike(done, tmp_path):
 @pytest.mark.parametrize('interval', [1, 5])
 @pytest.mark.parametrize('update_buffers', [False, True])
 def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
-    """mmengine's average copies no integer where it averages buffers."""
+    """mmengine's EMAHook ignores integer buffers when it averages buffers."""
     model = classifier()
     ema = dict(type='EMAHook', update_buffers=update_buffers, momentum=0.1, interval=interval)
     stages = []
@@ -228,7 +220,7 @@ def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
             assert not average.is_floating_point()
             assert torch.equal(average, buffer)
         weights = (hook.ema_model.module.fc.weight, model.fc.weight)
-        assert torch.equal(*weights) == (runner.iter == 0)  # it does average
+        assert torch.equal(*weights) == (runner.iter == 0)  # weights are averaged
         stages.append(model.backbone.stage)
 
     build(tmp_path, model, iters=8, each=look, hooks=[ema]).train()
@@ -242,7 +234,7 @@ def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
 
 @pytest.mark.parametrize('accumulative_counts', [1, 2])
 def test_group_lasso_is_a_loss(accumulative_counts, tmp_path):
-    """It trains as if the model had added it, and ends with the pruning."""
+    """It trains as if the model had added it, and ends with the last stage."""
     names, states, losses = [], [], []
     for lasso, penalty in ((LASSO, 0.0), (0.0, LASSO), (0.0, 0.0)):
         model = classifier(penalty)
@@ -270,21 +262,21 @@ def test_group_lasso_is_a_loss(accumulative_counts, tmp_path):
     assert not torch.equal(ours['fc.weight'], without['fc.weight'])
 
 
-def test_group_lasso_joins_no_other_output(tmp_path):
+def test_group_lasso_is_only_added_to_training_losses(tmp_path):
     model = classifier()
     batch = [torch.stack([samples()[i][0] for i in range(2)]), torch.tensor([0, 1])]
     runs = dict(loss=dict(mode='loss'), tensor=dict(mode='tensor'), default={})
-    found = {}
+    outputs_by_mode = {}
 
     def look(runner, outputs):
-        if not found:
+        if not outputs_by_mode:
             for name, options in runs.items():
-                found[name] = list(model(*batch, **options))
+                outputs_by_mode[name] = list(model(*batch, **options))
             model.eval()
-            found['eval'] = list(model(*batch, mode='loss'))
+            outputs_by_mode['eval'] = list(model(*batch, mode='loss'))
 
     build(tmp_path, model, iters=2, lasso=LASSO, each=look).train()
-    assert found == dict(
+    assert outputs_by_mode == dict(
         loss=['loss_cls', 'loss_group_lasso'],
         tensor=['scores'],
         default=['scores'],
@@ -308,7 +300,7 @@ def test_an_interrupted_run_leaves_no_second_loss(tmp_path):
 
 
 def test_masked_weights_have_no_effect(tmp_path):
-    """Momentum moves them on, and still nothing of them arrives."""
+    """Momentum still moves them, but they don't reach the output."""
     model = classifier()
     old = []
     moved = 0
@@ -336,7 +328,7 @@ def test_masked_weights_have_no_effect(tmp_path):
         assert torch.equal(got, expected)
 
 
-def test_pruned_weights_stay_as_they_are(tmp_path):
+def test_a_pruned_model_continues_from_its_stage(tmp_path):
     model = classifier()
     model.backbone.prune_to(0.4)
     before = buffers(model)
@@ -345,7 +337,7 @@ def test_pruned_weights_stay_as_they_are(tmp_path):
         tmp_path, model, each=lambda runner, outputs: stages.append(model.backbone.stage)
     )
     runner.train()
-    assert stages == [2] * 6 + [3] * 6  # from where it was on
+    assert stages == [2] * 6 + [3] * 6
     assert [line[:23] for line in stage_lines(runner)] == ['condense: stage 3 of 3 ']
     assert any(not torch.equal(*pair) for pair in zip(before, buffers(model), strict=True))
     before = buffers(model)
@@ -362,8 +354,7 @@ def test_frozen_layers(tmp_path):
         runner.train()
     assert str(error.value) == (
         'backbone.frozen_stages=2 freezes layers at stage 0 of 3 of pruning, which cannot adapt to '
-        'what is pruned: set backbone.frozen_stages to -1 or 0, or load weights that are fully '
-        'pruned'
+        'later stages: set backbone.frozen_stages to -1 or 0, or load fully pruned weights'
     )
     stem = classifier(frozen_stages=0)
     build(tmp_path / 'stem', stem, iters=2).train()
@@ -379,26 +370,26 @@ def test_frozen_layers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('backbone', 'said'),
+    ('backbone', 'message'),
     [
         (
             lambda: CondenseNetV2(arch=ARCH, form='condensed'),
-            "CondenseScheduleHook cannot prune a CondenseNetV2 of form 'condensed': give the "
-            "backbone form='learned', or take the hook out of custom_hooks",
+            "CondenseScheduleHook cannot prune a CondenseNetV2 of form 'condensed': set "
+            "backbone.form='learned', or remove the hook from custom_hooks",
         ),
         (
             lambda: DenseNet(arch=dict(growth_rate=4, layers=(1, 1, 1, 1))),
-            'CondenseScheduleHook finds no CondenseNetV2 to prune in Classifier: take '
-            "backbone.type='mmdense.CondenseNetV2' with form='learned', or take the hook out of "
-            'custom_hooks',
+            'CondenseScheduleHook finds no CondenseNetV2 in Classifier: set '
+            "backbone.type='mmdense.CondenseNetV2' and backbone.form='learned', or remove the hook "
+            'from custom_hooks',
         ),
     ],
 )
-def test_nothing_to_prune(backbone, said, tmp_path):
+def test_nothing_to_prune(backbone, message, tmp_path):
     runner = build(tmp_path, Classifier(backbone()), iters=2)
     with pytest.raises(UserError) as error:
         runner.train()
-    assert str(error.value) == said
+    assert str(error.value) == message
 
 
 def test_several_networks_are_refused(tmp_path):
@@ -409,7 +400,7 @@ def test_several_networks_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize('weight', [-1e-9, float('nan'), float('inf')])
-def test_impossible_weights(weight):
+def test_bad_weights_of_the_group_lasso(weight):
     with pytest.raises(ValueError, match='group_lasso is .*, must be a finite number from 0 up'):
         HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=weight))
 
@@ -474,13 +465,13 @@ def test_detectors_and_segmentors(scope, make, tmp_path):
     runner.train()
     assert runner.model.backbone.stage == LAST
     assert [has for _, _, has in sums] == [True, True, False, False]
-    for whole, parts, _ in sums:
-        assert whole == pytest.approx(parts, rel=1e-5)
+    for total, parts, _ in sums:
+        assert total == pytest.approx(parts, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_compiled_training(tmp_path):
-    """The loss comes and goes although compiled code doesn't watch a model's hooks."""
+    """The loss ends on time although compiled code doesn't notice a removed hook."""
     names = []
     model = classifier()
     runner = build(
@@ -496,8 +487,8 @@ def test_compiled_training(tmp_path):
     assert model.backbone.stage == LAST
 
 
-def train_one_process(rank, port, folder, unlike):
-    """Train on data of one's own; save the masks after each iteration."""
+def train_one_process(rank, port, folder, different):
+    """Train on this process's share of the data; save the state after each iteration."""
     env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     os.environ.update({key: str(value) for key, value in env.items()}, CUDA_VISIBLE_DEVICES='')
     torch.set_num_threads(1)
@@ -508,18 +499,18 @@ def train_one_process(rank, port, folder, unlike):
 
     def look(runner, outputs):
         assert type(runner.model).__name__ == 'MMDistributedDataParallel'
-        if unlike and rank and runner.iter == 0:
-            # Only now: mmengine makes weights equal before the first iteration.
+        if different and rank and runner.iter == 0:
+            # Not earlier: mmengine broadcasts the weights before the first iteration.
             with torch.no_grad():
                 for layer in learned(model):
                     layer.conv.weight.copy_(layer.conv.weight.flip(0, 1))
-        own = [layer.conv.weight.detach().clone() for layer in learned(model)]
+        weights = [layer.conv.weight.detach().clone() for layer in learned(model)]
         average = next(hook.ema_model for hook in runner.hooks if hasattr(hook, 'ema_model'))
         share = float(runner.message_hub.get_scalar('train/connections').current())
         state = dict(
             buffers=buffers(model),
             average=buffers(average),
-            weights=own,
+            weights=weights,
             share=share,
             losses=list(outputs),
         )
@@ -544,12 +535,12 @@ def train_one_process(rank, port, folder, unlike):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('unlike', [False, True])
-def test_processes_agree(unlike, tmp_path):
+@pytest.mark.parametrize('different', [False, True])
+def test_processes_agree(different, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(train_one_process, (port, tmp_path, unlike), nprocs=2)
+    torch.multiprocessing.spawn(train_one_process, (port, tmp_path, different), nprocs=2)
     first, second = (torch.load(tmp_path / f'rank-{rank}.pth') for rank in range(2))
     assert len(first) == len(second) == 6
     assert [state['share'] for state in first] == [1, 0.75, 0.5, 0.25, 0.25, 0.25]
@@ -563,17 +554,11 @@ def test_processes_agree(unlike, tmp_path):
             for a, b in zip(one[name], other[name], strict=True):
                 assert torch.equal(a, b)
         same = [torch.equal(*pair) for pair in zip(one['weights'], other['weights'], strict=True)]
-        assert not any(same) if unlike else all(same)
-    if unlike:  # without the first process the second one's masks would be others
+        assert not any(same) if different else all(same)
+    if different:  # on its own, the second process would have other masks
         with torch.no_grad():
             for layer, weight in zip(learned(alone), second[0]['weights'], strict=True):
                 layer.conv.weight.copy_(weight)
         alone.backbone.prune_to(1 / 6)
         pairs = zip(buffers(alone), first[1]['buffers'], strict=True)
         assert any(not torch.equal(*pair) for pair in pairs)
-
-
-def test_the_hook_is_registered():
-    assert isinstance(
-        HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=1)), CondenseScheduleHook
-    )

@@ -1,4 +1,4 @@
-"""Layer decay: scales against the formulas, what it refuses, what it leaves out."""
+"""Layer decay: scales, weight decay, custom keys and bad settings."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def tiny(**options):
 
 
 class Model(nn.Module):
-    """As much of a detector as the constructor looks at."""
+    """A detector reduced to a backbone and a head."""
 
     def __init__(self, backbone=None):
         super().__init__()
@@ -45,7 +45,7 @@ def scales(model, **paramwise_cfg):
     return {n: g['lr'] / BASE_LR for n, g in groups(model, **paramwise_cfg).items()}
 
 
-# Stem, dense stages from the first to the last, then what was not pretrained.
+# Stem, dense stages, then layers that were not pretrained.
 EXPECTED = {
     ('tiny', 0.8, 'exact'): [0.8**n for n in (8, 7, 6, 5, 4, 3, 2, 1)] + [1],
     ('small', 0.7, 'exact'): [0.7**n for n in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1)] + [1],
@@ -66,49 +66,49 @@ def test_scales_follow_the_formula(arch, rate, mode):
     for name, scale in scales(model, decay_rate=rate, mode=mode).items():
         part = name.split('.')
         if part[1] == 'dense_stages':
-            wanted = expected[1 + int(part[2])]
+            index = 1 + int(part[2])
         else:
-            wanted = expected[0 if part[1] == 'stem' else -1]
-        assert scale == pytest.approx(wanted), name
+            index = 0 if part[1] == 'stem' else -1
+        assert scale == pytest.approx(expected[index]), name
 
 
 def test_known_published_figures():
-    """Written down beside the release: the last stage of B, and its heads."""
+    """The release's own figures for the last stage and the heads of RDNet-B."""
     with torch.device('meta'):
         model = Model(RDNet(arch='base'))
-    found = scales(model, decay_rate=0.7, mode='published')
-    assert found['backbone.dense_stages.10.0.weight'] == pytest.approx(2.92, abs=5e-3)
-    assert found['head.weight'] == pytest.approx(2.04, abs=5e-3)
+    actual = scales(model, decay_rate=0.7, mode='published')
+    assert actual['backbone.dense_stages.10.0.weight'] == pytest.approx(2.92, abs=5e-3)
+    assert actual['head.weight'] == pytest.approx(2.04, abs=5e-3)
 
 
 def test_layers_decay_block_by_block():
     model = Model(tiny())
-    found = scales(model, decay_rate=0.5, granularity='layer')
-    assert found['head.weight'] == 1
-    assert found['backbone.dense_stages.2.2.dense_block1.gamma'] == pytest.approx(0.5)
-    assert found['backbone.dense_stages.2.2.dense_block0.gamma'] == pytest.approx(0.25)
-    assert found['backbone.dense_stages.2.1.weight'] == pytest.approx(0.25)
-    assert found['backbone.stem.0.weight'] == pytest.approx(0.5**7)
+    actual = scales(model, decay_rate=0.5, granularity='layer')
+    assert actual['head.weight'] == 1
+    assert actual['backbone.dense_stages.2.2.dense_block1.gamma'] == pytest.approx(0.5)
+    assert actual['backbone.dense_stages.2.2.dense_block0.gamma'] == pytest.approx(0.25)
+    assert actual['backbone.dense_stages.2.1.weight'] == pytest.approx(0.25)
+    assert actual['backbone.stem.0.weight'] == pytest.approx(0.5**7)
     by_stage = scales(model, decay_rate=0.5)
     assert by_stage['backbone.dense_stages.2.2.dense_block0.gamma'] == pytest.approx(0.5)
 
 
-def test_biases_and_one_dimension_are_not_decayed():
+def test_biases_and_one_dimensional_parameters_have_no_weight_decay():
     model = Model(tiny(output_norm=True))
     model.table = nn.ParameterDict(dict(bias=torch.zeros(2, 4)))
-    found = {name: group['weight_decay'] for name, group in groups(model, decay_rate=0.8).items()}
-    assert found['table.bias'] == 0
-    assert found['head.bias'] == 0
-    assert found['head.weight'] == WEIGHT_DECAY
-    assert found['backbone.output_norms.0.weight'] == 0
-    assert found['backbone.dense_stages.1.1.weight'] == WEIGHT_DECAY
-    assert found['backbone.dense_stages.1.2.dense_block0.gamma'] == 0
+    actual = {name: group['weight_decay'] for name, group in groups(model, decay_rate=0.8).items()}
+    assert actual['table.bias'] == 0
+    assert actual['head.bias'] == 0
+    assert actual['head.weight'] == WEIGHT_DECAY
+    assert actual['backbone.output_norms.0.weight'] == 0
+    assert actual['backbone.dense_stages.1.1.weight'] == WEIGHT_DECAY
+    assert actual['backbone.dense_stages.1.2.dense_block0.gamma'] == 0
 
 
 def test_frozen_parameters_are_left_out():
     model = Model(tiny(frozen_stages=1))
-    found = groups(model, decay_rate=0.8)
-    for name, group in found.items():
+    actual = groups(model, decay_rate=0.8)
+    for name, group in actual.items():
         frozen = name.startswith(('backbone.stem.', 'backbone.dense_stages.0.'))
         assert (group is None) == frozen, name
 
@@ -130,10 +130,10 @@ def test_custom_keys_multiply():
         'backbone.stem.0': dict(lr_mult=3, decay_mult=0.5),
         'head': dict(decay_mult=0.0),
     }
-    found = groups(model, decay_rate=0.8, custom_keys=custom)
-    for name, group in found.items():
+    actual = groups(model, decay_rate=0.8, custom_keys=custom)
+    for name, group in actual.items():
         lr_mult = decay_mult = 1
-        if name.startswith('backbone.stem.0'):  # the longest key alone
+        if name.startswith('backbone.stem.0'):  # only the longest key
             lr_mult, decay_mult = 3, 0.5
         elif name.startswith('backbone'):
             lr_mult = 0.1
@@ -143,7 +143,7 @@ def test_custom_keys_multiply():
         assert group['weight_decay'] == pytest.approx(plain[name]['weight_decay'] * decay_mult)
 
 
-def test_a_short_table_goes_to_the_log(caplog):
+def test_the_log_has_a_table_of_scales(caplog):
     model = Model(tiny())
     logger = MMLogger.get_instance('test_layer_decay')
     logger.addHandler(caplog.handler)
@@ -200,7 +200,7 @@ def test_a_short_table_goes_to_the_log(caplog):
         ),
         (
             dict(decay_rate=0.8, custom_keys=dict(haed=dict(lr_mult=2))),
-            r"paramwise_cfg.custom_keys\['haed'\] fits no parameter",
+            r"paramwise_cfg.custom_keys\['haed'\] matches no parameter",
         ),
         (
             dict(decay_rate=0.8, optimizer=dict(type='AdamW', weight_decay=0.1)),
@@ -217,8 +217,8 @@ def test_bad_settings_name_the_key(settings, message):
         groups(Model(tiny()), **settings)
 
 
-def test_groups_keep_their_order_whatever_the_values():
-    """A resumed optimizer finds its groups by position."""
+def test_the_order_of_groups_does_not_depend_on_the_settings():
+    """A resumed optimizer matches groups by position."""
     orders = []
     for lr_mult in (0.5, 2.0):
         custom = {'head.weight': dict(lr_mult=lr_mult, decay_mult=lr_mult)}
@@ -230,40 +230,40 @@ def test_groups_keep_their_order_whatever_the_values():
 
 
 @pytest.mark.parametrize('part', ['model', 'backbone'])
-def test_compiled_models_decay_as_plain_ones(part):
+def test_compiled_models_have_the_same_scales(part):
     model = Model(tiny())
     plain = scales(model, decay_rate=0.8, mode='published')
     if part == 'model':
-        found = scales(torch.compile(model), decay_rate=0.8, mode='published')
+        actual = scales(torch.compile(model), decay_rate=0.8, mode='published')
     else:
         model.backbone = torch.compile(model.backbone)
-        found = scales(model, decay_rate=0.8, mode='published')
-    assert {name.replace('_orig_mod.', ''): scale for name, scale in found.items()} == plain
+        actual = scales(model, decay_rate=0.8, mode='published')
+    assert {name.replace('_orig_mod.', ''): scale for name, scale in actual.items()} == plain
 
 
 def test_flattened_parameters_are_refused():
     class FullyShardedDataParallel(Model):
         pass
 
-    with pytest.raises(ValueError, match='FullyShardedDataParallel flattens parameters'):
+    with pytest.raises(ValueError, match='FullyShardedDataParallel, which flattens parameters'):
         groups(FullyShardedDataParallel(tiny()), decay_rate=0.8)
 
 
-class Foreign(nn.Conv2d):
+class OtherBackbone(nn.Conv2d):
     def layer_depth(self, name, granularity):
         return 0, 2
 
 
-def test_what_cannot_tell_depths_is_refused():
-    with pytest.raises(ValueError, match=r'Conv2d cannot tell depths .* layer_depth\(name, gran'):
+def test_backbones_without_layer_depth_are_refused():
+    with pytest.raises(ValueError, match=r'^Conv2d cannot be used .* layer_depth\(name, gran'):
         groups(Model(nn.Conv2d(3, 4, 1)), decay_rate=0.8)
     with pytest.raises(ValueError, match='Model has no backbone'):
         groups(Model(), decay_rate=0.8)
-    with pytest.raises(ValueError, match=r"paramwise_cfg.mode 'published' is RDNet's"):
-        groups(Model(Foreign(3, 4, 1)), decay_rate=0.8, mode='published')
+    with pytest.raises(ValueError, match=r"paramwise_cfg.mode 'published' is only for RDNet"):
+        groups(Model(OtherBackbone(3, 4, 1)), decay_rate=0.8, mode='published')
 
 
-def test_any_backbone_that_can_tell_depths_will_do():
-    found = scales(Model(Foreign(3, 4, 1)), decay_rate=0.5)
-    assert found['backbone.weight'] == 0.5
-    assert found['head.weight'] == 1
+def test_other_backbones_with_layer_depth_are_supported():
+    actual = scales(Model(OtherBackbone(3, 4, 1)), decay_rate=0.5)
+    assert actual['backbone.weight'] == 0.5
+    assert actual['head.weight'] == 1

@@ -1,4 +1,4 @@
-"""Runs that end early and go on, with a model of one layer."""
+"""Training loops: stop on SIGTERM and resume, with a model of one layer."""
 
 import itertools
 import os
@@ -10,7 +10,6 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import nn
 
@@ -25,15 +24,7 @@ LOOPS = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    """Leave out the report on the machine, which takes longer than the runs."""
-    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
-    yield
-    DefaultScope._instance_dict.clear()
-
-
-class Dropped(BaseModel):
+class Model(BaseModel):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(4, 1)
@@ -62,7 +53,7 @@ class Count(BaseMetric):
 
 
 class Act(Hook):
-    """Do something after an iteration, or while a validation runs."""
+    """Call a function after an iteration or during a validation."""
 
     def __init__(self, at, act, validating=False, batch=0):
         self.at, self.act, self.validating, self.batch = at, act, validating, batch
@@ -76,7 +67,7 @@ class Act(Hook):
             self.act()
 
 
-def tell():
+def send_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -86,13 +77,13 @@ def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accu
     saved = dict(type='mmdense.CheckpointHook', by_epoch=by_epoch, interval=2 if by_epoch else 4)
     loader = dict(
         batch_size=batch_size,
-        num_workers=0 if by_epoch else 1,  # where the main process would go on drawing
+        num_workers=0 if by_epoch else 1,
         sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
         dataset=Noisy(),
         collate_fn=dict(type='default_collate'),
     )
     return Runner(
-        Dropped(),
+        Model(),
         str(folder),
         train_dataloader=loader,
         val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
@@ -106,7 +97,7 @@ def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accu
         load_from=resume,
         resume=resume is not None,
         randomness=dict(seed=seed),
-        # Of its own: log buffers of one name are shared.
+        # Runs with the same name would share log buffers.
         experiment_name=f'{folder.parent.name}-{folder.name}-{len(hooks)}-{resume}-{accumulate}-{kind}',
         log_level='WARNING',
     )
@@ -126,24 +117,24 @@ def last(folder):
 
 @pytest.mark.parametrize('validating', [False, True])
 @pytest.mark.parametrize('kind', LOOPS)
-def test_a_run_that_was_told_to_stop_ends_alike(kind, validating, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(kind, validating, tmp_path):
     whole = build(tmp_path / 'whole', kind)
     whole.train()
     at = dict(epochs=8, iterations=5)[kind] if validating else 6
-    runner = build(tmp_path / 'told', kind, Act(at, tell, validating))
-    with pytest.raises(SystemExit) as ended:
+    runner = build(tmp_path / 'stopped', kind, Act(at, send_sigterm, validating))
+    with pytest.raises(SystemExit) as exit:
         runner.train()
-    assert ended.value.code == STATUS
-    assert last(tmp_path / 'told') == str(tmp_path / 'told/interrupted.pth')
-    meta = read_checkpoint(last(tmp_path / 'told'))['meta']
+    assert exit.value.code == STATUS
+    assert last(tmp_path / 'stopped') == str(tmp_path / 'stopped/interrupted.pth')
+    meta = read_checkpoint(last(tmp_path / 'stopped'))['meta']
     assert (meta['epoch'], meta['iter']) == (at // 4 if kind == 'epochs' else 0, at)
-    rest = build(tmp_path / 'told', kind, resume=last(tmp_path / 'told'))
+    rest = build(tmp_path / 'stopped', kind, resume=last(tmp_path / 'stopped'))
     rest.train()
     assert len(state(whole)[0]['train/loss']) == 12
     assert len(state(whole)[0]['val/score']) == dict(epochs=2, iterations=3)[kind]
     assert state(rest) == state(whole)
-    assert not (tmp_path / 'told/interrupted.pth').exists()
-    assert sorted(f.name for f in (tmp_path / 'told').glob('*.pth')) == sorted(
+    assert not (tmp_path / 'stopped/interrupted.pth').exists()
+    assert sorted(f.name for f in (tmp_path / 'stopped').glob('*.pth')) == sorted(
         f.name for f in (tmp_path / 'whole').glob('*.pth')
     )
 
@@ -158,17 +149,17 @@ def kill():
 
 @pytest.mark.parametrize('killed', [False, True])
 @pytest.mark.parametrize('kind', LOOPS)
-def test_several_processes_lose_nothing_with_a_validation(kind, killed, tmp_path, monkeypatch):
+def test_several_processes_save_a_checkpoint_during_validation(kind, killed, tmp_path, monkeypatch):
     whole = build(tmp_path / 'whole', kind)
     whole.train()
     monkeypatch.setattr(stopping, 'is_distributed', lambda: True)
     at = dict(epochs=8, iterations=5)[kind]
-    hooks = [Act(at, tell, validating=True)] + [Act(at, kill, True, batch=2)] * killed
-    runner = build(tmp_path / 'told', kind, *hooks)
+    hooks = [Act(at, send_sigterm, validating=True)] + [Act(at, kill, True, batch=2)] * killed
+    runner = build(tmp_path / 'stopped', kind, *hooks)
     with pytest.raises(Killed if killed else SystemExit):
         runner.train()
-    assert read_checkpoint(last(tmp_path / 'told'))['meta']['iter'] == at + (not killed)
-    rest = build(tmp_path / 'told', kind, resume=last(tmp_path / 'told'))
+    assert read_checkpoint(last(tmp_path / 'stopped'))['meta']['iter'] == at + (not killed)
+    rest = build(tmp_path / 'stopped', kind, resume=last(tmp_path / 'stopped'))
     rest.train()
     assert state(rest) == state(whole)
 
@@ -181,37 +172,40 @@ def test_seeds_differ(kind, tmp_path):
     assert state(one)[0]['train/loss'] != state(other)[0]['train/loss']
 
 
-def test_it_stops_where_no_gradients_are_pending(tmp_path):
-    runner = build(tmp_path, 'epochs', Act(4, tell), accumulate=3)
+def test_it_stops_when_no_gradients_are_pending(tmp_path):
+    runner = build(tmp_path, 'epochs', Act(4, send_sigterm), accumulate=3)
     with pytest.raises(SystemExit):
         runner.train()
     assert read_checkpoint(last(tmp_path))['meta']['iter'] == 6
 
 
-def test_another_batch_size_goes_on_after_the_same_share(tmp_path):
+def test_another_batch_size_resumes_after_the_same_share(tmp_path):
     with pytest.raises(SystemExit):
-        build(tmp_path, 'epochs', Act(6, tell)).train()
+        build(tmp_path, 'epochs', Act(6, send_sigterm)).train()
     seen = []
     runner = build(tmp_path, 'epochs', batch_size=1, resume=last(tmp_path))
     runner.register_hook(Act(None, None))
     runner.hooks[-1].after_train_iter = lambda runner, batch_idx, **more: seen.append(batch_idx)
     runner.train()
-    assert seen[:5] == [4, 5, 6, 7, 0]  # two of four batches are four of eight
+    assert seen[:5] == [4, 5, 6, 7, 0]  # 2 of 4 batches are 4 of 8
 
 
-def test_without_checkpoints_it_says_that_nothing_is_kept(tmp_path, caplog):
-    runner = build(tmp_path, 'epochs', Act(2, tell), checkpoint=dict(type=Act, at=0, act=None))
-    said = []
-    runner.logger.warning = said.append
+def test_without_checkpoints_it_warns_that_nothing_was_saved(tmp_path):
+    runner = build(
+        tmp_path, 'epochs', Act(2, send_sigterm), checkpoint=dict(type=Act, at=0, act=None)
+    )
+    warnings = []
+    runner.logger.warning = warnings.append
     with pytest.raises(SystemExit):
         runner.train()
-    assert said == [
-        'SIGTERM: stopped after 2 of 12; nothing is kept, as the config saves no checkpoints'
+    assert warnings == [
+        'SIGTERM: stopped after 2 of 12 iterations; nothing was saved, since the config saves no '
+        'checkpoints'
     ]
 
 
-def test_what_is_replaced_goes_after_what_replaces_it(tmp_path, monkeypatch):
-    """mmengine's hook deletes first: a process that was killed in between had neither."""
+def test_an_old_checkpoint_is_removed_after_its_successor_is_written(tmp_path, monkeypatch):
+    """mmengine's hook deletes first, so that a kill in between leaves neither."""
     hook = dict(
         type='mmdense.CheckpointHook',
         interval=1,
@@ -222,11 +216,11 @@ def test_what_is_replaced_goes_after_what_replaces_it(tmp_path, monkeypatch):
     seen = set()
     replace = Path.replace
 
-    def note(part, file):
+    def record(part, file):
         seen.add((file.name, *sorted(f.name for f in tmp_path.glob('*.pth'))))
         return replace(part, file)
 
-    monkeypatch.setattr(Path, 'replace', note)
+    monkeypatch.setattr(Path, 'replace', record)
     build(tmp_path, 'epochs', checkpoint=hook).train()
     assert ('epoch_3.pth', 'best_count_epoch_2.pth', 'epoch_2.pth') in seen
     assert ('best_count_epoch_3.pth', 'best_count_epoch_2.pth', 'epoch_3.pth') in seen
@@ -236,18 +230,18 @@ def test_what_is_replaced_goes_after_what_replaces_it(tmp_path, monkeypatch):
     ]
 
 
-def test_a_validation_that_the_checkpoint_holds_is_not_repeated(tmp_path):
+def test_a_validation_in_the_checkpoint_is_not_repeated(tmp_path):
     hook = dict(type='mmdense.CheckpointHook', interval=1, save_best='count', rule='greater')
     whole = build(tmp_path / 'whole', 'epochs', checkpoint=hook)
     whole.train()
-    resume = str(tmp_path / 'whole/epoch_2.pth')  # written again, as the best so far
+    resume = str(tmp_path / 'whole/epoch_2.pth')  # saved again as the best so far
     rest = build(tmp_path / 'rest', 'epochs', checkpoint=hook, resume=resume)
     rest.train()
     assert len(state(whole)[0]['val/score']) == 2
     assert state(rest) == state(whole)
 
 
-def test_a_part_of_a_killed_run_is_removed_at_the_next_start(tmp_path):
+def test_partly_written_files_are_removed_at_the_next_start(tmp_path):
     (tmp_path / '.epoch_1.pth.part').touch()
     (tmp_path / '.other').touch()
     build(tmp_path, 'iterations').train()

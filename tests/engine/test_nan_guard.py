@@ -1,4 +1,4 @@
-"""Stopping on numbers that are not finite, and keeping such weights out of checkpoints."""
+"""The NaN guard: when it stops a run, and what its message says."""
 
 import itertools
 import math
@@ -9,30 +9,22 @@ import torch
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
-from mmengine.registry import HOOKS, DefaultScope
+from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from mmdense.engine import FiniteHook
+from mmdense.engine import NaNGuardHook
 from mmdense.errors import UserError
 
 NUMBERS = itertools.count()
 ITERS = 8
 
 
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    """Leave out the report on the machine, which takes longer than the runs."""
-    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
-    yield
-    DefaultScope._instance_dict.clear()
-
-
 class Model(BaseModel):
-    """A weight of 1 whose loss is what ``factors`` say, one for each iteration.
+    """A single weight, multiplied by the iteration's factor to give the loss.
 
-    A factor makes the loss and its gradient; with ``harmless`` no gradient comes through.
+    With ``harmless``, the factor has no gradient.
     """
 
     def __init__(self, factors, *, harmless=False):
@@ -61,7 +53,7 @@ def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
     runner = Runner(
         model=model,
         work_dir=str(folder),
-        experiment_name=f'finite-{next(NUMBERS)}',
+        experiment_name=f'nan-guard-{next(NUMBERS)}',
         train_dataloader=dict(
             dataset=Data(),
             sampler=dict(type='DefaultSampler', shuffle=False),
@@ -74,7 +66,7 @@ def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
         param_scheduler=dict(type='LinearLR', start_factor=0.5, end=2, by_epoch=False),
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoints),
-            finite=dict(type='mmdense.FiniteHook', **options),
+            nan_guard=dict(type='mmdense.NaNGuardHook', **options),
         ),
         custom_hooks=list(hooks),
         log_processor=dict(by_epoch=False),
@@ -85,60 +77,58 @@ def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
 
 
 def saved(folder):
-    """Return the checkpoints' numbers; all of their weights must be finite."""
+    """Return the iterations of the checkpoints, whose weights must be finite."""
     files = sorted(Path(folder).glob('*.pth'))
     for file in files:
-        held = torch.load(file, weights_only=False)
-        assert held['state_dict']['weight'].isfinite()
+        checkpoint = torch.load(file, weights_only=False)
+        assert checkpoint['state_dict']['weight'].isfinite()
     return [int(file.stem.removeprefix('iter_')) for file in files]
 
 
-def test_weights_that_are_lost_stop_the_run_at_once(tmp_path):
+def test_broken_weights_stop_the_run_at_once(tmp_path):
     with pytest.raises(UserError) as caught:
         train(tmp_path, Model([1.0, 1.0, math.nan]), hooks=[EMAHook()])
     (line,) = str(caught.value).splitlines()
     assert line.startswith(
         'no finite loss since iteration 3 of 8 (loss nan, loss_box nan), at learning rate 0.125, '
         'on images/4.jpg, images/5.jpg; at iteration 3 the weights are not finite either. '
-        'Try a lower learning rate or a longer warm-up, a look at these images'
+        'Try a lower learning rate or a longer warm-up, checking these images'
     )
-    assert line.endswith(f'the last one is {tmp_path / "iter_2.pth"}')
+    assert line.endswith(f'last checkpoint: {tmp_path / "iter_2.pth"}')
     assert saved(tmp_path) == [1, 2]
 
 
-def test_the_learning_rate_is_that_of_the_iteration(tmp_path):
-    """Not that of the next one; and there is no checkpoint to name."""
-    with pytest.raises(UserError, match='learning rate 0.0625, .*there is none yet$'):
+def test_the_message_has_the_learning_rate_of_the_bad_iteration(tmp_path):
+    """Not of the next one. There is no checkpoint to name."""
+    with pytest.raises(UserError, match='learning rate 0.0625, .*no checkpoint yet$'):
         train(tmp_path, Model([math.inf]))
     assert saved(tmp_path) == []
 
 
-def test_losses_that_do_no_harm_may_come_for_a_while(tmp_path):
+def test_harmless_bad_losses_are_tolerated_for_a_while(tmp_path):
     factors = [1.0, *[math.nan] * 3, 1.0, *[math.nan] * 3]
     train(tmp_path, Model(factors, harmless=True), patience=4)
     assert saved(tmp_path) == [*range(1, ITERS + 1)]
-    said = 'since iteration 6 of 8 .* at iteration 8 the weights are finite'
-    with pytest.raises(UserError, match=said):
+    message = 'since iteration 6 of 8 .* at iteration 8 the weights are finite'
+    with pytest.raises(UserError, match=message):
         train(tmp_path / 'less', Model([*[1.0] * 5, *[-math.inf] * 3], harmless=True), patience=3)
     assert saved(tmp_path / 'less') == [*range(1, ITERS)]
 
 
-def test_a_finite_loss_that_spoils_the_weights(tmp_path):
-    """They are not written, although no loss has told of them yet."""
-
-    class Spoil(Hook):
+def test_broken_weights_are_not_saved_after_a_finite_loss(tmp_path):
+    class BreakWeights(Hook):
         def after_train_iter(self, runner, **_):
             if runner.iter == 3:
                 runner.model.weight.data.fill_(math.inf)
 
-    said = f'^NaN or infinite weights at iteration 4 of 8. .* last one is {tmp_path}/iter_2.pth'
-    with pytest.raises(UserError, match=said):
-        train(tmp_path, Model([1.0] * ITERS), hooks=[Spoil()], checkpoints=2)
+    message = f'^NaN or infinite weights at iteration 4 of 8. .*: {tmp_path}/iter_2.pth$'
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, Model([1.0] * ITERS), hooks=[BreakWeights()], checkpoints=2)
     assert saved(tmp_path) == [2]
 
 
 class ScalingOptimWrapper(OptimWrapper):
-    """What mmengine's AmpOptimWrapper does, with torch's scaler for a CPU."""
+    """mmengine's AmpOptimWrapper with torch's scaler for CPUs."""
 
     def __init__(self, **options):
         super().__init__(**options)
@@ -155,25 +145,25 @@ class ScalingOptimWrapper(OptimWrapper):
         self.skipped += self.loss_scaler.get_scale() < scale
 
 
-def test_skips_of_a_scaler_are_no_reason(tmp_path):
-    model = Model([2.0**125] * ITERS)  # finite, and infinite when scaled
+def test_steps_that_a_scaler_skips_do_not_count(tmp_path):
+    model = Model([2.0**125] * ITERS)  # finite, but infinite when scaled
     wrapper = ScalingOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=2.0**-125))
     train(tmp_path, model, wrapper=wrapper, patience=1)
     assert wrapper.skipped == ITERS
     assert saved(tmp_path) == [*range(1, ITERS + 1)]
 
 
-def test_what_a_scaler_and_unclipped_gradients_may_be_helped_by(tmp_path):
+def test_the_message_suggests_clipping_and_bfloat16(tmp_path):
     model = Model([math.nan])
     wrapper = ScalingOptimWrapper(optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     with pytest.raises(UserError) as caught:
         train(tmp_path, model, wrapper=wrapper, patience=1)
-    assert 'weights are finite. Try ' in str(caught.value)  # the scaler left the step out
-    assert 'optim_wrapper.clip_grad.max_norm=10, --amp-dtype bfloat16, a look' in str(caught.value)
+    assert 'weights are finite. Try ' in str(caught.value)  # the scaler skipped the step
+    assert 'clip_grad.max_norm=10, --amp-dtype bfloat16, checking' in str(caught.value)
 
 
-def test_no_device_is_asked_while_all_is_well():
-    """The hook reads what is in the message hub; from a GPU that would be a wait."""
+def test_finite_losses_cause_no_wait_for_the_device():
+    """The hook reads the message hub and touches no tensor."""
 
     class Numbers:
         def current(self):
@@ -184,12 +174,13 @@ def test_no_device_is_asked_while_all_is_well():
             assert name == 'train/loss'
             return Numbers()
 
-    class Watched:
+    class FakeRunner:
         message_hub, iter = Hub(), 4
 
-    FiniteHook().after_train_iter(Watched(), 0, outputs=dict(loss=object(), acc=object()))
+    NaNGuardHook().after_train_iter(FakeRunner(), 0, outputs=dict(loss=object(), acc=object()))
 
 
-def test_patience_is_checked():
+@pytest.mark.parametrize('name', ['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
+def test_patience_is_checked(name):
     with pytest.raises(ValueError, match='patience is 0, must be at least 1'):
-        HOOKS.build(dict(type='mmdense.FiniteHook', patience=0))
+        HOOKS.build(dict(type=f'mmdense.{name}', patience=0))

@@ -1,4 +1,6 @@
-"""Training in bfloat16, on the device that is there."""
+"""bfloat16 training on the available device."""
+
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -19,17 +21,11 @@ class Model(nn.Module):
         self.dtype = self.layer(x).dtype
         return self.layer(x).float().square().mean()
 
-    def no_sync(self):  # as DDP has it
-        model = self
-
-        class Context:
-            def __enter__(self):
-                model.synchronised = False
-
-            def __exit__(self, *_):
-                model.synchronised = True
-
-        return Context()
+    @contextmanager
+    def no_sync(self):  # as in DDP
+        self.synchronised = False
+        yield
+        self.synchronised = True
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def build(model, **options):
     return build_optim_wrapper(model, options)
 
 
-def test_bfloat16_is_for_the_model_alone(model):
+def test_only_the_model_runs_in_bfloat16(model):
     wrapper = build(model, clip_grad=dict(max_norm=1.0))
     before = model.layer.weight.clone()
     with wrapper.optim_context(model):
@@ -55,7 +51,7 @@ def test_bfloat16_is_for_the_model_alone(model):
     (expected,) = torch.autograd.grad(
         model(torch.ones(3, 4, device=get_device())), model.layer.weight
     )
-    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.01)  # float32, and not scaled
+    torch.testing.assert_close(gradient, expected, rtol=0.02, atol=0.01)  # float32, not scaled
     wrapper.step()
     assert model.layer.weight.dtype == torch.float32
     assert not torch.equal(model.layer.weight, before)
@@ -75,8 +71,8 @@ def test_gradients_accumulate_without_synchronisation(model):
 
 def test_resumes_from_a_run_with_loss_scaling(model):
     wrapper = build(model)
-    held = wrapper.state_dict()
-    assert 'loss_scaler' not in held
-    held['param_groups'][0]['lr'] = 0.5
-    wrapper.load_state_dict(dict(held, loss_scaler=dict(scale=512.0)))  # of AmpOptimWrapper
+    state = wrapper.state_dict()
+    assert 'loss_scaler' not in state
+    state['param_groups'][0]['lr'] = 0.5
+    wrapper.load_state_dict(dict(state, loss_scaler=dict(scale=512.0)))  # from AmpOptimWrapper
     assert wrapper.optimizer.param_groups[0]['lr'] == 0.5

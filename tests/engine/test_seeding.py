@@ -1,4 +1,4 @@
-"""Random numbers by iteration, in the main process and in workers."""
+"""Random numbers by iteration in the main process and in workers."""
 
 import random
 
@@ -15,7 +15,7 @@ def draws():
     return [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
 
 
-def test_all_generators_are_seeded_by_all_numbers():
+def test_every_generator_depends_on_every_number_of_the_key():
     seed_all(1, 2)
     one = draws()
     seed_all(1, 2)
@@ -27,7 +27,7 @@ def test_all_generators_are_seeded_by_all_numbers():
 
 
 class Drawing(Dataset):
-    """Samples that are their index, and one number of each generator."""
+    """Samples of their index and one number from each generator."""
 
     def __len__(self):
         return 10
@@ -36,28 +36,28 @@ class Drawing(Dataset):
         return [index, *draws()]
 
 
-class Whole(Drawing):
-    """One that has a way of its own to load a batch."""
+class BatchDrawing(Drawing):
+    """Loads whole batches."""
 
     def __getitems__(self, indices):
         return [[-index, *draws()] for index in indices]
 
 
 def load(sampler, *, workers=0, skip=0, count=5, data=None, key=(1,), **more):
-    """Return batches with their numbers, the first of them ``skip``."""
+    """Return ``count`` batches from number ``skip`` on."""
     data = data or Drawing()
     loader = DataLoader(
         data, 2, sampler=sampler(data, seed=3), num_workers=workers, collate_fn=list, **more
     )
     batches = NumberedBatches(loader, endless=sampler is InfiniteSampler)
-    assert list(loader) == []  # not begun
+    assert list(loader) == []  # before start()
     batches.start(key, first=skip, skip=skip)
     assert len(loader) == 5
     return [batch for batch, _ in zip(loader, range(count), strict=False)]
 
 
 @pytest.mark.parametrize('sampler', [DefaultSampler, InfiniteSampler])
-def test_a_batch_depends_on_its_number_alone(sampler):
+def test_a_batch_depends_only_on_its_number(sampler):
     plain = load(sampler)
     assert len(plain) == 5
     samples = [sample for batch in plain for sample in batch]
@@ -69,14 +69,14 @@ def test_a_batch_depends_on_its_number_alone(sampler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('persistent', [False, True])
-def test_workers_draw_what_the_main_process_does(persistent):
+def test_workers_draw_the_same_numbers_as_the_main_process(persistent):
     plain = load(InfiniteSampler, count=8)
     more = dict(workers=2, persistent_workers=persistent)
     assert load(InfiniteSampler, count=8, **more) == plain
     assert load(InfiniteSampler, skip=3, **more) == plain[3:]
 
 
-def test_an_endless_sampler_of_one_pass_is_told_the_epoch():
+def test_an_endless_sampler_sets_the_epoch_of_each_pass():
     data = Drawing()
     loader = DataLoader(data, 2, sampler=DefaultSampler(data, seed=3), collate_fn=list)
     batches = NumberedBatches(loader, endless=True)
@@ -88,16 +88,16 @@ def test_an_endless_sampler_of_one_pass_is_told_the_epoch():
     assert [s[0] for batch, _ in zip(loader, range(3), strict=False) for s in batch] == stream[14:]
 
 
-def test_a_data_set_may_load_whole_batches_and_be_read_by_another_loader():
-    data = Whole()
+def test_data_sets_with_getitems_and_a_second_loader():
+    data = BatchDrawing()
     plain = load(DefaultSampler, data=data)
     assert all(sample[0] <= 0 for batch in plain for sample in batch)
-    assert load(DefaultSampler, data=Whole()) == plain
+    assert load(DefaultSampler, data=BatchDrawing()) == plain
     other = next(iter(DataLoader(data, 2, collate_fn=list)))
     assert [sample[0] for sample in other] == [0, -1]
 
 
-def test_a_loader_may_be_numbered_again():
+def test_a_loader_can_be_numbered_twice():
     data = Drawing()
     loader = DataLoader(data, 2, sampler=DefaultSampler(data, seed=3), collate_fn=list)
     first = NumberedBatches(loader, endless=False)

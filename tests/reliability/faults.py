@@ -1,4 +1,4 @@
-"""Trainings that something happens to, in processes that need not import everything again."""
+"""Trainings with injected faults, in forked processes that skip the slow imports."""
 
 import multiprocessing
 import os
@@ -12,29 +12,29 @@ from mmengine.registry import HOOKS
 
 from support import ROOT
 
-# Starts a process for each training, by forking one that has imported what they need.
+# Forks each training from a process that has imported everything.
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['faults', 'mmdense.apis', 'mmdet.apis', 'mmseg.apis'])
 
 
 def train(config, *arguments, project):
-    """Run tools/train.py in a process; return (status, everything that it said).
+    """Run tools/train.py in a process; return (status, output).
 
-    The status is negative, as of Python's subprocesses, where a signal ended it.
+    As in Python's subprocess, the status is negative if a signal ended the process.
     """
-    said = project / 'said.txt'
+    output = project / 'output.txt'
     command = ['tools/train.py', *map(str, (config, *arguments))]
-    process = SERVER.Process(target=_train, args=(command, project, said))
+    process = SERVER.Process(target=_train, args=(command, project, output))
     process.start()
     process.join(600)
-    assert process.exitcode is not None, said.read_text()
-    return process.exitcode, said.read_text()
+    assert process.exitcode is not None, output.read_text()
+    return process.exitcode, output.read_text()
 
 
-def _train(command, project, said):
-    os.setpgid(0, 0)  # signals to the group reach this training alone
+def _train(command, project, output):
+    os.setpgid(0, 0)  # so that signals to the group reach only this training
     os.chdir(project)
-    with said.open('w') as opened:
+    with output.open('w') as opened:
         for stream in (1, 2):
             os.dup2(opened.fileno(), stream)
     sys.argv = command
@@ -43,7 +43,7 @@ def _train(command, project, said):
 
 @HOOKS.register_module()
 class SendSignal(Hook):
-    """Send the whole process group, workers included, a signal once a run is at an iteration."""
+    """Send a signal to the process group, including workers, at an iteration."""
 
     def __init__(self, number, at, validating=False):
         self.number, self.at, self.validating = signal.Signals(number), at, validating
@@ -61,11 +61,11 @@ class SendSignal(Hook):
 
 @HOOKS.register_module()
 class LimitFiles(Hook):
-    """Let no file grow beyond a size from an iteration on.
+    """Limit the size of files from an iteration on.
 
     Args:
-        deadly: Whether the system ends the process that tries, in the middle of the write, or
-            refuses, as it does when a disk is full.
+        deadly: Whether the system kills the process in the middle of the write, or refuses the
+            write as on a full disk.
     """
 
     def __init__(self, size, at, deadly):

@@ -319,8 +319,7 @@ def killed(folder, run_tool):
         'train_cfg.max_iters=4',
         'train_cfg.val_interval=4',
     ]
-    paths = f'{folder}{os.pathsep}{ROOT}'
-    env = dict(PYTHONPATH=paths, CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
+    env = dict(PYTHONPATH=str(folder), CUDA_VISIBLE_DEVICES='', OMP_NUM_THREADS='1')
     command = [ROOT / 'tools/dist_train.sh', config, 2, '--work-dir', folder / 'killed']
     env['KILLED'] = str(folder / 'sign')
     status, output = run_tool(*command, *arguments, **env)

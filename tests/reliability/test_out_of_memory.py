@@ -1,4 +1,4 @@
-"""Memory that runs out, in training on a GPU (simulated) and in a test on a CPU (for real)."""
+"""Out of memory: simulated in training on a GPU, real in testing on a CPU."""
 
 import sys
 
@@ -28,7 +28,7 @@ class Greedy(FasterRCNN):
 
 @pytest.fixture(scope='module')
 def greedy(run_tool, tmp_path_factory):
-    """Run a tool with a detector that takes too much; return its status and its last line."""
+    """Run a tool with a detector that needs too much; return its status and last line."""
     folder = tmp_path_factory.mktemp('greedy')
     (folder / 'greedy.py').write_text(DETECTOR)
     config = folder / 'config.py'
@@ -39,19 +39,19 @@ def greedy(run_tool, tmp_path_factory):
     )
 
     def run(tool, *arguments):
-        status, said = run_tool(
+        status, output = run_tool(
             *(sys.executable, ROOT / 'tools' / tool, config, *arguments, '--work-dir', folder),
             *('--cfg-options', 'train_dataloader.num_workers=0'),
             'train_dataloader.persistent_workers=False',
             PYTHONPATH=str(folder),
         )
-        assert 'Traceback' not in said
-        return status, said.splitlines()[-1].replace(str(config), 'CONFIG')
+        assert 'Traceback' not in output
+        return status, output.splitlines()[-1].replace(str(config), 'CONFIG')
 
     return run
 
 
-def test_training_says_how_to_need_less(greedy):
+def test_training_suggests_how_to_need_less(greedy):
     status, line = greedy('train.py')
     assert status == 2
     assert line == (
@@ -63,9 +63,9 @@ def test_training_says_how_to_need_less(greedy):
     )
 
 
-def test_test_says_how_to_need_less(greedy, tmp_path):
-    held = {'backbone.stem.0.bias': torch.zeros(32)}
-    torch.save(dict(state_dict=held), tmp_path / 'part.pth')
+def test_testing_suggests_how_to_need_less(greedy, tmp_path):
+    weights = {'backbone.stem.0.bias': torch.zeros(32)}
+    torch.save(dict(state_dict=weights), tmp_path / 'part.pth')
     status, line = greedy('test.py', tmp_path / 'part.pth', '--min-loaded', '0')
     assert status == 2
     assert line.startswith(

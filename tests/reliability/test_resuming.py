@@ -1,4 +1,4 @@
-"""Trainings that are killed, told to stop or out of disk space, and go on."""
+"""Trainings that are killed, stopped by SIGTERM or out of disk space, and resume."""
 
 import random
 import shutil
@@ -18,7 +18,7 @@ from support import CONDENSED, DEMOS, ROOT
 
 pytestmark = pytest.mark.slow
 
-# Four iterations an epoch, of small images that are flipped at random.
+# Four iterations an epoch on small images, with random augmentation.
 DETECTION = """
 train_dataloader = dict(
     batch_size=2, num_workers=2, dataset=dict(indices=8, pipeline=[
@@ -46,18 +46,18 @@ randomness = dict(seed=None)
 
 
 def write_config(file, base, text='', *hooks):
-    """Write a config, whose hooks come after those of its base and of ``text``."""
+    """Write a config with more hooks than its base and ``text`` have."""
     lines = [f'_base_ = {str(base)!r}\n', text]
     if hooks:
-        held = 'custom_hooks' if 'custom_hooks' in text else '_base_.custom_hooks'
-        lines.append(f'custom_hooks = [*{held}, *{list(hooks)!r}]\n')
+        inherited = 'custom_hooks' if 'custom_hooks' in text else '_base_.custom_hooks'
+        lines.append(f'custom_hooks = [*{inherited}, *{list(hooks)!r}]\n')
         lines.append("custom_imports = dict(imports=['mmdense', 'faults'])\n")
     file.write_text(''.join(lines))
     return file
 
 
 def differences(one, other, where=''):
-    """Return the places where two checkpoints differ, those of times and names aside."""
+    """Return where two checkpoints differ, except for times and names."""
     if any(name in where for name in ('time', 'ckpt', '.cfg', 'experiment')):
         return []
     if isinstance(one, HistoryBuffer):
@@ -81,10 +81,10 @@ def test_differences_are_found():
     assert differences(one, other) == ['.h.0', '.m.0.x', '.w']
 
 
-def at_end(work_dir):
-    held = read_checkpoint((work_dir / 'last_checkpoint').read_text())
-    del held['meta']['cfg']
-    return held
+def last_checkpoint(work_dir):
+    checkpoint = read_checkpoint((work_dir / 'last_checkpoint').read_text())
+    del checkpoint['meta']['cfg']
+    return checkpoint
 
 
 def files(work_dir):
@@ -93,14 +93,14 @@ def files(work_dir):
 
 @pytest.fixture(scope='module')
 def interrupted(project):
-    """Train a detector in one go, and another with three interruptions; return what each said."""
+    """Train one detector without and one with three interruptions; return all outputs."""
     runs, folder = {}, project / 'interrupted'
-    chosen = random.Random(9).choice([5, 6, 7])  # within the last of two epochs
+    iteration = random.Random(9).choice([5, 6, 7])  # of the second and last epoch
     faults = dict(
         whole=None,
-        told=dict(type='SendSignal', number=signal.SIGTERM.value, at=2),
+        stopped=dict(type='SendSignal', number=signal.SIGTERM.value, at=2),
         validating=dict(type='SendSignal', number=signal.SIGTERM.value, at=4, validating=True),
-        killed=dict(type='SendSignal', number=signal.SIGKILL.value, at=chosen),
+        killed=dict(type='SendSignal', number=signal.SIGKILL.value, at=iteration),
         last=None,
     )
     for name, fault in faults.items():
@@ -118,12 +118,12 @@ def interrupted(project):
     return runs, project / 'whole', folder
 
 
-def test_a_killed_run_ends_like_one_that_was_not(interrupted):
+def test_a_killed_run_ends_like_an_uninterrupted_one(interrupted):
     runs, whole, folder = interrupted
     assert runs['whole'][0] == 0, runs['whole'][1]
     assert runs['killed'][0] == -signal.SIGKILL, runs['killed'][1]
     assert runs['last'][0] == 0, runs['last'][1]
-    one, other = at_end(whole), at_end(folder)
+    one, other = last_checkpoint(whole), last_checkpoint(folder)
     assert {'ema_state_dict', 'optimizer', 'param_schedulers', 'message_hub'} <= set(one)
     assert len(one['message_hub']['log_scalars']['train/loss'].data[0]) == 8
     masks = [v for k, v in one['state_dict'].items() if k.endswith('mask')]
@@ -131,44 +131,44 @@ def test_a_killed_run_ends_like_one_that_was_not(interrupted):
     assert differences(one, other) == []
 
 
-def test_sigterm_ends_between_two_iterations(interrupted):
+def test_sigterm_stops_between_two_iterations(interrupted):
     runs, _, folder = interrupted
-    status, said, left = runs['told']
-    assert status == 143, said
-    *_, before, last = said.splitlines()
-    assert '[1][3/4]' in before  # the iteration that ran
+    status, output, files_left = runs['stopped']
+    assert status == 143, output
+    *_, before, last = output.splitlines()
+    assert '[1][3/4]' in before  # the iteration was finished
     assert 'SIGTERM: stopped after 3 of 8' in last
-    assert f'--resume goes on from {folder / "interrupted.pth"}' in last
-    assert left == ['interrupted.pth']
+    assert f'--resume continues from {folder / "interrupted.pth"}' in last
+    assert files_left == ['interrupted.pth']
     assert 'resumed epoch: 0, iter: 3' in runs['validating'][1]
     assert '[1][4/4]' in runs['validating'][1]
 
 
-def test_sigterm_ends_a_validation_which_is_made_up_for(interrupted):
+def test_sigterm_stops_a_validation_which_runs_again_on_resuming(interrupted):
     runs, _, folder = interrupted
-    status, said, left = runs['validating']
-    assert status == 143, said
-    assert 'SIGTERM: stopped after 4 of 8' in said.splitlines()[-1]
-    assert 'coco/bbox_mAP' not in said
-    assert left == ['epoch_1.pth', 'interrupted.pth']
+    status, output, files_left = runs['validating']
+    assert status == 143, output
+    assert 'SIGTERM: stopped after 4 of 8' in output.splitlines()[-1]
+    assert 'coco/bbox_mAP' not in output
+    assert files_left == ['epoch_1.pth', 'interrupted.pth']
     assert 'resumed epoch: 1, iter: 4' in runs['killed'][1]
     assert 'Epoch(val) [1][2/2]' in runs['killed'][1]
     assert runs['last'][2] == ['epoch_1.pth', 'epoch_2.pth']
 
 
-def test_training_by_iterations_without_a_seed_goes_on_alike(project):
+def test_training_by_iterations_without_a_seed_resumes_exactly(project):
     config = write_config(project / 'seg.py', DEMOS['segmentation'], SEGMENTATION)
     whole, rest = project / 'seg-whole', project / 'seg-rest'
-    status, said = train(config, '--work-dir', whole, project=project)
-    assert status == 0, said
+    status, output = train(config, '--work-dir', whole, project=project)
+    assert status == 0, output
     rest.mkdir()
-    # As if it had been killed before its validation, in which mmengine would leave that out.
+    # As if killed before the validation, which mmengine would skip.
     shutil.copy(whole / 'iter_3.pth', rest)
-    status, said = train(config, '--work-dir', rest, '--resume', project=project)
-    assert status == 0, said
-    assert 'resumed epoch: 0, iter: 3' in said
-    assert said.count('Iter(val)') == 3  # after 3, 6 and 8
-    one, other = at_end(whole), at_end(rest)
+    status, output = train(config, '--work-dir', rest, '--resume', project=project)
+    assert status == 0, output
+    assert 'resumed epoch: 0, iter: 3' in output
+    assert output.count('Iter(val)') == 3  # after 3, 6 and 8
+    one, other = last_checkpoint(whole), last_checkpoint(rest)
     assert one['meta']['seed'] == other['meta']['seed']
     assert len(one['message_hub']['log_scalars']['train/loss'].data[0]) == 8
     assert differences(one, other) == []
@@ -176,9 +176,9 @@ def test_training_by_iterations_without_a_seed_goes_on_alike(project):
 
 @pytest.fixture(scope='module')
 def limited(project):
-    """Train a detector whose second checkpoint meets, one after the other, three faults."""
+    """Train a detector whose second checkpoint meets three faults, one after another."""
     work_dir, runs = project / 'limited', {}
-    size = 300_000  # logs stay below, checkpoints don't
+    size = 300_000  # more than logs, less than checkpoints
     faults = dict(
         killed=dict(type='LimitFiles', size=size, at=1, deadly=True),
         refused=dict(type='LimitFiles', size=size, at=1, deadly=False),
@@ -191,7 +191,7 @@ def limited(project):
         'default_hooks.checkpoint.max_keep_ckpts=1',
     ]
     for name, fault in faults.items():
-        if name == 'damaged':  # as by a file system that had not written all when the power went
+        if name == 'damaged':  # as after a power cut
             content = (work_dir / 'epoch_1.pth').read_bytes()
             (work_dir / 'epoch_2.pth').write_bytes(content[: len(content) // 2])
             (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_2.pth'))
@@ -201,51 +201,51 @@ def limited(project):
             DETECTION,
             *([fault] if fault else []),
         )
-        status, said = train(
+        status, output = train(
             *(config, '--resume', '--work-dir', work_dir, '--cfg-options', *options),
             project=project,
         )
         hidden = sorted(file.name for file in work_dir.glob('.*'))
         last = (work_dir / 'last_checkpoint').read_text()
-        runs[name] = status, said, files(work_dir), hidden, last
+        runs[name] = status, output, files(work_dir), hidden, last
     return work_dir, runs
 
 
 def test_killed_while_a_checkpoint_is_written(limited):
     work_dir, runs = limited
-    status, said, left, hidden, last = runs['killed']
-    assert status == -signal.SIGXFSZ, said
+    status, output, files_left, hidden, last = runs['killed']
+    assert status == -signal.SIGXFSZ, output
     assert hidden == ['.epoch_2.pth.part']
-    # The old one is still there, though only one is to be kept.
-    assert left == ['epoch_1.pth']
+    # The old one is still there, although only one is kept.
+    assert files_left == ['epoch_1.pth']
     assert last == str(work_dir / 'epoch_1.pth')
-    _, said, _, hidden, _ = runs['refused']
-    assert 'resumed epoch: 1, iter: 1' in said
+    _, output, _, hidden, _ = runs['refused']
+    assert 'resumed epoch: 1, iter: 1' in output
     assert hidden == []
 
 
 def test_a_checkpoint_that_cannot_be_written(limited):
     work_dir, runs = limited
-    status, said, left, hidden, _ = runs['refused']
-    assert status == 2, said
-    assert 'Traceback' not in said
-    error = said.splitlines()[-1]
+    status, output, files_left, hidden, _ = runs['refused']
+    assert status == 2, output
+    assert 'Traceback' not in output
+    error = output.splitlines()[-1]
     assert error.startswith(f'error: cannot write {work_dir / "epoch_2.pth"}: File too large (')
     assert ' MB needed, ' in error
-    assert f'the last whole checkpoint is {work_dir / "epoch_1.pth"}. Make room' in error
-    assert left == ['epoch_1.pth']
+    assert f'the last complete checkpoint is {work_dir / "epoch_1.pth"}. Free' in error
+    assert files_left == ['epoch_1.pth']
     assert hidden == []
 
 
 def test_a_damaged_checkpoint_is_not_resumed(limited):
     work_dir, runs = limited
-    status, said, left, _, last = runs['damaged']
-    assert status == 0, said
-    assert f'{work_dir / "epoch_2.pth"} is damaged' in said
-    assert f'going on from {work_dir / "epoch_1.pth"}' in said
-    assert left == ['epoch_2.pth']
+    status, output, files_left, _, last = runs['damaged']
+    assert status == 0, output
+    assert f'{work_dir / "epoch_2.pth"} is damaged' in output
+    assert f'going on from {work_dir / "epoch_1.pth"}' in output
+    assert files_left == ['epoch_2.pth']
     assert last == str(work_dir / 'epoch_2.pth')
-    assert at_end(work_dir)['meta']['epoch'] == 2
+    assert last_checkpoint(work_dir)['meta']['epoch'] == 2
 
 
 def test_scalars_that_cannot_be_written(project):
@@ -259,26 +259,26 @@ def test_scalars_that_cannot_be_written(project):
     ]
     config = write_config(project / 'full.py', DEMOS['detection'], DETECTION)
     command = [config, '--work-dir', work_dir, '--cfg-options', *options]
-    status, said = train(*command, project=project)
-    assert status == 2, said
-    assert 'Traceback' not in said
-    error = said.splitlines()[-1]
+    status, output = train(*command, project=project)
+    assert status == 2, output
+    assert 'Traceback' not in output
+    error = output.splitlines()[-1]
     assert error.startswith(f'error: cannot write {work_dir}: No space left on device')
-    assert 'there is no checkpoint yet' in error
+    assert 'no checkpoint yet' in error
 
 
 def test_two_processes_stop_at_the_same_iteration(project):
-    """torchrun hands SIGTERM on to all, though it may have come to one alone."""
+    """torchrun forwards SIGTERM to all processes."""
     work_dir = project / 'two'
     config = write_config(project / 'two.py', DEMOS['detection'], DETECTION)
-    said = project / 'two.txt'
+    log = project / 'two.txt'
     options = [
         'train_cfg.max_epochs=1000',
-        'train_cfg.val_interval=1000',  # several processes finish a validation
+        'train_cfg.val_interval=1000',  # several processes would finish it
         'default_hooks.checkpoint.interval=1000',
         'default_hooks.logger.interval=1',
     ]
-    with said.open('w') as opened:
+    with log.open('w') as opened:
         process = subprocess.Popen(
             [
                 *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
@@ -291,15 +291,15 @@ def test_two_processes_stop_at_the_same_iteration(project):
         )
     try:
         end = time.monotonic() + 400
-        while 'Epoch(train) [2]' not in ' '.join(said.read_text().split()):
-            assert process.poll() is None, said.read_text()
-            assert time.monotonic() < end, said.read_text()
+        while 'Epoch(train) [2]' not in ' '.join(log.read_text().split()):
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < end, log.read_text()
             time.sleep(0.2)
     finally:
-        process.terminate()  # torchrun ends its processes, by SIGKILL if need be
+        process.terminate()  # torchrun ends its processes, if necessary by SIGKILL
         process.wait(120)
-    lines = [line for line in said.read_text().splitlines() if 'SIGTERM: stopped after' in line]
-    assert len(lines) == 1, said.read_text()
-    held = read_checkpoint(work_dir / 'interrupted.pth')
-    assert f'stopped after {held["meta"]["iter"]} of ' in lines[0]
+    lines = [line for line in log.read_text().splitlines() if 'SIGTERM: stopped after' in line]
+    assert len(lines) == 1, log.read_text()
+    checkpoint = read_checkpoint(work_dir / 'interrupted.pth')
+    assert f'stopped after {checkpoint["meta"]["iter"]} of ' in lines[0]
     assert (work_dir / 'last_checkpoint').read_text() == str(work_dir / 'interrupted.pth')

@@ -2,4 +2,4 @@ _base_ = 'mmdet::_base_/default_runtime.py'
 
 custom_imports = dict(imports=['mmdense'])
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=3), finite=dict(type='mmdense.FiniteHook'))
+    checkpoint=dict(max_keep_ckpts=3), nan_guard=dict(type='mmdense.NaNGuardHook'))

@@ -9,7 +9,7 @@ default_hooks = dict(
     checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=8000, max_keep_ckpts=3),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
-    finite=dict(type='mmdense.FiniteHook'))
+    nan_guard=dict(type='mmdense.NaNGuardHook'))
 
 env_cfg = dict(
     cudnn_benchmark=True,

@@ -1,4 +1,4 @@
-"""Hooks and checkpoint schemes."""
+"""The checkpoint schemes ``timm://`` and ``condensenetv2://``, and safe loading."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import HOOKS, MODELS
+from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 
 import mmdense  # noqa: F401
@@ -17,23 +17,6 @@ from mmdense.errors import UserError
 from mmdense.weights.files import allow_training_state
 
 INIT = dict(type='Pretrained', checkpoint='timm://rdnet_tiny.nv_in1k')
-
-
-class FakeRunner:
-    def __init__(self, model):
-        self.model = model
-
-
-def test_channels_last_hook_changes_format_alone():
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 1))
-    image = torch.randn(2, 3, 32, 32)
-    before = model(image)
-    HOOKS.build(dict(type='mmdense.ChannelsLastHook')).before_run(FakeRunner(model))
-    after = model(image)
-    assert not before.is_contiguous(memory_format=torch.channels_last)
-    assert after.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_come_from_timm(monkeypatch):
