@@ -34,7 +34,7 @@ from torch import nn
 from mmdense.apis.deployment import deploy
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, Named
-from mmdense.benchmark.sweep_report import write_report
+from mmdense.benchmark.report import write_report
 from mmdense.benchmark.timing import inference, machine, measure, training
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size

@@ -1,5 +1,6 @@
-"""The report of a sweep: what it says, that it needs nothing else, and that names stay apart."""
+"""The report of a sweep: its content, that it needs no other file, and that labels stay apart."""
 
+import base64
 import csv
 import json
 import random
@@ -10,9 +11,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdense.benchmark import sweep_report
-from mmdense.benchmark.drawing import FAMILIES, Box, Dot, Text, text_width
-from mmdense.benchmark.sweep_report import frontier, write_report
+from mmdense.benchmark.plots import COLOURS, FAMILIES, Point, pareto_front, plot_scatter
+from mmdense.benchmark.report import write_report
 from mmdense.errors import UserError
 
 NAMES = ('RDNet', 'DenseNet', 'CondenseNetV2', 'ReXNet', 'ShuffleNetV2', 'timm', 'torchvision')
@@ -121,53 +121,79 @@ def report(tmp_path):
     return write
 
 
-def test_the_page_needs_nothing_else(report, tmp_path):
+def rgb(colour):
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+
+
+def test_the_report(report, tmp_path):
+    """Three trained backbones and one that failed, with pictures."""
     (tmp_path / 'pictures').mkdir()
-    cv2.imwrite(str(tmp_path / 'pictures/a.jpg'), np.full((32, 32, 3), 99, np.uint8))
-    rows = [make_row(0, pictures=['pictures/a.jpg', 'pictures/gone.jpg']), make_row(1)]
-    page, text, _ = report(rows, truth=['pictures/a.jpg', 'pictures/a.jpg'])
+    cv2.imwrite(str(tmp_path / 'pictures/a.jpg'), np.full((600, 900, 3), 99, np.uint8))
+    rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.5, 0.7, 0.6))]
+    rows[0]['pictures'] = ['pictures/a.jpg', 'pictures/gone.jpg']
+    rows[2]['form'] = 'trained'
+    page, text, markdown = report([*rows, fail(3)], truth=['pictures/a.jpg'] * 2)
+
+    # The page needs nothing else.
     assert '//' not in re.sub(r'data:image/jpeg;base64,[\w+/=]+|\n *// .*', '', text)
-    assert 'url(' not in text
     assert not {'link', 'iframe', 'object', 'base'} & {tag for tag, _ in page.tags}
     (policy,) = [m['content'] for m in page.of('meta') if 'http-equiv' in m]
     assert policy.startswith("default-src 'none'; img-src data:;")
     images = page.of('img')
-    assert [image['alt'] for image in images] == [
-        'truth, image 1',
-        'net-0, image 1',
-        'truth, image 2',
-    ]
-    assert all(image['src'].startswith('data:image/jpeg;base64,') for image in images)
+    names = ['truth, image 1', 'net-0, image 1', 'truth, image 2']
+    assert [image['alt'] for image in images] == names
+    for image in images:
+        head, _, data = image['src'].partition(',')
+        assert head == 'data:image/jpeg;base64'
+        picture = np.frombuffer(base64.b64decode(data), np.uint8)
+        assert cv2.imdecode(picture, 1).shape == (213, 320, 3), 'pictures are scaled down'
+    ids = [attributes['id'] for _, attributes in page.tags if 'id' in attributes]
+    assert len(ids) == len({*ids})
 
-
-def test_the_table(report):
-    rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.5, 0.7, 0.6))]
-    page, text, markdown = report([*rows, fail(3)])
-    head = [row for row in page.rows if 'median ms' in row][0]
-    assert head[0] == 'box AP'  # AP50 is of none
-    body = [row for row in page.rows if row and row[0].startswith('net-')][:4]
-    assert [row[0] for row in body] == ['net-1', 'net-2', 'net-0', 'net-3']
+    # The table: the best backbone first, each heading a button, the best value of a column bold.
+    (head,) = [row for row in page.rows if 'medianms' in [c.replace(' ', '') for c in row]]
+    head = [' '.join(cell.split()) for cell in head]
+    assert head[0] == 'box AP', 'box AP50 has no values'
+    body = [row for row in page.rows if row and row[0].strip().startswith('net-')][:4]
+    assert [row[0].strip() for row in body] == ['net-1', 'net-2', 'net-0', 'net-3']
     assert body[0][1] == '0.700'
     assert body[3][1:] == ['failed: RuntimeError: no memory']
     (order,) = [th for th in page.of('th') if 'aria-sort' in th]
     assert (order['aria-sort'], order['data-column']) == ('descending', '1')
-    # Each heading can be pressed: by the keyboard as well.
-    assert text.count('"><button type="button">', 0, text.index('<tbody>')) == len(head) + 1
+    headings = text[text.index('<table id="results">') : text.index('<tbody>')]
+    assert headings.count('<button type="button">') == len(head) + 1
     best = re.findall(r'<td class="best" data-value="([^"]+)">', text)
-    assert best == ['0.7', '698', '10', '20', '100', '2.5']  # speed, for one, is the same in all
-    assert '| net-1 | 0.700 | 12.0 |' in markdown
-    assert '| net-3 (failed: RuntimeError: no memory) | – |' in markdown
+    assert best == ['0.7', '698', '10', '20', '100', '2.5'], 'equal values are not marked'
+    lines = [re.sub(' +', ' ', line) for line in markdown.splitlines()]
+    assert any(line.startswith('| net-1 | 0.700 | 12.0 |') for line in lines)
+    assert any(line.startswith('| net-3 (failed: RuntimeError: no memory) | – |') for line in lines)
 
+    # Plots: what belongs to a backbone has its number, and a tooltip.
+    assert len(page.of('figure')) == 6
+    assert text.count('<title>net-1 (DenseNet): box AP 0.700, MACs (G) 4.00</title>') == 2
+    pictures = re.findall(r'\((pictures/\w+\.png)\)', markdown)
+    assert len(pictures) == 4
+    for file in pictures:
+        picture = cv2.imread(str(tmp_path / file))
+        assert (tmp_path / file).stat().st_size < 100_000
+        assert (np.abs(picture - rgb(FAMILIES[1][0])[::-1]).max(2) < 3).sum() > 50
 
-def test_what_stands_out_is_said(report):
-    rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.5, 0.7, 0.6))]
-    page, _, _ = report(rows)
+    # Words, the same on both pages.
     assert 'Best box AP: net-1, 0.700.' in page.text
     assert 'Fastest inference: net-0, 10.0 ms.' in page.text
-    every = 'On the frontier of every plot, so that no other is both better and cheaper'
-    assert f'{every}: net-1.' in page.text
-    assert 'On no frontier' not in page.text  # net-0 is the fastest, net-2 takes the least memory
-    assert '3 backbones: 3 done.' in page.text
+    assert 'On the Pareto front of every plot: net-1.' in page.text
+    assert (
+        'On no Pareto front' not in page.text
+    )  # net-0 is the fastest, net-2 takes the least memory
+    assert '4 backbones: 3 done, 1 failed.' in page.text
+    for content in (' '.join(page.text.split()), markdown):
+        assert 'one image of 192 x 160 pixels' in content
+        assert 'A training step is forward and backward on 8 training images' in content
+        assert '30 rounds on cpu, channels-last' in content
+        assert 'Inference in deployed form: net-0 and net-1.' in content
+        assert 'Inference as trained: net-2.' in content
+        assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive.' in content
+        assert 'python tools/benchmark.py sweep x' in content
 
 
 def test_nothing_is_taken_for_markup(report):
@@ -187,53 +213,40 @@ UNMEASURED = dict(infer=None, train=None, parts={})
 
 
 @pytest.mark.parametrize(
-    ('rows', 'changes', 'said', 'figures'),
+    ('rows', 'changes', 'sentence', 'figures'),
     [
-        ([make_row()], {}, '1 backbone: 1 done.', 6),
-        ([make_row(i) for i in range(20)], {}, '20 backbones: 20 done.', 6),
         ([fail(0), fail(1)], {}, 'Nothing to plot yet', 0),
         ([make_row(**UNMEASURED)], dict(measured=None), 'Times and memory were not measured', 2),
-        ([make_row(i, train=None) for i in range(3)], {}, 'Best box AP', 5),
-        ([make_row(infer=None), make_row(1)], {}, 'Best box AP', 6),
+        ([make_row(0, train=None), make_row(1, infer=None)], {}, 'Best box AP', 6),
         ([make_row(metrics={'box AP': float('nan')}), make_row(1)], {}, '2 done', 6),
-        ([make_row(losses=[[10, float('nan')], [20, None]])], {}, '1 done', 5),
+        ([make_row(losses=[[10, float('nan')], [20, None]])], {}, '1 backbone: 1 done.', 5),
         ([make_row(status='waiting'), make_row(1, status='training')], {}, 'Nothing to plot', 2),
         ([make_row(i, metrics={'box AP': 0.0}, parts={}) for i in range(3)], {}, '3 done', 4),
     ],
 )
-def test_whatever_is_there(report, rows, changes, said, figures):
+def test_incomplete_results(report, rows, changes, sentence, figures):
     page, text, markdown = report(rows, **changes)
-    assert said in page.text
+    assert sentence in page.text
     assert len(page.of('figure')) == figures
-    assert len([row for row in page.rows if row and row[0].startswith('net-')]) >= len(rows)
+    names = [row for row in page.rows if row and row[0].strip().startswith('net-')]
+    assert len(names) >= len(rows)
     assert 'nan' not in markdown
-    assert 'nan' not in re.sub(r'<script>.*</script>', '', text, flags=re.S)
+    assert 'nan' not in re.sub(r'<script>.*</script>', '', text, flags=re.DOTALL)
 
 
 def test_percent(report):
     rows = [make_row(i, metrics={'mIoU (%)': 89.47 - i}, validations=[]) for i in range(2)]
     page, _, markdown = report(rows, task='segmentation', metrics=['mIoU (%)'])
-    assert '| backbone | mIoU (%) |' in markdown
-    assert '| net-0 | 89.5 |' in markdown
+    lines = [re.sub(' +', ' ', line) for line in markdown.splitlines()]
+    assert lines[4].startswith('| backbone | mIoU (%) |')
+    assert lines[6].startswith('| net-0 | 89.5 |')
     assert 'Best mIoU: net-0, 89.5 %.' in page.text
-
-
-def test_how_it_was_measured(report):
-    rows = [make_row(0), make_row(1, form='trained')]
-    for text in (report(rows)[0].text, report(rows)[2]):
-        assert 'one image of 192 x 160 pixels' in text
-        assert 'a training step is forward and backward on 8 training images' in text
-        assert '30 rounds on cpu, channels-last' in text
-        assert 'Inference in deployed form: net-0.' in text
-        assert 'Inference as trained: net-1.' in text
-        assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive.' in text
-        assert 'python tools/benchmark.py sweep x' in text
 
 
 def test_the_csv_file(report, tmp_path):
     report([make_row(0, metrics={'box AP': 0.5}), fail(1, 'no, really')])
     good, bad = csv.DictReader((tmp_path / 'results.csv').read_text().splitlines())
-    wanted = dict(
+    expected = dict(
         backbone='net-0',
         family='RDNet',
         status='done',
@@ -243,39 +256,12 @@ def test_the_csv_file(report, tmp_path):
         infer_memory_mb='60',
         train_memory_mb='700',
         parameters_m='2.5',
-        multiply_adds_g='4',
-        neck_multiply_adds_g='1',
+        macs_g='4',
+        neck_macs_g='1',
         training_min='2',
     )
-    assert {name: good[name] for name in wanted} == wanted
+    assert {name: good[name] for name in expected} == expected
     assert (bad['status'], bad['error'], bad['infer_p50_ms']) == ('failed', 'no, really', '')
-
-
-def test_the_plots_of_the_markdown(report, tmp_path):
-    _, _, markdown = report([make_row(0, family=NAMES[1]), make_row(1)])
-    files = re.findall(r'\((pictures/\w+\.png)\)', markdown)
-    assert len(files) == 4
-    colour = [int(FAMILIES[0][0][i : i + 2], 16) for i in (5, 3, 1)]
-    for file in files:
-        picture = cv2.imread(str(tmp_path / file))
-        assert (tmp_path / file).stat().st_size < 100_000
-        assert (np.abs(picture - colour).max(2) < 3).sum() > 50
-
-
-def test_pictures_are_modest(report, tmp_path):
-    rng = np.random.default_rng(0)
-    (tmp_path / 'pictures').mkdir()
-    names = [f'pictures/{i}.jpg' for i in range(6)]
-    for name in names:
-        noise = rng.integers(0, 255, (24, 24, 3)).astype(np.uint8)
-        cv2.imwrite(str(tmp_path / name), cv2.resize(noise, (192, 192)))
-    _, text, _ = report([make_row(i, pictures=names) for i in range(8)], truth=names)
-    assert text.count('<img ') == 6 * 9
-    assert len(text) < 3e6
-    large = tmp_path / 'large.jpg'
-    cv2.imwrite(str(large), np.zeros((600, 900, 3), np.uint8))
-    data = sweep_report.base64.b64decode(sweep_report._picture(large).partition(',')[2])
-    assert cv2.imdecode(np.frombuffer(data, np.uint8), 1).shape == (213, 320, 3)
 
 
 def test_no_results(tmp_path):
@@ -286,34 +272,60 @@ def test_no_results(tmp_path):
         write_report(tmp_path)
 
 
-@pytest.mark.parametrize('width', sweep_report.WIDTHS.values())
-def test_labels_of_a_plot_never_collide(width):
-    for seed in range(3):
-        rng = random.Random(seed)
-        rows = [make_row(i, backbone='net-' + 'x' * rng.randrange(12)) for i in range(20)]
-        results = make_results(rows)
-        columns = sweep_report._columns(results)
-        for plot in sweep_report._plots(results, columns):
-            marks = sweep_report._scatter(results, columns[0], plot, width=width).marks
-            dots = [mark.box for mark in marks if isinstance(mark, Dot)]
-            labels = [m for m in marks if isinstance(m, Text) and m.row is not None]
-            boxes = [
-                Box(m.at.x, m.at.y - 9, m.at.x + text_width(m.text, m.kind), m.at.y + 2)
-                for m in labels
-            ]
-            assert len(dots) == len(labels) == 20
-            assert not any(a.hits(b) for i, a in enumerate(boxes) for b in boxes[:i])
-            assert not any(box.hits(dot) for box in boxes for dot in dots)
-            assert all(box.left >= 0 and box.right <= width for box in boxes)
+@pytest.mark.parametrize('seed', range(2))
+def test_labels_stay_apart(seed):
+    rng = random.Random(seed)
+    points = [
+        Point(i, 'net-' + 'x' * rng.randrange(9), i, 1.2**i, rng.uniform(0.3, 0.8))
+        for i in range(14)
+    ]
+    figure = plot_scatter(points, x_title='cost', y_title='accuracy')
+    (axes,) = figure.axes
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    assert len(boxes) == 14
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert all(axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 for box in boxes)
 
 
-def test_the_frontier():
+def test_the_pareto_front():
     rng = random.Random(0)
     points = [(rng.randrange(20), rng.randrange(20)) for _ in range(60)]
-    found = frontier(points)
-    assert [points[i] for i in found] == sorted({points[i] for i in found})
+    front = pareto_front(points)
+    assert [points[i] for i in front] == sorted({points[i] for i in front})
 
-    def is_beaten(x, y):
+    def is_dominated(x, y):
         return any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
 
-    assert {points[i] for i in found} == {point for point in points if not is_beaten(*point)}
+    assert {points[i] for i in front} == {p for p in points if not is_dominated(*p)}
+
+
+# Red, green and blue as seen without green cones, without red ones, without blue ones, and with
+# all (Machado et al. 2009, linear RGB).
+VISIONS = (
+    ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+    ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+    ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+)
+
+
+def linear(colours):
+    values = np.array([rgb(colour) for colour in colours]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+@pytest.mark.parametrize('mode', [0, 1], ids=['light', 'dark'])
+def test_colours_are_distinguishable(mode):
+    names = ('paper', 'ink', 'soft', 'bad')
+    families = [pair[mode] for pair in FAMILIES]
+    colours = linear([*(COLOURS[name][mode] for name in names), *families])
+    paper, *others = colours @ (0.2126, 0.7152, 0.0722) + 0.05
+    contrasts = [max(paper, light) / min(paper, light) for light in others]
+    assert min(contrasts[:3]) > 4.5
+    assert min(contrasts) > 3.5
+    for vision in VISIONS:
+        seen = np.clip(linear(families) @ np.transpose(vision), 0, 1)
+        seen = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+        lab = cv2.cvtColor(seen[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+        distances = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(len(lab), 1)]
+        assert distances.min() > 15

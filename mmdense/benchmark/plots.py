@@ -1,0 +1,326 @@
+"""Plots of a sweep: accuracy against cost with the Pareto front, and training curves.
+
+Figures are drawn in the light colours. Their SVG refers to the colours as CSS variables, so that a
+page shows it in the reader's light or dark scheme. A pixel is a point of matplotlib's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from adjustText import adjust_text
+from markupsafe import Markup, escape
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.markers import MarkerStyle
+from matplotlib.patches import PathPatch
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+__all__ = [
+    'Curve',
+    'Point',
+    'pareto_front',
+    'plot_curves',
+    'plot_scatter',
+    'style_sheet',
+    'svg',
+    'swatch',
+    'write_png',
+]
+
+WIDTH, HEIGHT = 560, 340
+LEFT, BOTTOM, TOP = 48, 44, 30  # room for tick labels and titles
+LOG_FROM = 8  # costs that span more than this factor get a logarithmic axis
+COLOURS = dict(  # light, dark
+    paper=('#ffffff', '#14171b'),
+    ink=('#1b2026', '#e7eaee'),
+    soft=('#5a6370', '#9ca6b3'),
+    rule=('#e3e6ea', '#2c333b'),
+    tint=('#f0f4f9', '#1c242d'),
+    bad=('#b3261e', '#ff9a90'),
+    link=('#8a929c', '#76808c'),
+)
+FAMILIES = (  # distinguishable with any colour vision; so are the markers
+    ('#0a5cc0', '#4c8df0'),
+    ('#d0640c', '#ee6a45'),
+    ('#0a9478', '#3be09a'),
+    ('#9a3486', '#c765a8'),
+    ('#664808', '#f0c93a'),
+    ('#50545a', '#ccd2d7'),
+)
+MARKERS = 'os^Dvh'
+DASHES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 2, 2)), (0, (3, 3)))
+PALETTE = COLOURS | {f'family{i}': pair for i, pair in enumerate(FAMILIES)}
+PAPER, INK, SOFT, RULE, TINT, _, LINK = (light for light, _ in COLOURS.values())
+STYLE = {
+    'font.family': 'DejaVu Sans',  # wider than most fonts: labels stay apart in any browser
+    'font.size': 11,
+    'text.color': INK,
+    'text.parse_math': False,
+    'axes.edgecolor': LINK,
+    'axes.labelcolor': INK,
+    'axes.labelsize': 12,
+    'axes.spines.left': False,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'axes.axisbelow': True,
+    'grid.color': RULE,
+    'grid.linewidth': 1,
+    'lines.markeredgewidth': 1.6,
+    'xtick.color': SOFT,
+    'ytick.color': SOFT,
+    'xtick.major.size': 0,
+    'ytick.major.size': 0,
+    'legend.frameon': False,
+    'svg.fonttype': 'none',
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A backbone's place in a plot.
+
+    Attributes:
+        row: Its number in the results; the page highlights what has the same number.
+        name: The label.
+        family: The number of its family, which selects colour and marker.
+        x: Cost.
+        y: Accuracy.
+        title: The tooltip.
+    """
+
+    row: int
+    name: str
+    family: int
+    x: float
+    y: float
+    title: str = ''
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A backbone's (iteration, value) pairs; the rest as in :class:`Point`."""
+
+    row: int
+    name: str
+    family: int
+    points: Sequence[tuple[float, float]]
+
+    @property
+    def title(self) -> str:
+        return self.name
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return the indices of the points (cost, quality) that no other point dominates.
+
+    They come by rising cost. Of equal points the first one is returned.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], -points[i][1])):
+        if not front or points[i][1] > points[front[-1]][1]:
+            front.append(i)
+    return front
+
+
+@matplotlib.rc_context(STYLE)
+def plot_scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> Figure:
+    """Plot accuracy against cost: markers filled and names bold on the Pareto front."""
+    axes = _axes(f'← {x_title}, lower is better', f'↑ {y_title}, higher is better')
+    xs, ys = np.transpose([(point.x, point.y) for point in points])
+    _set_limits(axes, xs, ys)
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    front = pareto_front(list(zip(xs, ys, strict=True)))
+    steps_x, steps_y = [*xs[front], right], [*ys[front], ys[front[-1]]]
+    axes.fill_between(steps_x, steps_y, bottom, step='post', color=TINT, lw=0, zorder=0.4)
+    path = np.stack(
+        ([steps_x[0], *np.repeat(steps_x, 2)[1:]], [bottom, *np.repeat(steps_y, 2)[:-1]]), 1
+    )
+    axes.plot(*path.T, color=SOFT, lw=1.4)
+    labels = []
+    for i, point in enumerate(points):
+        best, mark = i in front, dict(gid=f'row-{point.row}')
+        look = _look(point.family, filled=best) | dict(ls='', ms=10 if best else 8, **mark)
+        axes.plot(point.x, point.y, **look, zorder=5 if best else 4)
+        weight = 'bold' if best else 'normal'
+        text = axes.text(point.x, point.y, _short(point.name), weight=weight, zorder=3, **mark)
+        labels.append(text)
+    _place(axes, labels, np.stack((xs, ys), 1), path)
+    return axes.figure
+
+
+@matplotlib.rc_context(STYLE)
+def plot_curves(curves: Iterable[Curve], *, y_title: str) -> Figure:
+    """Plot curves over iterations; the legend lists them by their last values."""
+    curves = sorted(curves, key=lambda curve: -curve.points[-1][1])
+    height = max(HEIGHT, 18 * len(curves) + BOTTOM + TOP)
+    legend_width = 7 * max(len(_short(curve.name)) for curve in curves) + 50
+    axes = _axes('iteration', y_title, height=height, right=legend_width)
+    seen: dict[int, int] = {}
+    handles = []
+    for curve in curves:
+        number = seen[curve.family] = seen.get(curve.family, -1) + 1
+        look = _look(curve.family) | dict(lw=1.6, ls=DASHES[number % len(DASHES)], ms=6)
+        gid = f'row-{curve.row}'
+        xs, ys = zip(*curve.points, strict=True)
+        axes.plot(xs, ys, **look, markevery=[-1], gid=gid, clip_on=False, zorder=3)
+        handles.append(Line2D([], [], **look, label=_short(curve.name), gid=gid))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    legend = axes.legend(
+        handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), handlelength=2.6
+    )
+    for curve, line, text in zip(curves, legend.get_lines(), legend.get_texts(), strict=True):
+        line.set_gid(f'row-{curve.row}')
+        text.set_gid(f'row-{curve.row}')
+    return axes.figure
+
+
+def _axes(x_title: str, y_title: str, *, height: float = HEIGHT, right: float = 12) -> Axes:
+    """Return the axes of a new figure, with some room to their right."""
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    FigureCanvasAgg(figure)  # adjustText measures texts with it
+    size = ((WIDTH - LEFT - right) / WIDTH, (height - TOP - BOTTOM) / height)
+    axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, *size))
+    axes.set_xlabel(x_title, loc='right')
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    figure.text(4 / WIDTH, 1 - 14 / height, y_title, size=12)
+    return axes
+
+
+def _set_limits(axes: Axes, xs: np.ndarray, ys: np.ndarray) -> None:
+    """Leave room around the points, but none below zero."""
+    axes.set_ylim(_with_room(ys.min(), ys.max()))
+    low, high = xs.min(), xs.max()
+    if low > 0 and high / low > LOG_FROM:
+        room = (high / low) ** 0.08
+        axes.set_xscale('log')
+        axes.set_xlim(low / room, high * room)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter('{x:g}')
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_xlim(_with_room(low, high))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _with_room(low: float, high: float) -> tuple[float, float]:
+    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
+    return max(low - room, 0.0), high + room
+
+
+def _look(family: int, *, filled: bool = False) -> dict[str, str]:
+    colour = FAMILIES[family % len(FAMILIES)][0]
+    marker = MARKERS[(family + family // len(FAMILIES)) % len(MARKERS)]
+    return dict(color=colour, marker=marker, mec=colour, mfc=colour if filled else PAPER)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 26 else f'{name[:15]}…{name[-10:]}'
+
+
+def _place(axes: Axes, labels: list[Text], points: np.ndarray, path: np.ndarray) -> None:
+    """Put labels beside their markers, then move them off each other, the markers and the path."""
+    to_pixels, renderer = axes.transData, axes.figure.canvas.get_renderer()
+    markers, corners = to_pixels.transform(points), to_pixels.transform(path)
+    for label, (x, y) in zip(labels, markers, strict=True):
+        shift = 10 + label.get_window_extent(renderer).width / 2
+        x += shift if x + 2 * shift < axes.bbox.x1 else -shift
+        label.set(position=to_pixels.inverted().transform((x, y)), ha='center', va='center')
+    around = [(x, y) for x in (-8, 0, 8) for y in (-8, 0, 8)]
+    obstacles = [
+        np.linspace(a, b, 2 + int(np.abs(b - a).max() / 16)) for a, b in itertools.pairwise(corners)
+    ]
+    obstacles.append((markers[:, None] + around).reshape(-1, 2))
+    adjust_text(
+        labels,
+        *to_pixels.inverted().transform(np.concatenate(obstacles)).T,
+        target_x=points[:, 0],
+        target_y=points[:, 1],
+        ax=axes,
+        avoid_self=False,
+        prevent_crossings=False,  # takes most of the time
+        expand=(1.05, 1.1),
+        force_text=(0.3, 0.5),
+        force_static=(0.2, 0.4),
+        force_explode=(0, 0),
+        iter_lim=100,
+        min_arrow_len=12,
+        arrowprops=dict(arrowstyle='-', color=LINK, lw=0.8),
+    )
+
+
+def svg(figure: Figure, label: str = '', items: Iterable[Point | Curve] = ()) -> Markup:
+    """Return a figure as an inline SVG element.
+
+    Args:
+        figure: Artists with the gid ``row-N`` get the attribute ``data-row="N"``.
+        label: The accessible name. Without one it is a swatch, hidden from screen readers.
+        items: Have the tooltips.
+    """
+    text = StringIO()
+    empty = dict.fromkeys(('Creator', 'Date', 'Format', 'Type'))
+    # The salt makes ids reproducible, and different in the figures of a page.
+    with matplotlib.rc_context(STYLE | {'svg.hashsalt': f'mmdense {label}'}):
+        figure.savefig(text, format='svg', transparent=True, metadata=empty)
+    head = (
+        f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true" class="swatch"'
+    )
+    titles = {f'{item.row}': f'<title>{escape(item.title)}</title>' for item in items}
+    names = {light: f'var(--{name})' for name, (light, _) in PALETTE.items()}
+    content = text.getvalue()
+    for pattern, new in (
+        # matplotlib's first defs hold a style for all elements of the page.
+        (r'^.*?<svg [^>]*?(viewBox="[^"]*").*?</defs>', lambda m: f'<svg {head} {m[1]}>'),
+        (r'<g id="row-(\d+)">', lambda m: f'<g data-row="{m[1]}">{titles.get(m[1], "")}'),
+        (r' id="[\w.]+_\d+"', ''),  # not unique in a page
+        ('#[0-9a-f]{6}', lambda m: names.get(m[0], m[0])),
+        (r'\n\s*', '\n'),
+    ):
+        content = re.sub(pattern, new, content, flags=re.DOTALL)
+    return Markup(content)
+
+
+def swatch(family: int) -> Markup:
+    """Return a family's marker as an SVG element of 16 x 16 pixels."""
+    look = _look(family, filled=True)
+    figure = Figure(figsize=(16 / 72, 16 / 72), dpi=72)
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(-8, 8), ylim=(-8, 8))
+    axes.axis('off')
+    marker = MarkerStyle(look['marker'])
+    path = marker.get_path().transformed(marker.get_transform().scale(11))
+    axes.add_patch(PathPatch(path, color=look['color'], clip_on=False))
+    return svg(figure)
+
+
+def style_sheet() -> Markup:
+    """Return the CSS variables of the palette."""
+    pairs = (f'--{name}:light-dark({light},{dark})' for name, (light, dark) in PALETTE.items())
+    return Markup(f':root{{{";".join(pairs)}}}')
+
+
+@matplotlib.rc_context(STYLE)
+def write_png(figure: Figure, file: Path, families: Mapping[str, int]) -> None:
+    """Write a scatter plot as a PNG file, with a legend of the families below it."""
+    for text in figure.axes[0].texts:
+        text.set_path_effects([withStroke(linewidth=2, foreground=PAPER)])
+    handles = [
+        Line2D([], [], ls='', ms=9, label=name, **_look(family, filled=True))
+        for name, family in families.items()
+    ]
+    spacing = dict(handletextpad=0.1, columnspacing=1)
+    place = dict(loc='upper left', bbox_to_anchor=(0, 0.01))
+    figure.legend(handles=handles, ncols=6, **place, **spacing)
+    figure.savefig(file, dpi=115, bbox_inches='tight')

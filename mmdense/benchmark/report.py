@@ -1,0 +1,370 @@
+"""The report of a sweep: an HTML page, a Markdown page with plots, and a CSV file.
+
+The HTML page is one file that opens without a network: its plots are SVG, its pictures data URLs.
+Layout and wording of the pages are in ``templates/``.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from tabulate import tabulate
+
+from mmdense.benchmark.plots import (
+    Curve,
+    Point,
+    pareto_front,
+    plot_curves,
+    plot_scatter,
+    style_sheet,
+    svg,
+    swatch,
+    write_png,
+)
+from mmdense.errors import UserError
+
+__all__ = ['write_report']
+
+MISSING = '–'
+CURVE_POINTS = 150
+PICTURE_SIDE, PICTURE_BYTES = 320, 24_000  # larger pictures are scaled down
+COSTS = (  # key in results.json, in the CSV file, heading, unit, its size, which is better
+    ('p50', 'p50_ms', 'median', 'ms', 1e-3, 'min'),
+    ('p95', 'p95_ms', 'p95', 'ms', 1e-3, 'min'),
+    ('throughput', 'images_per_s', 'images', 'per s', 1, 'max'),
+    ('ratio', 'speed', 'speed', 'relative', 1, 'max'),
+    ('memory', 'memory_mb', 'memory', 'MB', 1e6, 'min'),
+)
+PARTS = (
+    ('parameters', 'parameters_m', 'parameters', 'M', 1e6, 'min'),
+    ('macs', 'macs_g', 'MACs', 'G', 1e9, 'min'),
+    ('activations', 'activations_m', 'activations', 'M', 1e6, 'min'),
+)
+ONLY_IN_CSV = {'train_p95_ms', 'train_images_per_s', 'train_speed', 'activations_m'}
+PREFIXES = {'Inference': 'inference, ', 'Training step': 'training step, ', 'Training': 'training '}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure of each backbone.
+
+    Attributes:
+        name: In the CSV file, with the unit.
+        group: The heading over several columns.
+        title: The heading.
+        unit: Of the values; '' for none.
+        values: By row; None where a backbone has none.
+        better: 'max', 'min', or '' where neither is better.
+    """
+
+    name: str
+    group: str
+    title: str
+    unit: str
+    values: Sequence[float | None]
+    better: str = ''
+
+    @property
+    def known(self) -> list[float]:
+        return [value for value in self.values if value is not None]
+
+    @property
+    def full_title(self) -> str:
+        return f'{self.title} ({self.unit})' if self.unit else self.title
+
+    @property
+    def best(self) -> float | None:
+        """The best value; None if all are the same, or neither is better."""
+        if not self.better or len(set(self.known)) < 2:
+            return None
+        return max(self.known) if self.better == 'max' else min(self.known)
+
+    @cached_property
+    def digits(self) -> int:
+        """Digits after the point: as many for all values."""
+        sizes = [abs(value) for value in self.known if value] or [1.0]
+        middle = math.sqrt(min(sizes) * max(sizes))
+        return min(max(2 - math.floor(math.log10(middle)), 0), 3)
+
+    def text(self, value: float | None) -> str:
+        return MISSING if value is None else f'{value:.{self.digits}f}'
+
+
+class Plot(NamedTuple):
+    """A plot as SVG; of accuracy against cost also its points and its PNG file."""
+
+    title: str
+    picture: Markup
+    points: Sequence[Point] = ()
+    file: str = ''
+
+
+def write_report(folder: Path) -> None:
+    """Write report.html, report.md and results.csv beside results.json, and plots into pictures/.
+
+    Args:
+        folder: Holds results.json and the pictures that it names.
+
+    Raises:
+        UserError: results.json is missing or cannot be read.
+    """
+    file = folder / 'results.json'
+    try:
+        results = json.loads(file.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise UserError(f'there is no {file}: run tools/benchmark.py sweep first') from None
+    except ValueError as error:
+        raise UserError(f'{file} is damaged ({error}): run the sweep again') from None
+    report = Report(folder, results)
+    report.write_csv(folder / 'results.csv')
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).with_name('templates')),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(breakable=_breakable, counted=Counter, listed=_listed, plain=_plain)
+    for name in ('report.html', 'report.md'):
+        page = environment.get_template(f'{name}.jinja').render(report=report, results=results)
+        (folder / name).write_text(page, encoding='utf-8')
+
+
+class Report:
+    """What the pages show, from ``results.json``.
+
+    Args:
+        folder: Gets the PNG files of the plots, and has the pictures of predictions.
+        results: As :meth:`.Sweep.report` writes them.
+    """
+
+    style_sheet = style_sheet()
+    missing = MISSING
+
+    def __init__(self, folder: Path, results: Mapping[str, Any]) -> None:
+        self.folder, self.results, self.rows = folder, results, results['rows']
+        # Metrics from the middle of a training are not its outcome.
+        self.finished = [row if row['status'] == 'done' else None for row in self.rows]
+        self.all_columns = [*self._metrics(), *self._costs()]
+        self.metric = self.all_columns[0]
+        self.columns = [c for c in self.all_columns if c.known and c.name not in ONLY_IN_CSV]
+        self.parts = self._parts()
+        self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
+        keys = [math.inf if value is None else -value for value in self.metric.values]
+        self.ranked = sorted(range(len(keys)), key=keys.__getitem__)  # rows, best first
+        names = dict.fromkeys(row['family'] for row in self.rows)
+        self.families = {name: number for number, name in enumerate(names)}
+        self.swatches = {name: swatch(number) for name, number in self.families.items()}
+        self.statuses = [_status(row) for row in self.rows]
+        self.states = Counter(row['status'] for row in self.rows)
+        self.plots = self._plots() if results['measured'] else []
+
+    def _metrics(self) -> Iterable[Column]:
+        for name in self.results['metrics']:
+            title, _, unit = name.partition(' (')  # such as 'mIoU (%)'
+            values = [row and _finite(row['metrics'].get(name)) for row in self.finished]
+            yield Column(_slug(name), 'Accuracy', title, unit.rstrip(')'), values, 'max')
+
+    def _costs(self) -> Iterable[Column]:
+        for kind, group in (('infer', 'Inference'), ('train', 'Training step')):
+            for key, slug, title, unit, size, better in COSTS:
+                values = [_finite((row[kind] or {}).get(key), size) for row in self.rows]
+                yield Column(f'{kind}_{slug}', group, title, unit, values, better)
+        for key, slug, title, unit, size, better in PARTS:
+            parts = [row['parts'].values() for row in self.rows]
+            values = [sum(part[key] for part in p) / size if p else None for p in parts]
+            yield Column(slug, 'Model', title, unit, values, better)
+        minutes = [row and row['seconds'] / 60 for row in self.finished]
+        yield Column('training_min', 'Training', 'time', 'min', minutes)
+
+    def _parts(self) -> list[Column]:
+        columns = []
+        for part in dict.fromkeys(name for row in self.rows for name in row['parts']):
+            for key, slug, title, unit, size, _ in PARTS:
+                values = [_finite(row['parts'].get(part, {}).get(key), size) for row in self.rows]
+                columns.append(Column(f'{_slug(part)}_{slug}', part, title, unit, values))
+        return columns
+
+    def _plots(self) -> list[Plot]:
+        """Draw the plots of which at least one backbone has both figures."""
+        measured, metric = self.results['measured'], self.metric
+        costs = {column.name: column for column in self.all_columns}
+        latency = f'median latency of {_count(measured["infer_batch"], "image")} (ms)'
+        memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
+        plots = []
+        for cost, name, title, axis in (
+            (costs['infer_p50_ms'], 'latency', 'latency', latency),
+            (costs['macs_g'], 'macs', 'MACs', 'MACs (G)'),
+            (costs['train_memory_mb'], 'memory', 'training memory', memory),
+            (costs['parameters_m'], 'parameters', 'parameters', 'parameters (M)'),
+        ):
+            points = []
+            for i, (x, y) in enumerate(zip(cost.values, metric.values, strict=True)):
+                if x is None or y is None:
+                    continue
+                name_of, family = self.rows[i]['backbone'], self.rows[i]['family']
+                figures = f'{metric.full_title} {metric.text(y)}, {axis} {cost.text(x)}'
+                tooltip = f'{name_of} ({family}): {figures}'
+                points.append(Point(i, name_of, self.families[family], x, y, tooltip))
+            if points:
+                figure = plot_scatter(points, x_title=axis, y_title=metric.full_title)
+                title, file = f'{metric.full_title} against {title}', f'pictures/plot_{name}.png'
+                plots.append(Plot(title, svg(figure, title, points), points, file))
+                (self.folder / file).parent.mkdir(exist_ok=True)
+                write_png(figure, self.folder / file, self.families)
+        return plots
+
+    @cached_property
+    def findings(self) -> list[str]:
+        """The main results as sentences; none unless there are two backbones to compare."""
+        names = [row['backbone'] for row in self.rows]
+        costs = {column.name: column for column in self.all_columns}
+        sentences = []
+        for title, column in (
+            (f'Best {self.metric.title}', self.metric),
+            ('Fastest inference', costs['infer_p50_ms']),
+            ('Least memory in training', costs['train_memory_mb']),
+            ('Fewest MACs', costs['macs_g']),
+        ):
+            if column.best is not None:
+                values = zip(names, column.values, strict=True)
+                best = _listed(name for name, value in values if value == column.best)
+                figure = f'{column.text(column.best)} {column.unit}'.rstrip()
+                sentences.append(f'{title}: {best}, {figure}.')
+        fronts = [
+            {plot.points[i].row for i in pareto_front([(p.x, p.y) for p in plot.points])}
+            for plot in self.plots
+        ]
+        in_all = set(range(len(names))).intersection(
+            *({point.row for point in plot.points} for plot in self.plots)
+        )
+        if fronts and len(in_all) > 1:
+            for title, rows in (
+                ('On the Pareto front of every plot', in_all.intersection(*fronts)),
+                ('On no Pareto front', in_all.difference(*fronts)),
+            ):
+                if rows:
+                    sentences.append(f'{title}: {_listed(names[row] for row in sorted(rows))}.')
+        return sentences
+
+    @cached_property
+    def curves(self) -> list[Plot]:
+        """Plots of the loss and of the first metric over the iterations."""
+        metric = self.results['metrics'][0]
+        losses = [row['losses'] for row in self.rows]
+        metrics = [[(v['iter'], v.get(metric)) for v in row['validations']] for row in self.rows]
+        plots = []
+        for title, axis, series in (
+            ('Training loss', 'loss', losses),
+            (f'{metric} on the validation data', metric, metrics),
+        ):
+            curves = [
+                Curve(i, row['backbone'], self.families[row['family']], points)
+                for i, (row, values) in enumerate(zip(self.rows, series, strict=True))
+                if (points := _thinned(values))
+            ]
+            if curves:
+                plots.append(Plot(title, svg(plot_curves(curves, y_title=axis), title, curves)))
+        return plots
+
+    @cached_property
+    def pictures(self) -> list[tuple[int | None, str, list[str | None]]]:
+        """Row, name and pictures (data URLs) of the truth and of each backbone that has some."""
+        rows = [(i, self.rows[i]['backbone'], self.rows[i]['pictures']) for i in self.ranked]
+        rows = [row for row in rows if row[2]]
+        rows = [(None, 'truth', self.results['truth']), *rows] if rows else []
+        return [
+            (i, name, [_data_url(self.folder / file) for file in files]) for i, name, files in rows
+        ]
+
+    @property
+    def markdown_table(self) -> Markup:
+        lines = []
+        for i in self.ranked:
+            name, status = self.rows[i]['backbone'], self.statuses[i]
+            cells = (column.text(column.values[i]) for column in self.columns)
+            lines.append([_plain(f'{name} ({status})' if status else name), *cells])
+        titles = (f'{PREFIXES.get(c.group, "")}{c.full_title}' for c in self.columns)
+        align = ('left', *('right' for _ in self.columns))
+        headers = ['backbone', *map(_plain, titles)]
+        return Markup(tabulate(lines, headers, 'pipe', colalign=align, disable_numparse=True))
+
+    def write_csv(self, file: Path) -> None:
+        """Write a line for each backbone; units are in the names of the columns."""
+        columns = [*self.all_columns, *self.parts]
+        words = ('backbone', 'family', 'status', 'error', 'form')
+        with file.open('w', encoding='utf-8', newline='') as output:
+            writer = csv.writer(output, lineterminator='\n')
+            writer.writerow([*words, *(column.name for column in columns)])
+            for i, row in enumerate(self.rows):
+                values = (column.values[i] for column in columns)
+                figures = ('' if value is None else f'{value:.6g}' for value in values)
+                writer.writerow([*(row.get(word) or '' for word in words), *figures])
+
+
+def _finite(value: float | None, unit: float = 1) -> float | None:
+    return value / unit if value is not None and math.isfinite(value) else None
+
+
+def _slug(text: str) -> str:
+    return '_'.join(re.findall(r'[^\W_]+', text.lower().replace('%', 'percent')))
+
+
+def _count(number: int, noun: str) -> str:
+    return f'{number} {noun}' if number == 1 else f'{number} {noun}s'
+
+
+def _listed(names: Iterable[str]) -> str:
+    *names, last = names
+    return f'{", ".join(names)} and {last}' if names else last
+
+
+def _status(row: Mapping[str, Any]) -> str:
+    if row['status'] == 'failed':
+        return f'failed: {row["error"]}'
+    return row.get('error') or ('' if row['status'] == 'done' else row['status'])
+
+
+def _plain(text: str) -> Markup:
+    """Return a text without anything that Markdown takes for markup."""
+    text = html.escape(' '.join(text.split()), quote=False)
+    return Markup(text.replace('|', '\\|').replace('`', "'"))
+
+
+def _breakable(name: str) -> Markup:
+    """Return a name that a narrow column breaks between its words."""
+    return Markup(re.sub('([_:./])', r'\1<wbr>', str(escape(name))))
+
+
+def _thinned(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """Return (iteration, value) of finite values, averaged over neighbours where they are many."""
+    known = [(x, y) for x, y in curve if _finite(y) is not None]
+    size = math.ceil(len(known) / CURVE_POINTS) or 1
+    parts = [known[i : i + size] for i in range(0, len(known), size)]
+    return [(part[-1][0], sum(y for _, y in part) / len(part)) for part in parts]
+
+
+def _data_url(file: Path) -> str | None:
+    """Return a JPEG picture as a data URL, scaled down if it is large; None if it is missing."""
+    image = cv2.imread(str(file))
+    if image is None:
+        return None
+    data, scale = file.read_bytes(), min(1, PICTURE_SIDE / max(image.shape[:2]))
+    if scale < 1 or len(data) > PICTURE_BYTES:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        data = cv2.imencode('.jpg', image, [cv2.IMWRITE_JPEG_QUALITY, 82])[1].tobytes()
+    return f'data:image/jpeg;base64,{base64.b64encode(data).decode()}'
