@@ -23,6 +23,7 @@ __all__ = [
     'example',
     'parse_config',
     'report_errors',
+    'share',
 ]
 
 P = ParamSpec('P')
@@ -99,7 +100,7 @@ def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
     """Add the option for weights that fill a model in part."""
     parser.add_argument(
         '--min-loaded',
-        type=_share,
+        type=share,
         default=1.0,
         metavar='SHARE',
         help=f'share of the {of} tensors that the checkpoint must fill, 0 to 1 (%(default)s)',
@@ -107,7 +108,7 @@ def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
     parser.add_argument(
         '--min-coverage',
         dest='min_loaded',
-        type=_share,
+        type=share,
         default=argparse.SUPPRESS,
         action=_DeprecatedAlias,
         help=argparse.SUPPRESS,
@@ -127,7 +128,8 @@ class _DeprecatedAlias(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
+    """Parse a share from 0 to 1, as the type of an argument."""
     share = float(text)
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')

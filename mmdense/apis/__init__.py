@@ -1,20 +1,24 @@
-"""The Python API: predictions, ONNX export, converted weights, inference forms."""
+"""The Python API: predictions, ONNX export, weight conversion, inference forms."""
 
 from importlib import import_module
 from typing import Any
 
 from mmdense import registry  # noqa: F401  (raises if the MM packages are missing)
 
-__all__ = ['Predictor', 'convert_weights', 'deploy', 'export_onnx']
-
-# Imported when they are asked for: they import every network.
-LAZY = dict(
-    Predictor='predict', convert_weights='convert', deploy='deployment', export_onnx='export'
+# Name -> module, imported on first use: together they import every network.
+MODULES = dict(
+    Predictor='predict',
+    convert_weights='convert',
+    deploy='deployment',
+    export_onnx='export',
+    find_images='predict',
+    save_predictions='predict',
 )
+__all__ = list(MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is in :data:`LAZY`."""
-    if name not in LAZY:
+    """Import what :data:`MODULES` names."""
+    if name not in MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{LAZY[name]}'), name)
+    return getattr(import_module(f'{__name__}.{MODULES[name]}'), name)

@@ -1,7 +1,6 @@
 """Predictions on images of all kinds, how they are drawn, and what is written of them."""
 
 import json
-import logging
 
 import cv2
 import numpy as np
@@ -13,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from bad_data import EPS, bomb
-from mmdense.apis import Predictor, predict
+from mmdense.apis import Predictor, classes, predict
 from mmdense.apis.predict import find_images, save_predictions
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
@@ -60,12 +59,12 @@ def detector():
 
 
 @pytest.fixture(scope='module')
-def segmenter():
+def segmentor():
     return predictor(config('segmentation'))
 
 
 @pytest.fixture(scope='module')
-def masker():
+def mask_detector():
     return predictor(config(masks=True))
 
 
@@ -85,9 +84,8 @@ def file(pixels, tmp_path):
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(
-        predict, 'print_log', lambda text, logger=None, level=logging.INFO: lines.append(text)
-    )
+    for module in (predict, classes):
+        monkeypatch.setattr(module, 'print_log', lambda text, *args: lines.append(text))
     return lines
 
 
@@ -107,20 +105,20 @@ def same(one, other):
 # The model
 
 
-def test_predictions_are_those_of_mmdet_and_mmseg(detector, segmenter, file, tmp_path):
+def test_predictions_are_those_of_mmdet_and_mmseg(detector, segmentor, file, tmp_path):
     from mmdet.apis import inference_detector, init_detector
     from mmseg.apis import inference_model, init_model
 
     checkpoint = save(detector.model, tmp_path / 'd.pth', dataset_meta=dict(classes=DIGITS))
     theirs = init_detector(config(), str(checkpoint), device='cpu')
     assert same(detector(file)[0], inference_detector(theirs, str(file)))
-    checkpoint = save(segmenter.model, tmp_path / 's.pth', dataset_meta=dict(classes=('a', 'b')))
+    checkpoint = save(segmentor.model, tmp_path / 's.pth', dataset_meta=dict(classes=('a', 'b')))
     cfg = config('segmentation')
     theirs = init_model(cfg, str(checkpoint), device='cpu')
-    assert same(segmenter(file)[0], inference_model(theirs, str(file)))
+    assert same(segmentor(file)[0], inference_model(theirs, str(file)))
 
 
-@pytest.mark.parametrize('kind', ['detector', 'segmenter', 'masker'])
+@pytest.mark.parametrize('kind', ['detector', 'segmentor', 'mask_detector'])
 def test_files_and_arrays_alone_and_in_company(kind, file, pixels, request):
     model = request.getfixturevalue(kind)
     alone = model(str(file))
@@ -130,14 +128,14 @@ def test_files_and_arrays_alone_and_in_company(kind, file, pixels, request):
     assert same(together[1], alone[0])
     assert not same(together[2], alone[0])
     assert together[2].ori_shape == (40, 100)
-    if kind == 'segmenter':
+    if kind == 'segmentor':
         assert together[2].pred_sem_seg.data.shape == (1, 40, 100)
         return
     boxes = together[2].pred_instances.bboxes
     assert len(boxes)
     assert (boxes >= 0).all()
     assert (boxes <= torch.tensor([100, 40, 100, 40])).all()
-    if kind == 'masker':
+    if kind == 'mask_detector':
         assert together[2].pred_instances.masks.shape == (len(boxes), 40, 100)
 
 
@@ -320,11 +318,11 @@ def test_arrays_that_are_no_images(detector, pixels):
             detector(array)
 
 
-def test_images_that_cannot_be_used(detector, segmenter):
-    with pytest.raises(UserError, match=r'^the image: cannot be prepared \('):
+def test_images_that_cannot_be_used(detector, segmentor):
+    with pytest.raises(UserError, match=r'^the image: cannot be preprocessed \('):
         detector(np.zeros((1, 2000, 3), np.uint8))  # no pixel is left of its height
     with pytest.raises(UserError, match='^the image: .*(small|at least)'):
-        segmenter(np.zeros((3, 3, 3), np.uint8))
+        segmentor(np.zeros((3, 3, 3), np.uint8))
 
 
 # Pictures
@@ -334,7 +332,7 @@ class Sample(dict):
     __getattr__ = dict.__getitem__
 
 
-def test_instances_below_the_threshold_are_not_drawn(masker):
+def test_instances_below_the_threshold_are_not_drawn(mask_detector):
     image = np.full((200, 300, 3), 128, np.uint8)
     masks = torch.zeros(2, 200, 300, dtype=torch.bool)
     masks[1, 80:140, 200:260] = True
@@ -345,15 +343,15 @@ def test_instances_below_the_threshold_are_not_drawn(masker):
         masks=masks,
     )
     sample = Sample(ori_shape=(200, 300), pred_instances=instances)
-    drawing = masker.draw(image, sample)
-    assert (drawing[60:161, 20] == masker.palette[3]).all()
+    drawing = mask_detector.draw(image, sample)
+    assert (drawing[60:161, 20] == mask_detector.palette[3]).all()
     assert (drawing[:, 150:] == 128).all()
-    lower = masker.draw(image, sample, 0.1)
-    assert (lower[60:161, 180] == masker.palette[4]).all()
+    lower = mask_detector.draw(image, sample, 0.1)
+    assert (lower[60:161, 180] == mask_detector.palette[4]).all()
     assert (lower[85:135, 205:255] != 128).any()
 
 
-def test_ground_truth_is_drawn_dashed(masker, segmenter):
+def test_ground_truth_is_drawn_dashed(mask_detector, segmentor):
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
 
@@ -365,17 +363,17 @@ def test_ground_truth_is_drawn_dashed(masker, segmenter):
         labels=torch.tensor([3]),
         masks=BitmapMasks(masks, 200, 300),
     )
-    drawing = masker.draw_truth(image, Sample(ori_shape=(200, 300), gt_instances=truth))
-    side = (drawing[80:161, 20] == masker.palette[3]).all(-1)
+    drawing = mask_detector.draw_truth(image, Sample(ori_shape=(200, 300), gt_instances=truth))
+    side = (drawing[80:161, 20] == mask_detector.palette[3]).all(-1)
     assert 0.3 < side.mean() < 0.7
     assert (drawing[85:135, 45:95] != 128).any()
     labels = torch.full((1, 200, 300), 255)
     labels[:, :, :100] = 1
     truth = Sample(ori_shape=(200, 300), gt_sem_seg=PixelData(data=labels))
-    drawing = segmenter.draw_truth(image, truth)
+    drawing = segmentor.draw_truth(image, truth)
     assert (drawing[:, 100:] == 128).all()  # ignored
     assert (drawing[:, :100] != 128).any()
-    for predictor in (masker, segmenter):  # a pipeline that loads no annotations
+    for predictor in (mask_detector, segmentor):  # a pipeline that loads no annotations
         assert (predictor.draw_truth(image, Sample(ori_shape=(200, 300))) == image).all()
 
 
@@ -407,20 +405,20 @@ def test_results_of_boxes(detector, pixels):
     json.dumps(results)
 
 
-def test_results_of_masks(masker, pixels):
-    (sample,) = masker(pixels)
-    results = masker.coco(sample, 7)
+def test_results_of_masks(mask_detector, pixels):
+    (sample,) = mask_detector(pixels)
+    results = mask_detector.coco(sample, 7)
     assert results
     for i, result in enumerate(results):
         mask = coco_mask.decode(json.loads(json.dumps(result['segmentation'])))
         assert (mask == sample.pred_instances.masks[i].numpy()).all()
 
 
-def test_results_of_segments(segmenter, pixels):
-    (sample,) = segmenter(pixels)
+def test_results_of_segments(segmentor, pixels):
+    (sample,) = segmentor(pixels)
     labels = sample.pred_sem_seg.data[0]
     labels[:30], labels[30:] = 0, 1
-    results = segmenter.coco(sample, 7, 0.999)  # the threshold is for instances
+    results = segmentor.coco(sample, 7, 0.999)  # the threshold is for instances
     assert [r['category_id'] for r in results] == [1, 2]
     assert [r['bbox'] for r in results] == [[0, 0, 100, 30], [0, 30, 100, 30]]
     surest = sample.seg_logits.data.softmax(0).amax(0)
@@ -429,12 +427,12 @@ def test_results_of_segments(segmenter, pixels):
         assert abs(result['score'] - surest[labels == label].mean()) < 1e-4
 
 
-def test_results_of_segments_by_a_threshold(segmenter):
+def test_results_of_segments_by_a_threshold(segmentor):
     labels, probabilities = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0.1, 0.3, 0.8, 0.6]]])
     sample = Sample(
         pred_sem_seg=PixelData(data=labels.float()), seg_logits=PixelData(data=probabilities)
     )
-    results = segmenter.coco(sample, 7)
+    results = segmentor.coco(sample, 7)
     assert [(r['category_id'], r['score']) for r in results] == [(1, 0.8), (2, 0.7)]
 
 
@@ -487,7 +485,7 @@ def test_images_that_are_not_there(tmp_path):
         find_images([tmp_path / 'x/pictures/a.jpg'], tmp_path / 'x')
 
 
-@pytest.mark.parametrize('kind', ['detector', 'segmenter', 'masker'])
+@pytest.mark.parametrize('kind', ['detector', 'segmentor', 'mask_detector'])
 def test_what_is_written(kind, file, pixels, request):
     model, folder = request.getfixturevalue(kind), file.parent
     (folder / 'bad.jpg').touch()
@@ -521,7 +519,7 @@ def test_what_is_written(kind, file, pixels, request):
         assert [a['bbox'] for a in own] == [r['bbox'] for r in model.coco(sample, 0)]
     nothing = list(save_predictions(model, images, out, score_thr=1.0))
     assert nothing == failures
-    if kind != 'segmenter':
+    if kind != 'segmentor':
         assert json.loads((out / 'predictions.json').read_text())['annotations'] == []
 
 

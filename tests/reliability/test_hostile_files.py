@@ -390,7 +390,7 @@ def test_a_terminal_is_sent_no_codes(capsys):
 @pytest.mark.slow
 def test_names_of_images_classes_and_keys(project, run_tool, tmp_path):
     """Through the tools, which print with rich and draw."""
-    from mmdense.apis.run import unwrap
+    from mmdense.engine.runner import unwrap
 
     odd = tmp_path / '[red]$(touch made)'
     odd.mkdir()
@@ -419,7 +419,7 @@ def test_names_of_images_classes_and_keys(project, run_tool, tmp_path):
         *('--device', 'cpu'),
     )
     assert status == 1, said
-    assert f'left out: {images}/[/].png' in said
+    assert f'skipped: {images}/[/].png' in said
     assert f'predictions: {odd}/out/predictions.json' in said
     written = json.loads((odd / 'out/predictions.json').read_text())
     found = [image['file_name'] for image in written['images']]

@@ -1,0 +1,108 @@
+"""The names, colours and COCO category ids of the classes that a model predicts."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS
+from torch import nn
+
+from mmdense.visualization.draw import make_palette
+
+__all__ = ['class_names', 'coco_categories', 'num_classes_of']
+
+COCO_IDS = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+
+
+def num_classes_of(model: nn.Module) -> int | None:
+    """Return the number of classes of a model's head, if it has one."""
+    head = getattr(model, 'decode_head', None) or getattr(model, 'bbox_head', None)
+    if head is None:
+        head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
+    if isinstance(head, nn.ModuleList):  # cascades
+        head = head[-1]
+    return getattr(head, 'num_classes', None)
+
+
+def class_names(
+    dataset: ConfigDict, scope: str, meta: Mapping[str, Any], count: int | None
+) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
+    """Return the names and colours of classes from the first source that has as many.
+
+    Args:
+        dataset: Config of the data set: its ``metainfo``, or else its type, may name the classes.
+        scope: Default scope of the config.
+        meta: Metadata of the checkpoint, which come first.
+        count: Number of classes; None if unknown.
+    """
+    with DATASETS.switch_scope_and_registry(scope) as registry:
+        kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
+    # Before mmdet 3 and mmseg 1, checkpoints had the metainfo at the top level, in capitals.
+    sources = [meta.get('dataset_meta') or meta, dataset.get('metainfo')]
+    sources.append(getattr(kind, 'METAINFO', None))
+    sources = [{str(k).lower(): v for k, v in dict(s or {}).items()} for s in sources]
+    named = [s for s in sources if s.get('classes') and count in (None, len(s['classes']))]
+    if named:
+        classes = tuple(map(str, named[0]['classes']))
+    else:
+        classes = tuple(f'class {i}' for i in range(count or 0))
+        _warn(f'neither the checkpoint nor the config names {count} classes')
+    for source in named[:1] + sources:  # a palette of another source is better than none
+        palette = source.get('palette')
+        if isinstance(palette, list | tuple) and len(palette) >= len(classes):
+            return classes, [tuple(map(int, colour)) for colour in palette]
+    return classes, make_palette(len(classes))
+
+
+def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return a detector's COCO categories, ``dict(id=..., name=...)``, by label.
+
+    They are those of the annotation file of the config's test metric if it has these classes,
+    COCO's if the classes are COCO's, and otherwise numbered from 1.
+
+    Args:
+        cfg: The config.
+        classes: Class names. mmdet orders labels as the annotation file does, whatever the order in
+            the config: names in another order are sorted, with a warning.
+    """
+    categories = [
+        dict(id=category['id'], name=category['name'])
+        for category in _annotated_categories(cfg)
+        if category['name'] in classes
+    ]
+    names = tuple(category['name'] for category in categories)
+    if sorted(names) == sorted(classes):
+        if names != classes:
+            _warn('the classes are in the order of the annotation file, not of the config')
+        return categories
+    ids = COCO_IDS if classes == _coco_classes() else range(1, len(classes) + 1)
+    return [dict(id=i, name=name) for i, name in zip(ids, classes, strict=True)]
+
+
+def _annotated_categories(cfg: Config) -> Sequence[Mapping[str, Any]]:
+    """Return the categories of the test metric's annotation file, if it can be read."""
+    metrics = cfg.get('test_evaluator') or []
+    for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
+        file = Path(metric.get('ann_file') or '')
+        if file.suffix == '.json' and file.is_file():
+            try:
+                return json.loads(file.read_bytes())['categories']
+            except (OSError, ValueError, LookupError, TypeError):  # damaged, or another format
+                break
+    return []
+
+
+def _coco_classes() -> tuple[str, ...]:
+    from mmdet.datasets import CocoDataset
+
+    return CocoDataset.METAINFO['classes']
+
+
+def _warn(text: str) -> None:
+    print_log(text, 'current', logging.WARNING)
