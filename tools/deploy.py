@@ -1,80 +1,90 @@
-"""Prepare a trained model for deployment, and say what its backbone costs deployed.
+"""Prepare a trained model for deployment, and print what its backbone costs deployed.
 
-Writes the weights alone, of a CondenseNetV2 condensed into group convolutions, and the config
-beside them: what `tools/test.py --deploy` and `mmdense.apis.deploy(model)` fold after loading.
+Writes a checkpoint of the weights only, with CondenseNetV2 condensed into group convolutions, and a
+config of the same name: `tools/test.py --deploy` and `mmdense.apis.deploy(model)` fold them after
+loading.
 """
 
+import argparse
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdense import cli as options
-from mmdense.apis.deployment import compare_forms, condense, deployable, deployed_config
-from mmdense.cli import report_errors
-from mmdense.engine import runner as run
+from mmdense import cli
+from mmdense.apis.deployment import (
+    FormCost,
+    compare_forms,
+    condense,
+    deployable,
+    deployed_config,
+)
+from mmdense.engine.runner import build_runner, load_weights, unwrap
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 from mmdense.flops import not_counted
 from mmdense.models import CondenseNetV2
 
 
-@report_errors
-def main() -> None:
-    parser = options.config_parser(__doc__, 'tools/deploy.py CONFIG CHECKPOINT --out deployed.pth')
+def parser() -> argparse.ArgumentParser:
+    parser = cli.config_parser(__doc__, 'tools/deploy.py CONFIG CHECKPOINT --out deployed.pth')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', required=True, metavar='FILE', help='.pth file to write')
     parser.add_argument(
         '--size',
         nargs=2,
         type=int,
+        default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
-        help='of the probe image (224 224); with --tune, that of the images to come',
+        help='of the probe image (224 224)',
     )
     parser.add_argument(
         '--allow-partial',
         action='store_true',
-        help='take a CondenseNetV2 that is not fully pruned',
+        help='accept a CondenseNetV2 that is not fully pruned',
     )
-    parser.add_argument(
-        '--tune',
-        action='store_true',
-        help='time on this machine which convolutions of a CondenseNetV2 run faster dense',
-    )
-    args, cfg = options.parse_config(parser)
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args, cfg = cli.parse_config(parser(), argv)
     out = Path(args.out)
     if out.suffix != '.pth':
         raise UserError(f'--out {out}: must end in .pth; the config goes to the same name in .py')
     inputs = {Path(name).resolve() for name in (args.config, args.checkpoint)}
     if inputs & {out.resolve(), out.with_suffix('.py').resolve()}:
         raise UserError(f'--out {out} would overwrite the config or the checkpoint')
-    if args.tune and not args.size:
-        raise UserError('--tune needs --size HEIGHT WIDTH: which way is faster depends on it')
-    height, width = args.size or (224, 224)
+    height, width = args.size
     if min(height, width) < 1:
         raise UserError(f'--size {height} {width}: must be positive')
     check_writable(out)
     cfg.load_from = None
-    trained = copy.deepcopy(cfg)  # before what only testing wants
-    runner = run.build_runner(cfg, loaders=())
-    model = run.unwrap(runner.model)
-    size, net = (height, width), deployable(model)[0]
-    checkpoint = run.load_weights(runner, args.checkpoint)
+    trained = copy.deepcopy(cfg)  # before build_runner() changes it
+    runner = build_runner(cfg, loaders=())
+    model = unwrap(runner.model)
+    net = deployable(model)[0]
+    checkpoint = load_weights(runner, args.checkpoint)
     if isinstance(net, CondenseNetV2):
-        costs = condense(model, size=size, allow_partial=args.allow_partial, tune=args.tune)
-    elif args.allow_partial or args.tune:
-        family = type(net).__name__
-        raise UserError(f'--allow-partial and --tune are for CondenseNetV2, not for {family}')
+        costs = condense(model, size=(height, width), allow_partial=args.allow_partial)
+    elif args.allow_partial:
+        raise UserError(f'--allow-partial is for CondenseNetV2, not for {type(net).__name__}')
     else:
-        costs = compare_forms(model, size=size)
+        costs = compare_forms(model, size=(height, width))
     cfg = deployed_config(trained, net, str(out))
     meta = {**checkpoint.get('meta', {}), 'cfg': cfg.pretty_text}
     torch.save(dict(meta=meta, state_dict=model.state_dict()), out)
     cfg.dump(out.with_suffix('.py'))
+    report(costs, height, width)
+    written = f'checkpoint: {out}; config: {out.with_suffix(".py")}'
+    Console().print(written, soft_wrap=True, markup=False)
 
+
+def report(costs: Sequence[FormCost], height: int, width: int) -> None:
     table = Table('form', 'parameters (M)', f'GMACs at {height} x {width}', 'largest difference')
     for cost in costs:
         parameters = '' if cost.parameters is None else f'{cost.parameters / 1e6:.2f}'
@@ -82,14 +92,12 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Parameters are the whole model's, multiply-adds those that the backbone executes, "
-        "differences a share of a map's largest value."
+        'Parameters of the complete model, executed MACs of the backbone; differences are relative '
+        'to the largest value of a feature map.'
     )
     unknown = sum((cost.not_counted for cost in costs), Counter())
     if unknown:
         console.print(not_counted(unknown), soft_wrap=True)
-    written = f'checkpoint: {out}; config: {out.with_suffix(".py")}'
-    console.print(written, soft_wrap=True, markup=False)
 
 
 if __name__ == '__main__':

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
@@ -14,7 +13,8 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.apis import Predictor
 from mmdense.config.validate import check_data
-from mmdense.visualization.logs import METRICS, plot_runs, read_runs
+from mmdense.visualization.grid import save_grid
+from mmdense.visualization.logs import METRICS, plot_curves, read_scalars
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,21 +31,20 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args, cfg = cli.parse_config(parser(), argv)
-    (run,) = read_runs([cfg.work_dir])
+    losses, metrics = read_scalars(cfg.work_dir)
     check_data(cfg, ('test',))
     predictor = Predictor(cfg, args.checkpoint)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)
-    keys = [key for key in run.keys if 'loss' in key or key in METRICS]
-    plot_runs([run], out / 'curves.png', keys=keys)
+    plot_curves(losses, metrics, out / 'curves.png')
     drawings = list(draw_test_images(cfg, predictor, args.num, args.score_thr))
-    save_grid(drawings, out / 'predictions.png')
+    save_grid(drawings, out / 'predictions.png', titles=('truth', 'prediction'), columns=6)
     console = Console()
-    if run.metrics:
+    if metrics:
         table = Table('last validation', 'value')
         for key, name in METRICS.items():
-            if key in run.metrics[-1]:
-                table.add_row(name, f'{run.metrics[-1][key]:.3f}')
+            if key in metrics[-1]:
+                table.add_row(name, f'{metrics[-1][key]:.3f}')
         console.print(table)
     written = f'pictures: {out / "predictions.png"} {out / "curves.png"}'
     console.print(written, soft_wrap=True, markup=False)
@@ -62,19 +61,6 @@ def draw_test_images(
         (prediction,) = predictor(truth.img_path)
         yield predictor.draw_truth(truth.img_path, truth)
         yield predictor.draw(truth.img_path, prediction, score_thr)
-
-
-def save_grid(drawings: Sequence[np.ndarray], file: Path) -> None:
-    """Save pairs of drawings as one image, three pairs per row."""
-    rows = -(-len(drawings) // 6)
-    figure = Figure(figsize=(27, 4.5 * rows), layout='constrained', dpi=100)
-    axes = figure.subplots(rows, 6, squeeze=False).ravel()
-    for axis in axes:
-        axis.axis('off')
-    for i, drawing in enumerate(drawings):
-        axes[i].imshow(drawing)
-        axes[i].set_title('prediction' if i % 2 else 'truth')
-    figure.savefig(file)
 
 
 if __name__ == '__main__':

@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 import mmdense
-from mmdense.apis.deployment import deploy as deploy_backbone
+from mmdense.apis.deployment import TOLERANCE, relative_difference
 from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.models.backbones import Backbone
+from mmdense.models.deploy import deploy as deploy_backbone
 
 __all__ = ['PARTS', 'Check', 'Exported', 'Preprocessing', 'export_onnx']
 
 PARTS = ('backbone', 'neck', 'model')
-TOLERANCE = 1e-4  # of an output's largest value, in float32
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # What a file leaves open, in the order in which it is tried.
@@ -487,9 +487,7 @@ def _compare(session: Any, expected: _Network, image: tuple[int, int, int]) -> C
     for name, a, b in zip(names, found, wanted, strict=True):
         if a.shape != tuple(b.shape):
             raise _Failed(f'{name} is {a.shape} for images of {shown}, must be {tuple(b.shape)}')
-        smallest = torch.finfo(b.dtype).tiny
-        largest = b.abs().max().clamp(min=smallest)
-        differences[name] = float((torch.from_numpy(a) - b).abs().max() / largest)
+        differences[name] = relative_difference(torch.from_numpy(a), b)
         if not differences[name] <= TOLERANCE:
             raise _Failed(
                 f'{name} differs from the model by {differences[name]:.1e} of its largest value '

@@ -30,12 +30,12 @@ from pycocotools import mask as coco_mask
 from torch import nn
 
 from mmdense.apis.classes import class_names, coco_categories, num_classes_of
-from mmdense.apis.deployment import deploy as deploy_backbone
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, check_image
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write, check_writable
+from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.visualization.draw import draw_instances, draw_label_map
 from mmdense.weights.loading import check_min_loaded, load_checked
 

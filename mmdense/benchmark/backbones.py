@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,34 +12,15 @@ import timm
 
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, suggest_name
-from mmdense.models.backbones import condensenetv2, densenet, rdnet, rexnet, shufflenetv2
+from mmdense.models import CondenseNetV2
+from mmdense.models.backbones import FAMILIES, Backbone
 
 __all__ = ['PRUNING', 'Named', 'known_backbones', 'named_backbone']
 
 TIMM = 'timm:'
 PRUNING = 'mmdense.CondenseScheduleHook'
-# Family -> type and address of the weights that the recipes start from; names are FAMILY-ARCH.
-FAMILIES = {
-    'rdnet': ('RDNet', rdnet.ARCHS, 'timm://rdnet_{}.nv_in1k'),
-    'densenet': ('DenseNet', densenet.ARCHS, 'timm://densenet{}.tv_in1k'),
-    'condensenetv2': (
-        'CondenseNetV2',
-        condensenetv2.ARCHS,
-        'condensenetv2://checkpoints/condensenetv2-{}_converted.pth',
-    ),
-    'rexnet': ('ReXNet', rexnet.ARCHS, 'timm://rexnet_{}.nav_in1k'),
-    'shufflenetv2': (
-        'ShuffleNetV2',
-        shufflenetv2.ARCHS,
-        'torchvision://shufflenet_v2_x{}.imagenet1k_v1',
-    ),
-}
+PRUNED = (dict(type=PRUNING),)  # hooks of a CondenseNetV2 that learns its connections
 SHORT = dict(tiny='t', small='s', base='b', large='l')
-OTHER_WEIGHTS = {'densenet-121': 'timm://densenet121.ra_in1k'}
-# What the recipes set besides, in both tasks and in one.
-SETTINGS = {'DenseNet': dict(tap='activated')}
-OF_DETECTORS = {'RDNet': dict(output_norm=True)}
-NO_WEIGHTS = ('densenet-264', 'densenet-232-k48', 'densenet-264-k48')
 
 
 @dataclass(frozen=True)
@@ -62,11 +42,13 @@ class Named:
     pixels: dict[str, Any] = field(default_factory=dict)
 
 
-def known_backbones() -> Iterator[str]:
-    """Yield the names of ours."""
-    for family, (_, archs, _) in FAMILIES.items():
-        for arch in archs:
-            yield f'{family}-{SHORT.get(arch, arch)}'
+def known_backbones() -> dict[str, tuple[type[Backbone], str]]:
+    """Return class and arch of mmdense's backbones, by their names FAMILY-ARCH."""
+    return {
+        f'{name}-{SHORT.get(arch, arch)}': (family, arch)
+        for name, family in FAMILIES.items()
+        for arch in family.archs
+    }
 
 
 def named_backbone(name: str, *, pretrained: bool, detects: bool = True) -> Named:
@@ -95,24 +77,22 @@ def named_backbone(name: str, *, pretrained: bool, detects: bool = True) -> Name
         config = dict(type='mmdense.TimmBackbone', model_name=model)
         config |= _weights(f'timm://{model}', pretrained)
         return Named(name, 'timm', config, pixels=_pixels(model) if pretrained else {})
-    known = dict(zip(known_backbones(), _archs(), strict=True))
+    known = known_backbones()
     if name not in known:
         raise UserError(
             f'unknown backbone {name!r}{suggest_name(name, known)}; besides: timm:NETWORK, or a '
             'config file whose backbone is meant'
         )
     family, arch = known[name]
-    kind, _, address = FAMILIES[family]
-    config = dict(type=f'mmdense.{kind}', arch=arch) | SETTINGS.get(kind, {})
+    kind = family.__name__
+    config = dict(type=f'mmdense.{kind}', arch=arch, **family.recipe)
     if detects:
-        config |= OF_DETECTORS.get(kind, {})
-    if pretrained and name in NO_WEIGHTS:
+        config |= family.detector_recipe
+    if not pretrained:
+        return Named(name, kind, config, PRUNED if family is CondenseNetV2 else ())
+    if arch not in family.weights:
         raise UserError(f'{name} has no published weights: leave it out, or add --from-scratch')
-    config |= _weights(OTHER_WEIGHTS.get(name, address.format(_spelt(family, arch))), pretrained)
-    if kind == 'CondenseNetV2':
-        if not pretrained:
-            return Named(name, kind, config, (dict(type=PRUNING),))
-        config['form'] = 'condensed'
+    config |= family.pretrained_recipe | _weights(family.weights[arch], pretrained)
     return Named(name, kind, config)
 
 
@@ -121,19 +101,6 @@ def _pixels(model: str) -> dict[str, Any]:
     said = timm.models.get_pretrained_cfg(model)
     mean, std = ([255 * value for value in values] for values in (said.mean, said.std))
     return dict(mean=mean, std=std, bgr_to_rgb=True)
-
-
-def _archs() -> Iterator[tuple[str, str]]:
-    for family, (_, archs, _) in FAMILIES.items():
-        for arch in archs:
-            yield family, arch
-
-
-def _spelt(family: str, arch: str) -> str:
-    """Return an arch as the address of its weights spells it."""
-    if family == 'rexnet':
-        return f'{float(arch) * 100:.0f}'
-    return arch.replace('.', '_') if family == 'shufflenetv2' else arch
 
 
 def _weights(address: str, pretrained: bool) -> dict[str, Any]:

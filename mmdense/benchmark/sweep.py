@@ -31,7 +31,6 @@ from mmengine.runner import set_random_seed
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from mmdense.apis.deployment import deploy
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, Named
 from mmdense.benchmark.report import write_report
@@ -42,6 +41,7 @@ from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
+from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRICS, read_scalars
 
 __all__ = ['Sweep', 'Told', 'set_length']

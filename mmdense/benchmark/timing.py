@@ -25,7 +25,6 @@ import torchvision
 from mmengine.config import Config
 from torch import nn
 
-from mmdense.apis.deployment import deploy
 from mmdense.benchmark.memory import (
     build_training,
     peak_bytes,
@@ -38,6 +37,7 @@ from mmdense.config.edit import drop_amp
 from mmdense.config.image_size import training_size
 from mmdense.errors import one_line
 from mmdense.flops import model_costs
+from mmdense.models.deploy import deploy
 
 __all__ = ['Run', 'inference', 'machine', 'measure', 'measure_configs', 'timed', 'training']
 

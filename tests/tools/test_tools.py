@@ -240,7 +240,7 @@ def test_condensed_model_is_deployed(run_tool, project, tmp_path):
     work_dir = ['--work-dir', tmp_path / 'deploying']
     status, said = run_tool(
         *(PY, DEPLOY, CONDENSED, checkpoint, '--out', out),
-        *('--tune', '--size', 64, 64, *work_dir, *options),
+        *('--size', 64, 64, *work_dir, *options),
     )
     assert status == 0, said
     for form in ('learned', 'condensed', 'deployed'):
@@ -309,13 +309,12 @@ def test_deploying_what_cannot_be(two_iterations_of_detection, run_tool, tmp_pat
     shuffle = ROOT / 'configs/detection/baselines/faster-rcnn_shufflenetv2-0.5_fpn_1x_coco.py'
     out = ['--out', tmp_path / 'out.pth']
     for path, more, message in (
-        (shuffle, out, 'error: ShuffleNetV2 has no form for deployment: '),
+        (shuffle, out, 'error: ShuffleNetV2 has no inference form: '),
         (config, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
         (config, ['--out', checkpoint], 'would overwrite'),
-        (config, [*out, '--tune'], 'needs --size'),
         (config, [*out, '--size', 0, -5], 'must be positive'),
         (config, ['--out', config / 'out.pth'], f'cannot write {config / "out.pth"}: '),
-        (config, [*out, '--allow-partial'], 'are for CondenseNetV2, not for RDNet'),
+        (config, [*out, '--allow-partial'], 'is for CondenseNetV2, not for RDNet'),
     ):
         status, said = run_tool(PY, DEPLOY, path, checkpoint, *more, '--work-dir', tmp_path)
         assert status == 2, said

@@ -1,15 +1,15 @@
 """The contract of every backbone of mmdense.
 
     net = RDNet(arch='tiny', out_indices=(0, 1, 2, 3), frozen_stages=-1, norm_eval=False, ...)
-    net.out_channels              # (256, 440, 744, 1040), one per returned map
-    net.out_strides               # (4, 8, 16, 32), input pixels per map pixel
+    net.out_channels              # (256, 440, 744, 1040), one per returned feature map
+    net.out_strides               # (4, 8, 16, 32), in pixels of the image
     net.layer_depth('stem.0.weight')   # (0, 9): depth of a parameter, number of depths
     net.layer_depth('stem.0.weight', 'layer')   # (0, 23): the same, counted block by block
     net(x)                        # x [N, C, H, W] -> tuple of [N, out_channels[i], H_i, W_i]
     net.train() is net            # frozen stages stay frozen
 
-A stage is everything between two tapped maps: stage 1 ends in map 0, stage i in map i - 1, and the
-stem is stage 0. Maps are tapped before any downsampling that follows them.
+The stem is stage 0; stage i is everything between feature maps i - 2 and i - 1. Feature maps are
+taken before any downsampling that follows them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdense.errors import suggest_name
+from mmdense.errors import UserError, suggest_name
 
 __all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch']
 
@@ -62,36 +63,53 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
 
 
 class Backbone(BaseModule):
-    """Base class: which maps are returned, what is frozen, what keeps its statistics.
+    """Base class of all backbones: outputs, frozen stages, norms, memory modes and forms.
 
-    A family calls ``super().__init__`` with what it is made of, creates its modules, and ends its
-    constructor with :meth:`_freeze`. It implements :meth:`_stage_modules`,
-    :meth:`_layer_depths` and ``forward``.
+    A family passes the shared arguments to ``super().__init__``, creates its modules, and ends its
+    constructor with :meth:`_freeze`. It implements :meth:`_stage_modules`, :meth:`_layer_depths`
+    and ``forward``. Layers after the last returned feature map are neither built nor run.
+
+    A family may have an inference form, which ``switch_to_deploy()`` builds in place from trained
+    weights: its outputs equal those of the trained network in evaluation, it cannot be trained, and
+    ``train()`` has no effect on it. Gradients reach the image only. Load weights first, and convert
+    to half precision afterwards, so that they are rounded once.
 
     Args:
-        map_channels: Channels of every map that can be tapped, fine to coarse.
-        map_strides: Strides of the same maps, in input pixels.
-        out_indices: Which maps to return, increasing; negative ones count from the end; None
+        map_channels: Channels of all feature maps, fine to coarse.
+        map_strides: Strides of the same feature maps, in pixels of the image.
+        out_indices: Feature maps to return, increasing; negative indices count from the end; None
             returns all.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
-        norm_eval: Keep batch norms in eval mode while training.
-        memory: What training keeps for the backward pass, one of ``memory_modes``: 'plain' what
-            autograd keeps; 'lean' what convolutions put out, while what lies between them
-            (concatenations, norms, activations, gates) is made again; 'recompute' the inputs of
-            blocks alone. Outputs, gradients and running statistics are the same.
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config.
+        norm_eval: Keep batch norms in eval mode during training.
+        memory: What autograd saves, one of ``memory_modes``: 'plain' is torch's default, 'lean'
+            saves convolution outputs and recomputes the layers in between (concatenation, norms,
+            activations, gates), and 'recompute' saves the inputs of blocks (activation
+            checkpointing; the least memory). Outputs, gradients and running statistics are the
+            same.
+        with_cp: Deprecated alias of ``memory='recompute'``.
+        init_cfg: mmengine's initialization config.
 
     Raises:
         ValueError: An index, stage or memory mode that does not exist, or indices that don't
             increase.
     """
 
+    # Arch by name, and the address of the ImageNet weights that recipes start from, by arch. The
+    # benchmark and the documents list the families that have archs.
+    archs: Mapping[str, Any] = {}
+    weights: Mapping[str, str] = {}
+    # Options of mmdense's recipes: in all of them, in detectors, and with pretrained weights.
+    recipe: Mapping[str, Any] = {}
+    detector_recipe: Mapping[str, Any] = {}
+    pretrained_recipe: Mapping[str, Any] = {}
+    # Form -> ending, or endings, of parameter names that occur in its state dict only.
+    form_marks: Mapping[str, str | tuple[str, ...]] = {}
+    memory_modes: tuple[str, ...] = ('plain', 'lean', 'recompute')
+    not_pretrained: tuple[str, ...] = ()  # prefixes of names that no ImageNet weights have
+
+    form: str = 'trained'
     out_channels: tuple[int, ...]
     out_strides: tuple[int, ...]
-    memory_modes: tuple[str, ...] = ('plain', 'lean', 'recompute')
-    # Beginnings of names that no ImageNet weights have.
-    not_pretrained: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -110,7 +128,7 @@ class Backbone(BaseModule):
         if out_indices is None:
             out_indices = range(num_maps)
         if any(not -num_maps <= i < num_maps for i in out_indices):
-            raise ValueError(f'out_indices {tuple(out_indices)}: there are {num_maps} maps')
+            raise ValueError(f'out_indices {tuple(out_indices)}: there are {num_maps} feature maps')
         self.out_indices = tuple(i % num_maps for i in out_indices)
         if not self.out_indices or list(self.out_indices) != sorted(set(self.out_indices)):
             raise ValueError(
@@ -140,14 +158,14 @@ class Backbone(BaseModule):
     def layer_depth(self, name: str, granularity: str = 'stage') -> tuple[int, int]:
         """Return ``(depth, number of depths)`` of a parameter, for layer-wise learning rates.
 
-        The stem has depth 0. The last depth is that of what was not pretrained with the network
-        (output norms here, necks and heads outside), so a rate of ``decay ** (number - 1 - depth)``
-        leaves those at 1.
+        The stem has depth 0. The last depth is that of layers without pretrained weights (output
+        norms here, necks and heads elsewhere), so ``decay ** (number - 1 - depth)`` is 1 for them.
+        Depths are those of the complete network, whichever feature maps are returned.
 
         Args:
             name: As in ``named_parameters()`` of the backbone.
-            granularity: What adds one to the depth: 'stage' (of RDNet: a dense stage; else
-                everything between two maps) or 'layer' (a block or dense layer of a stage).
+            granularity: Unit of the depth: 'stage' (a dense stage in RDNet, everything between two
+                feature maps in the others) or 'layer' (a block or dense layer).
 
         Raises:
             ValueError: The backbone has no such parameter, or there is no such granularity.
@@ -168,14 +186,35 @@ class Backbone(BaseModule):
                 f'{self._coarsest} in both directions'
             )
 
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
+        # mmengine only warns about keys that don't fit, and some fit several forms.
+        keys = [key for key in state_dict if key.startswith(prefix)]
+        for form, endings in self.form_marks.items():
+            if form != self.form and any(key.endswith(endings) for key in keys):
+                way = f'build it with form={form!r}'
+                if 'deployed' in (form, self.form):
+                    way = 'load weights before switch_to_deploy()'
+                raise UserError(
+                    f'these are {type(self).__name__} weights of form={form!r}, the network is of '
+                    f'form={self.form!r}: {way}'
+                )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _finish_deploy(self) -> None:
+        """Mark the network as deployed, after its modules were replaced; all channels-last."""
+        self.form = 'deployed'
+        self.frozen_stages = -1
+        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+
     def _freeze(self) -> None:
+        """Put the frozen stages into evaluation, without gradients."""
         for stage in range(self.frozen_stages + 1):
             for module in self._stage_modules(stage):
                 module.eval()
                 module.requires_grad_(False)
 
     def train(self, mode: bool = True) -> Backbone:
-        """Set training mode, except for what is frozen or, with ``norm_eval``, batch norms."""
+        """Set training mode, except for frozen stages and, with ``norm_eval``, batch norms."""
         super().train(mode)
         if mode:
             self._freeze()
@@ -186,5 +225,9 @@ class Backbone(BaseModule):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps at ``out_indices``, [N, C_i, H_i, W_i], for images [N, C, H, W]."""
+        """Return the feature maps at ``out_indices``, [N, C_i, H_i, W_i], for images [N, C, H, W].
+
+        Raises:
+            ValueError: An image smaller than the coarsest stride in either direction.
+        """
         raise NotImplementedError

@@ -1,19 +1,20 @@
 """CondenseNetV2: `Sparse Feature Reactivation for Deep Networks
 <https://arxiv.org/abs/2104.04382>`_ (CVPR 2021).
 
-Five densely connected blocks, a 2x2 average pool between them. Each layer reads a part of the
-features before it, adds ``growth`` new ones, and with these updates a part of the earlier ones.
-Which parts is learned: connections are pruned during the first half of training. Maps are tapped
-at the end of each block, before the pool.
+Five densely connected blocks with 2x2 average pooling between them. Each layer reads some of the
+features before it, adds ``growth`` new features, and updates some of the earlier ones with these.
+The connections are learned: most are pruned during the first half of training. Feature maps are
+taken at the end of each block, before the pooling.
 
-Parameter and buffer names are those of the released models: of the unconverted ones as the network
-is trained (``form='learned'``), of the converted ones once it is condensed (``form='condensed'``).
+Parameter and buffer names are those of the released models: of the unconverted ones while the
+network is trained (``form='learned'``), of the converted ones once it is condensed
+(``form='condensed'``).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from mmdense.errors import UserError
 from mmdense.models.backbones.base import Backbone, resolve_arch
-from mmdense.models.deploy.condensenetv2 import DeployedBlock, ThreadWorkspace, Workspace
+from mmdense.models.deploy.condensenetv2 import DeployedBlock, Workspace
 from mmdense.models.layers import (
     CondensedGroupConv,
     CondensedReactivation,
@@ -39,8 +40,6 @@ from mmdense.registry import MODELS
 __all__ = ['CondenseNetV2']
 
 FORMS = ('learned', 'condensed')
-# How the names end that tell a form, in this order.
-MARKS = dict(learned='._mask', deployed='.sfr.norm.scale', condensed='.sfr.index')
 BOTTLENECK = 4
 BN = dict(type='BN')
 
@@ -52,11 +51,11 @@ class Arch:
     Attributes:
         layers: Layers per block.
         growth: Channels that each layer of a block adds.
-        groups: Of both 1x1 convolutions and of the 3x3 one.
-        condense_factor: Each group keeps one of so many channels; as many as groups by default.
+        groups: Groups of the 1x1 and of the 3x3 convolutions.
+        condense_factor: Each group keeps one in so many channels; ``groups`` by default.
         stem_stride: Stride of the first convolution.
-        hard_swish_from: Blocks from this one on, counted from 0, use hard-swish, those before ReLU.
-        gated_from: Blocks from this one on gate their new features by squeeze and excitation.
+        hard_swish_from: First block, counted from 0, with hard-swish; earlier blocks have ReLU.
+        gated_from: First block whose new features have a squeeze-excite gate.
     """
 
     layers: tuple[int, ...]
@@ -69,7 +68,7 @@ class Arch:
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.growth) or not self.layers:
-            raise ValueError(f'layers and growth must be as long as each other: {self}')
+            raise ValueError(f'layers and growth must have the same length: {self}')
         if min(*self.layers, *self.growth, self.groups, self.factor, self.stem_stride) < 1:
             raise ValueError(f'each of layers and growth, groups, ... must be positive: {self}')
         for name, number in (('groups', self.groups), ('condense_factor', self.factor)):
@@ -103,7 +102,7 @@ ARCHS = {
 
 
 class SqueezeExcite(nn.Module):
-    """Gate channels by what they hold on average: [N, C, H, W] to the same."""
+    """Scale channels by gates computed from their means: [N, C, H, W] to the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -123,16 +122,16 @@ class SqueezeExcite(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """Map the features of a block [N, C, H, W] to [N, C + growth, H, W], updating a part of them.
+    """Map the features of a block [N, C, H, W] to [N, C + growth, H, W], updating some of them.
 
     Args:
         channels: C.
-        arch: Of the whole network.
+        arch: Architecture of the network.
         block: Number of the block, from 0.
         kept: Channels that each group keeps in the condensed form; None for the learned form.
         norm_cfg: mmcv's config of the norms.
         drop_rate: Dropout before each 1x1 convolution.
-        memory: What training keeps, as of the whole network; recomputation is up to the block.
+        memory: As of the network; the block runs 'recompute' itself.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """Dense layers, behind the pool that halves the map of the block before it."""
+    """Dense layers, after the pooling that halves the output of the block before it."""
 
     def __init__(self, layers: Sequence[DenseLayer], *, pool: bool, memory: str) -> None:
         super().__init__(OrderedDict((f'denselayer_{i}', m) for i, m in enumerate(layers, 1)))
@@ -198,35 +197,36 @@ class DenseBlock(nn.Sequential):
 
 @MODELS.register_module()
 class CondenseNetV2(Backbone):
-    """CondenseNetV2 with maps at strides 2, 4, 8, 16 and 32; all but the first are the default.
+    """CondenseNetV2 with feature maps at strides 2, 4, 8, 16 and 32; the first is off by default.
 
     A network of the learned form starts with all connections; :meth:`prune_to`, which
     ``mmdense.CondenseScheduleHook`` calls during training, masks them stage by stage. Masks are
-    saved with the weights and stay as they are without the hook. A fully pruned network becomes
-    the condensed one by :meth:`condense`. Both forms can be trained.
+    saved with the weights, and don't change without the hook. :meth:`condense` converts a fully
+    pruned network to the condensed form. Both forms can be trained.
 
-    Heights and widths are rounded up by the stem and down by each pool; an image smaller than the
-    coarsest stride in either direction raises ValueError.
+    Heights and widths are rounded up by the stem and down by each pooling. ``memory='lean'`` takes
+    about half the memory of training in about the same time. Other arguments: see
+    :class:`Backbone`.
 
     Args:
-        arch: 'a', 'b', 'c', or a dict of :class:`Arch`'s fields; there is one map per block.
-        form: 'learned' (dense convolutions under masks) or 'condensed' (group convolutions).
-        stage: Stage of pruning that a condensed network was made at: the last by default.
-        dense: Default of :meth:`switch_to_deploy`.
-        out_indices: Maps to return, increasing; negative ones count from the end; None returns all.
+        arch: 'a', 'b', 'c', or a dict of :class:`Arch`'s fields; there is one feature map per
+            block.
+        form: 'learned' (dense convolutions with masks) or 'condensed' (group convolutions).
+        stage: Stage of pruning at which a condensed network was condensed; the last by default.
         drop_rate: Dropout before each 1x1 convolution.
-        frozen_stages: -1 freezes nothing, 0 the first convolution, i the blocks up to i as well.
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
-        norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        memory: 'plain', 'lean' (about half the memory of training, at about the same time) or
-            'recompute' (each layer again in backward: the least memory).
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config.
 
     Raises:
         ValueError: Unknown arch, field or form, impossible number, index or stage.
     """
+
+    archs = ARCHS
+    weights = {
+        arch: f'condensenetv2://checkpoints/condensenetv2-{arch}_converted.pth' for arch in ARCHS
+    }
+    pretrained_recipe = dict(form='condensed')
+    form_marks = dict(learned='._mask', condensed='.sfr.index', deployed='.sfr.norm.scale')
 
     def __init__(
         self,
@@ -234,7 +234,6 @@ class CondenseNetV2(Backbone):
         arch: str | Mapping[str, Any] = 'c',
         form: str = 'learned',
         stage: int | None = None,
-        dense: Sequence[str] | None = None,
         out_indices: Sequence[int] | None = (1, 2, 3, 4),
         drop_rate: float = 0.0,
         frozen_stages: int = -1,
@@ -267,14 +266,12 @@ class CondenseNetV2(Backbone):
         )
         self.form = form
         self.arch = arch
-        self.dense = dense
         self._condensed_at = arch.factor - 1 if stage is None else stage
         stem = nn.Conv2d(
             in_channels, arch.inputs()[0], 3, stride=arch.stem_stride, padding=1, bias=False
         )
         self.features = nn.ModuleDict(dict(init_conv=stem))
-        left = arch.factor - self._condensed_at  # parts of ``factor`` that each group keeps
-        # What lies behind the last returned map is neither built nor run.
+        left = arch.factor - self._condensed_at  # each group keeps left / factor of the channels
         for block in range(self.out_indices[-1] + 1):
             layers = []
             for i in range(arch.layers[block]):
@@ -300,7 +297,7 @@ class CondenseNetV2(Backbone):
 
     @property
     def stage(self) -> int:
-        """The stage of pruning that all layers have reached, or were condensed at."""
+        """The stage of pruning that all layers have reached, or at which they were condensed."""
         return min((layer.stage for layer in self._learned()), default=self._condensed_at)
 
     @property
@@ -314,51 +311,52 @@ class CondenseNetV2(Backbone):
 
     def _to_prune(self) -> list[LearnedGroupConv | SparseReactivation]:
         if self.form != 'learned':
-            raise ValueError(f"form is {self.form!r}: connections are masked in form='learned'")
+            raise ValueError(f"form is {self.form!r}: only form='learned' has masks")
         return self._learned()
 
     def prune_to(self, progress: float) -> None:
-        """Prune the connections that are due at a share of the training, in all layers.
+        """Prune the connections that are due at this progress of training, in all layers.
 
-        A function of weights, masks and stages alone. Nothing else ever changes a mask.
+        The result depends on weights, masks and stages only. No other function changes masks.
 
         Args:
-            progress: From 0 to 1; the last stage is reached at 0.5, as published.
+            progress: From 0 to 1; the last stage begins at 0.5, as published.
 
         Raises:
-            ValueError: A progress outside of 0 to 1, or a network of another form.
+            ValueError: Progress outside of 0 to 1, or another form than the learned one.
         """
         for layer in self._to_prune():
             layer.prune_to(progress)
 
     def connections(self) -> float:
-        """Return the share of the connections that is left.
+        """Return the share of connections that are not pruned.
 
         Raises:
-            ValueError: A network of another form than the learned one.
+            ValueError: Another form than the learned one.
         """
         masks = [layer._mask for layer in self._to_prune()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def group_lasso(self) -> Tensor:
-        """Return the penalty that groups of weights vanish by, over all layers.
+        """Return the group lasso penalty, summed over all layers.
 
         Raises:
-            ValueError: A network of another form than the learned one.
+            ValueError: Another form than the learned one.
         """
         return sum(layer.group_lasso() for layer in self._to_prune())
 
     def condense(self, *, allow_partial: bool = False) -> None:
-        """Turn the network into the condensed form, in place: group convolutions without masks.
+        """Convert the network to the condensed form, in place: group convolutions without masks.
 
-        It then maps images as before and loads the state dicts of ``form='condensed'`` (with
-        ``stage=...`` if connections were left to prune).
+        Its outputs stay the same. It loads state dicts of ``form='condensed'`` (with ``stage=...``
+        if it was not fully pruned).
 
         Args:
-            allow_partial: Take a network that is not fully pruned yet, with what it has left.
+            allow_partial: Accept a network that is not fully pruned, with its remaining
+                connections.
 
         Raises:
-            UserError: A network that is not fully pruned.
+            UserError: The network is not fully pruned.
         """
         if self.form != 'learned':
             return
@@ -368,7 +366,7 @@ class CondenseNetV2(Backbone):
         if self.stage < self.last_stage and not allow_partial:
             raise UserError(
                 f'pruning is at stage {self.stage} of {self.last_stage}: train on with '
-                'mmdense.CondenseScheduleHook, or condense what is left by allow_partial'
+                'mmdense.CondenseScheduleHook, or condense it as it is with allow_partial'
             )
         self._condensed_at = self.stage
         for module in self.modules():
@@ -378,49 +376,21 @@ class CondenseNetV2(Backbone):
         self.form = 'condensed'
         self.train(self.training)
 
-    def one_by_ones(self) -> list[str]:
-        """Return the names of all 1x1 convolutions that run grouped or dense once deployed."""
-        return [
-            f'{block}.{layer}.{conv}'
-            for block, layers in self.features.items()
-            if block != 'init_conv'
-            for layer, _ in layers.named_children()
-            for conv in ('conv_1', 'sfr')
-        ]
-
-    def switch_to_deploy(self, dense: Collection[str] | None = None) -> None:
-        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
-
-        The form is condensed, with norms folded, and without concatenation. The maps stay the same.
-
-        Args:
-            dense: Which of :meth:`one_by_ones` run as one product over all channels, where the
-                others run group by group; none gives the fewest multiply-adds. By default
-                ``dense`` of the constructor.
+    def switch_to_deploy(self) -> None:
+        """Switch to the inference form, in place; see :class:`Backbone`. It has no gradients.
 
         Raises:
-            UserError: A network that is not fully pruned: :meth:`condense` can take it.
-            ValueError: Names of no such convolution.
+            UserError: The network is not fully pruned: :meth:`condense` it with ``allow_partial``.
         """
         if self.form == 'deployed':
             return
-        names = self.one_by_ones()
-        if dense is None:
-            dense = self.dense
-        if dense is None:  # by measurement
-            dense = [name for name in names if name.endswith('.sfr')]
-        if unknown := set(dense) - set(names):
-            raise ValueError(f'dense names no 1x1 convolution: {sorted(unknown)}')
         self.condense()
-        deployed = {
-            name: DeployedBlock(block, {d.removeprefix(f'{name}.') for d in dense})
-            for name, block in self.features.items()
-            if isinstance(block, DenseBlock)
-        }
-        self.features.update(deployed)
+        for name, block in self.features.items():
+            if isinstance(block, DenseBlock):
+                self.features[name] = DeployedBlock(block)
         self.features['init_conv'].to(memory_format=torch.channels_last)
         self.form = 'deployed'
-        self._work = ThreadWorkspace()
+        self._workspace = Workspace()
         self.requires_grad_(False).eval()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
@@ -428,7 +398,6 @@ class CondenseNetV2(Backbone):
         return [self.features[name]] if name in self.features else []
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        # Of the whole network: the maps that a detector reads don't change its rates.
         depths = {'features.init_conv': 0}
         last = 0
         for block, layers in enumerate(self.arch.layers, 1):
@@ -442,37 +411,26 @@ class CondenseNetV2(Backbone):
         return depths, last + 2
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        # mmengine no more than warns of keys that don't fit, and loads the rest.
-        keys = [key for key in state_dict if key.startswith(prefix)]
-        form = next((f for f, end in MARKS.items() if any(k.endswith(end) for k in keys)), None)
-        if form not in (None, self.form):
-            raise UserError(
-                f'the weights are those of a CondenseNetV2 of form={form!r}, the network is of '
-                f'form={self.form!r}: build it with the other one'
-            )
-        buffers = dict(self.named_buffers())
-        for key in keys:
-            value, own = state_dict[key], buffers.get(key.removeprefix(prefix))
-            if own is None or own.is_floating_point():
+        for name, buffer in self.named_buffers():
+            key = prefix + name
+            if key not in state_dict or buffer.is_floating_point():
                 continue
-            if value.shape != own.shape and key.endswith('.index'):
+            value = state_dict[key]
+            if value.shape != buffer.shape and key.endswith('.index'):
                 raise UserError(
-                    f'{key} is {tuple(value.shape)}, must be {tuple(own.shape)}: released files '
-                    'load by condensenetv2://FILE, partly pruned ones by stage=... of the backbone'
+                    f'{key} is {tuple(value.shape)}, must be {tuple(buffer.shape)}: load released '
+                    'files from condensenetv2://FILE, partly pruned ones with stage=... of the '
+                    'backbone'
                 )
             if value.is_floating_point() and (value != value.round()).any():
                 raise UserError(
-                    f'{key} has fractions, of a moving average: released files load by '
+                    f'{key} has fractions, as of a moving average: load released files from '
                     'condensenetv2://FILE'
                 )
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, ~H / s_i, ~W / s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
         if self.form == 'deployed':
             return self._forward_deployed(x)
@@ -485,14 +443,14 @@ class CondenseNetV2(Backbone):
 
     @torch.compiler.disable
     def _forward_deployed(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run eagerly, in the precision of the weights: steps write to memory that they share."""
+        """Run eagerly, in the precision of the weights, since layers write to shared memory."""
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError('the deployed form has no gradients: the condensed form has them')
         stem, *blocks = self.features.values()
-        work = self._work.workspace if x.device.type == 'cpu' else Workspace()
+        work = self._workspace if x.device.type == 'cpu' else Workspace()
         maps = []
         with torch.autocast(x.device.type, enabled=False):
-            # Channels-last is many times faster for the stem.
+            # The stem is several times faster in channels-last.
             x = stem(x.to(stem.weight.dtype).contiguous(memory_format=torch.channels_last))
             for block in blocks:
                 x = block(x, work)

@@ -1,12 +1,11 @@
 """DenseNet: `Densely Connected Convolutional Networks <https://arxiv.org/abs/1608.06993>`_.
 
-Every layer of a block reads the concatenation of all features made before it in the block, and adds
-``growth`` channels; between blocks a transition compresses the channels and halves the resolution.
-Maps are tapped at the end of each block, before its transition, so that the network gives strides
-4, 8, 16 and 32.
+Every layer of a block reads the concatenation of the block's input and the outputs of all earlier
+layers, and adds ``growth_rate`` channels. Between blocks a transition reduces the channels and
+halves the resolution. Feature maps are taken at the end of each block, before its transition, at
+strides 4, 8, 16 and 32.
 
-Parameter names are those of timm's and torchvision's ``densenet*``, whose outputs the tests
-reproduce.
+Parameter names are those of timm's and torchvision's ``densenet*``; tests compare the outputs.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdense.errors import UserError
 from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.deploy.densenet import (
@@ -41,8 +39,6 @@ __all__ = ['DenseNet']
 STEMS = ('imagenet', 'deep', 'cifar')
 TAPS = ('block', 'activated')
 BN = dict(type='BN')
-# What only the state dict of a form has, at its first layer.
-MARKS = dict(trained=('running_mean',), deployed=('low', 'scale'))
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def _norm(norm_cfg: Mapping[str, Any], channels: int) -> nn.Module:
 
 
 class DenseLayer(nn.Module):
-    """Map all features of the block, [N, C, H, W] together, to ``growth_rate`` new channels."""
+    """Map all features of the block, [N, C, H, W] in total, to ``growth_rate`` new channels."""
 
     def __init__(
         self, channels: int, arch: Arch, norm_cfg: Mapping[str, Any], drop_rate: float
@@ -132,7 +128,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseBlock(nn.Sequential):
-    """Dense layers, each reading the block's input and what all earlier layers made."""
+    """Dense layers; each reads the block's input and the outputs of all earlier layers."""
 
     def __init__(self, layers: Sequence[DenseLayer], *, memory: str) -> None:
         super().__init__(OrderedDict((f'denselayer{i}', m) for i, m in enumerate(layers, 1)))
@@ -143,44 +139,46 @@ class DenseBlock(nn.Sequential):
             return lean_block(self, x)
         features = [x]
         for layer in self:
-            # Recomputing keeps the features alone: the concatenation is made again in backward.
-            again = self.memory == 'recompute'
-            features.append(recompute(layer, features[:]) if again else layer(features))
+            # Only the features are saved; the concatenation is recomputed in backward.
+            saves = self.memory == 'recompute'
+            features.append(recompute(layer, features[:]) if saves else layer(features))
         return torch.cat(features, 1)
 
 
 @MODELS.register_module()
 class DenseNet(Backbone):
-    """DenseNet with maps at strides 4, 8, 16 and 32 (1, 2 and 4 with three blocks and no stride).
+    """DenseNet with feature maps at strides 4, 8, 16 and 32 (1, 2 and 4 with the 'cifar' stem).
 
-    Heights and widths are rounded up by the stem and down by each transition, as in timm; an image
-    smaller than the coarsest stride in either direction raises ValueError.
+    Heights and widths are rounded up by the stem and down by each transition, as in timm.
+    ``memory='lean'`` takes a quarter of the memory of training in about the same time. Other
+    arguments: see :class:`Backbone`.
 
     Args:
         arch: '121', '161', '169', '201', '264', '232-k48', '264-k48', or a dict of :class:`Arch`'s
-            fields; there is one map per block.
-        growth_rate: In place of the architecture's; so are the next three.
-        bottleneck: False for a plain DenseNet, of 3 x 3 convolutions alone.
+            fields; there is one feature map per block.
+        growth_rate: Replaces the architecture's; so do the next three.
+        bottleneck: False for a plain DenseNet, with 3 x 3 convolutions only.
         reduction: Share of the channels that a transition keeps.
         stem: 'imagenet', 'deep' or 'cifar'.
         tap: 'block' returns the blocks' concatenations, the last one after the network's last norm
-            and ReLU, as timm does; 'activated' returns all maps after the norm and the ReLU that
-            follow them.
-        out_indices: Maps to return, increasing; negative ones count from the end; all by default.
+            and ReLU, as timm does; 'activated' returns all feature maps after the norm and the ReLU
+            that follow them.
         drop_rate: Dropout after each convolution but the first, as in the paper (torchvision: after
-            3 x 3 convolutions alone).
-        frozen_stages: -1 freezes nothing, 0 the stem, i what map i - 1 is made of.
+            3 x 3 convolutions only).
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
-        norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        memory: 'plain', 'lean' (a quarter of the memory of training, in about the same time) or
-            'recompute' (each layer again in backward: the least memory).
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config.
 
     Raises:
         ValueError: Unknown arch, field, stem or tap, impossible number, index or stage.
     """
+
+    archs = ARCHS
+    weights = {
+        '121': 'timm://densenet121.ra_in1k',
+        **{arch: f'timm://densenet{arch}.tv_in1k' for arch in ('161', '169', '201')},
+    }
+    recipe = dict(tap='activated')
+    form_marks = dict(trained='.running_mean', deployed=('.norm1.low', '.norm1.scale'))
 
     def __init__(
         self,
@@ -201,9 +199,11 @@ class DenseNet(Backbone):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        own = dict(growth_rate=growth_rate, bottleneck=bottleneck, reduction=reduction, stem=stem)
+        fields = dict(
+            growth_rate=growth_rate, bottleneck=bottleneck, reduction=reduction, stem=stem
+        )
         arch = dataclasses.replace(
-            resolve_arch(arch, ARCHS), **{k: v for k, v in own.items() if v is not None}
+            resolve_arch(arch, ARCHS), **{k: v for k, v in fields.items() if v is not None}
         )
         if tap not in TAPS:
             raise ValueError(f'tap is {tap!r}, must be one of {TAPS}')
@@ -221,12 +221,10 @@ class DenseNet(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        self.form = 'trained'
         self.tap = tap
         self._layers = arch.layers
         self.features = nn.ModuleDict(_stem(arch, in_channels, norm_cfg))
         self._stem = list(self.features)
-        # What lies behind the last returned map is neither built nor run.
         self._built = self.out_indices[-1] + 1
         for i in range(self._built):
             layers = [
@@ -250,13 +248,7 @@ class DenseNet(Backbone):
         self._freeze()
 
     def switch_to_deploy(self) -> None:
-        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
-
-        Load weights first, and turn to half precision behind it, so that they are rounded once.
-        ``form`` becomes 'deployed': norms are folded, blocks concatenate nothing, transitions pool
-        first, nothing is random or frozen any more, and ``train()`` changes no map. The maps stay
-        those of the evaluation, and are channels-last, for images of either memory format.
-        Gradients reach the image alone. Turned twice it stays as it is.
+        """Switch to the channels-last inference form, in place; see :class:`Backbone`.
 
         Raises:
             ValueError: Norms without running statistics.
@@ -266,8 +258,8 @@ class DenseNet(Backbone):
         features = dict(stem=DeployedStem([self.features[name] for name in self._stem]))
         for block in range(1, self._built + 1):
             features[f'denseblock{block}'] = DeployedBlock(self.features[f'denseblock{block}'])
-            norm = self._norm_behind(block)
-            if block - 1 in self.out_indices and self._norm_belongs_to_map(block):
+            norm = self._norm_after(block)
+            if block - 1 in self.out_indices and self._returns_normed(block):
                 features[f'norm{block}'] = DeployedNorm(norm)
                 norm = None
             if block < self._built:
@@ -275,28 +267,15 @@ class DenseNet(Backbone):
                 features[f'transition{block}'] = DeployedTransition(norm, conv)
         self.features = nn.ModuleDict(features)
         self._stem = ['stem']
-        self.form = 'deployed'
-        self.frozen_stages = -1
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        self._finish_deploy()
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        # mmengine no more than warns of keys that don't fit, and some fit both forms.
-        first = f'{prefix}features.denseblock1.denselayer1.norm1'
-        for form, marks in MARKS.items():
-            if form != self.form and any(f'{first}.{mark}' in state_dict for mark in marks):
-                raise UserError(
-                    f'the weights are those of a DenseNet of form={form!r}, the network is of '
-                    f'form={self.form!r}: load weights before switch_to_deploy()'
-                )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _norm_behind(self, block: int) -> nn.Module | None:
+    def _norm_after(self, block: int) -> nn.Module | None:
         """Return the norm that reads a block's output, counted from 1, if it is built."""
         if f'transition{block}' in self.features:
             return self.features[f'transition{block}']['norm']
         return self.features['norm5'] if block == len(self._layers) else None
 
-    def _norm_belongs_to_map(self, block: int) -> bool:
+    def _returns_normed(self, block: int) -> bool:
         return self.tap == 'activated' or block == len(self._layers)
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
@@ -306,16 +285,15 @@ class DenseNet(Backbone):
         if 1 < stage <= self._built:
             transition = self.features[f'transition{stage - 1}']
             modules += [transition['conv'], transition['drop']]
-            if not self._norm_belongs_to_map(stage - 1):
-                modules.append(self._norm_behind(stage - 1))
+            if not self._returns_normed(stage - 1):
+                modules.append(self._norm_after(stage - 1))
         if stage <= self._built:
             modules.append(self.features[f'denseblock{stage}'])
-            if self._norm_belongs_to_map(stage):
-                modules.append(self._norm_behind(stage))
+            if self._returns_normed(stage):
+                modules.append(self._norm_after(stage))
         return modules
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        # Of the whole network: the maps that a detector reads don't change its rates.
         depths = {f'features.{name}': 0 for name in self._stem}
         last = 0
         for block, layers in enumerate(self._layers, 1):
@@ -326,7 +304,7 @@ class DenseNet(Backbone):
                 depths |= {f'{dense}{j}': first + j - 1 for j in range(1, layers + 1)}
             depths[f'features.denseblock{block}'] = first
             depths[f'features.transition{block - 1}'] = first
-            if self._norm_belongs_to_map(block):
+            if self._returns_normed(block):
                 depths[f'features.transition{block}.norm'] = last
         return {**depths, 'features.norm5': last}, last + 2
 
@@ -344,11 +322,7 @@ class DenseNet(Backbone):
         return recompute(chain, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, ~H / s_i, ~W / s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
         if self.form == 'deployed':
             return self._forward_deployed(x)
@@ -356,10 +330,10 @@ class DenseNet(Backbone):
         maps = []
         for block in range(1, self._built + 1):
             x = self.features[f'denseblock{block}'](x)
-            norm = self._norm_behind(block)
+            norm = self._norm_after(block)
             chain = (norm, F.relu_)
             if block - 1 in self.out_indices:
-                if self._norm_belongs_to_map(block):
+                if self._returns_normed(block):
                     x, chain = F.relu_(norm(x)), ()
                 maps.append(x)
             if block < self._built:

@@ -1,11 +1,11 @@
 """RDNet: `DenseNets Reloaded <https://arxiv.org/abs/2403.19588>`_ (ECCV 2024).
 
-A patch stem and 7 to 12 dense stages. Each block reads the concatenation of all features made so
-far in its dense stage and adds ``growth`` channels; between dense stages a norm and a convolution
-halve the channels, and the resolution where a new stride begins. Maps are tapped at the end of the
-last dense stage of each stride, before that norm.
+A patch stem and 7 to 12 dense stages. Each block reads the concatenation of the stage's input and
+the outputs of all earlier blocks, and adds ``growth`` channels. Between dense stages a norm and a
+convolution halve the channels, and the resolution where a new stride begins. Feature maps are taken
+at the end of the last dense stage of each stride, before that norm.
 
-Parameter names are those of timm's ``rdnet_*``, whose outputs the tests reproduce.
+Parameter names are those of timm's ``rdnet_*``; tests compare the outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import torch
 from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
 from torch import Tensor, nn
 
-from mmdense.errors import UserError
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.deploy.rdnet import DeployedDenseStage, DeployedTransition
 from mmdense.models.layers import lean_conv, plain_conv, recompute
@@ -27,13 +26,9 @@ from mmdense.registry import MODELS
 
 __all__ = ['RDNet']
 
-# What only the state dict of a form has, in its first block.
-MARKS = dict(trained='gamma', deployed='scale')
-
-
-# With memory='lean' the hidden maps of blocks with fewer channels are made again too: the products
-# are small for the memory that they take. By measurement.
-REMAKE_BELOW = 250
+# memory='lean' recomputes the hidden layer too in blocks with fewer channels: these products take
+# little time for the memory that they save, by measurement.
+RECOMPUTE_BELOW = 250
 
 
 def _concatenate(*features: Tensor) -> Tensor:
@@ -54,7 +49,7 @@ class Arch:
         down: Dense stages (counted from 0) that begin by halving the resolution.
         blocks: Blocks per dense stage.
         gate_from: First dense stage (counted from 0) whose blocks end in a squeeze-excite gate.
-        layer_scale: What the learned scale of each block's output starts from.
+        layer_scale: Initial value of the learned scale of each block's output.
     """
 
     stem: int
@@ -91,7 +86,7 @@ ARCHS = dict(
 
 
 class MixBlock(nn.Module):
-    """Map all features of the dense stage, [N, C, H, W] together, to ``growth`` new channels."""
+    """Map all features of the dense stage, [N, C, H, W] in total, to ``growth`` new channels."""
 
     def __init__(
         self,
@@ -114,7 +109,7 @@ class MixBlock(nn.Module):
         ]
         if gated:
             layers.append(EffectiveSEModule(growth))
-        # timm's names double the word: dense_block0.layers.layers.0.weight
+        # As in timm: dense_block0.layers.layers.0.weight
         self.layers = nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
         self.gamma = nn.Parameter(torch.full((growth,), layer_scale))
         self.drop_path = DropPath(drop_path)
@@ -123,20 +118,21 @@ class MixBlock(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         depthwise, norm, widen, activation, narrow, *gate = self.layers.layers
         x = self.conv((_concatenate,), depthwise, *features)
-        if widen.in_channels < REMAKE_BELOW:
+        if widen.in_channels < RECOMPUTE_BELOW:
             x = self.conv((norm, widen, activation), narrow, x)
         else:
             x = self.conv((activation,), narrow, self.conv((norm,), widen, x))
         scale = self.gamma.view(1, -1, 1, 1)
-        for module in gate:  # both scales in one product: what is between would be kept
+        for (
+            module
+        ) in gate:  # both scales in one product, or autograd would save the value in between
             scale = scale * module.gate(module.fc(x.mean((2, 3), keepdim=True)))
-        # Autocast multiplies in float32; the features, which all later blocks read, go on as narrow
-        # as they came.
+        # Autocast multiplies in float32; the result, which all later blocks read, is cast back.
         return self.drop_path((x * scale).to(x.dtype))
 
 
 class DenseStage(nn.Sequential):
-    """Mix blocks, each reading the stage's input and what all earlier blocks made."""
+    """Mix blocks; each reads the stage's input and the outputs of all earlier blocks."""
 
     def __init__(self, blocks: Sequence[MixBlock], *, memory: str) -> None:
         super().__init__(OrderedDict((f'dense_block{i}', b) for i, b in enumerate(blocks)))
@@ -145,38 +141,36 @@ class DenseStage(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         features = [x]
         for block in self:
-            # Recomputing keeps the features alone: the concatenation is made again in backward.
-            again = self.memory == 'recompute'
-            features.append(recompute(block, features[:]) if again else block(features))
+            # Only the features are saved; the concatenation is recomputed in backward.
+            saves = self.memory == 'recompute'
+            features.append(recompute(block, features[:]) if saves else block(features))
         return torch.cat(features, 1)
 
 
 @MODELS.register_module()
 class RDNet(Backbone):
-    """RDNet with maps at strides 4, 8, 16 and 32.
+    """RDNet with feature maps at strides 4, 8, 16 and 32.
 
-    Heights and widths are rounded down at each halving, as in timm; an image smaller than the
-    coarsest stride in either direction raises ValueError.
+    Heights and widths are rounded down at each halving, as in timm. ``memory='lean'`` takes about
+    half the memory of training in about the same time. Other arguments: see :class:`Backbone`;
+    ``norm_eval`` has no effect, since RDNet's norms have no running statistics.
 
     Args:
         arch: 'tiny', 'small', 'base', 'large', or a dict of :class:`Arch`'s fields; the number of
-            maps is one more than the number of entries in ``down``.
-        out_indices: Maps to return, increasing; negative ones count from the end; all by default.
-        output_norm: Add one GroupNorm(1) per returned map, as the published detectors do (the
-            published segmentors don't).
+            feature maps is one more than the number of entries in ``down``.
+        output_norm: Add one GroupNorm(1) per returned feature map, as the published detectors do
+            (the published segmentors don't).
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
-        frozen_stages: -1 freezes nothing, 0 the stem, i also the dense stages up to map i - 1.
-        norm_eval: Accepted for the common contract; RDNet's norms keep no statistics.
         in_channels: Channels of the image.
-        memory: 'plain', 'lean' (about half the memory of training, at about the same time) or
-            'recompute' (each block again in backward: the least memory).
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config.
 
     Raises:
         ValueError: Unknown arch or field, impossible index or stage.
     """
 
+    archs = ARCHS
+    weights = {arch: f'timm://rdnet_{arch}.nv_in1k' for arch in ARCHS}
+    detector_recipe = dict(output_norm=True)
+    form_marks = dict(trained='.gamma', deployed='.scale')
     not_pretrained = ('output_norms.',)
 
     def __init__(
@@ -196,10 +190,10 @@ class RDNet(Backbone):
         arch = resolve_arch(arch, ARCHS)
         num_stages = len(arch.growth)
         inputs, outputs = arch.channels()
-        taps = [i - 1 for i in arch.down] + [num_stages - 1]
+        ends = [i - 1 for i in arch.down] + [num_stages - 1]
         super().__init__(
-            map_channels=[outputs[i] for i in taps],
-            map_strides=[4 * 2**i for i in range(len(taps))],
+            map_channels=[outputs[i] for i in ends],
+            map_strides=[4 * 2**i for i in range(len(ends))],
             out_indices=out_indices,
             frozen_stages=frozen_stages,
             norm_eval=norm_eval,
@@ -207,17 +201,15 @@ class RDNet(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        self.form = 'trained'
-        self._taps = taps
+        self._ends = ends
         self._blocks = arch.blocks
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, arch.stem, 4, stride=4), LayerNorm2d(arch.stem, eps=1e-6)
         )
         num_blocks = num_stages * arch.blocks
         rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
-        # Dense stages behind the last returned map are neither built nor run.
         self.dense_stages = nn.Sequential()
-        for i in range(taps[self.out_indices[-1]] + 1):
+        for i in range(ends[self.out_indices[-1]] + 1):
             layers = []
             if i:
                 stride = 2 if i in arch.down else 1
@@ -248,39 +240,21 @@ class RDNet(Backbone):
         self._freeze()
 
     def switch_to_deploy(self) -> None:
-        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
-
-        Load weights first. ``form`` becomes 'deployed': norms' weights are folded, hidden maps are
-        made in strips on a CPU, nothing is random or frozen any more, and ``train()`` changes no
-        map. The maps stay those of the evaluation, and are channels-last, for images of either
-        memory format. Gradients reach the image alone. Turned twice it stays as it is.
-        """
+        """Switch to the channels-last inference form, in place; see :class:`Backbone`."""
         if self.form == 'deployed':
             return
         for i, (*between, blocks) in enumerate(self.dense_stages):
             transition = [DeployedTransition(*between)] if between else []
             self.dense_stages[i] = nn.Sequential(*transition, DeployedDenseStage(blocks))
-        self.form = 'deployed'
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        # mmengine no more than warns of keys that don't fit, and some fit both forms.
-        for form, mark in MARKS.items():
-            if form != self.form and f'{prefix}dense_stages.0.0.dense_block0.{mark}' in state_dict:
-                raise UserError(
-                    f'the weights are those of an RDNet of form={form!r}, the network is of '
-                    f'form={self.form!r}: load weights before switch_to_deploy()'
-                )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._finish_deploy()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:
             return [self.stem]
-        first = self._taps[stage - 2] + 1 if stage > 1 else 0
-        return list(self.dense_stages[first : self._taps[stage - 1] + 1])
+        first = self._ends[stage - 2] + 1 if stage > 1 else 0
+        return list(self.dense_stages[first : self._ends[stage - 1] + 1])
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        # Of the whole network: the maps that a detector reads don't change its rates.
         per_stage = self._blocks if granularity == 'layer' else 1
         depths = {'stem': 0}
         for i, stage in enumerate(self.dense_stages):
@@ -288,22 +262,18 @@ class RDNet(Backbone):
             if granularity == 'layer':
                 dense = f'dense_stages.{i}.{len(stage) - 1}'
                 depths |= {f'{dense}.dense_block{b}': first + b for b in range(per_stage)}
-            depths[f'dense_stages.{i}'] = first  # the norm and the convolution that halve
-        last = 1 + (self._taps[-1] + 1) * per_stage
+            depths[f'dense_stages.{i}'] = first  # the norm and the convolution before it
+        last = 1 + (self._ends[-1] + 1) * per_stage
         return {**depths, 'output_norms': last}, last + 1
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, H // s_i, W // s_i] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, H // s_i, W // s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
         x = self.stem(x)
         maps = []
         for i, stage in enumerate(self.dense_stages):
             x = stage(x)
-            if i in self._taps and self._taps.index(i) in self.out_indices:
-                index = str(self._taps.index(i))
+            if i in self._ends and self._ends.index(i) in self.out_indices:
+                index = str(self._ends.index(i))
                 maps.append(self.output_norms[index](x) if index in self.output_norms else x)
         return tuple(maps)

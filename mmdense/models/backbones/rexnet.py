@@ -1,12 +1,12 @@
 """ReXNet: `Rethinking Channel Dimensions for Efficient Model Design
 <https://arxiv.org/abs/2007.00992>`_ (CVPR 2021).
 
-A stem and 16 inverted bottlenecks whose channels grow linearly from one block to the next, then a
-1x1 convolution to many channels, which a classifier reads. Maps are tapped at the end of each
-resolution, or where the ReXNet U-Net taps them: after the first block of each resolution, and
-after the 1x1 convolution.
+A stem and 16 inverted bottlenecks whose channels grow linearly from block to block, then a 1x1
+convolution to many channels, which a classifier reads. Feature maps are taken at the end of each
+resolution, or as in the ReXNet U-Net: after the first block of each resolution, and after the 1x1
+convolution.
 
-Parameter names are those of timm's ``rexnet_*``, whose outputs the tests reproduce.
+Parameter names are those of timm's ``rexnet_*``; tests compare the outputs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import torch
 from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
 
-from mmdense.errors import UserError
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.deploy.rexnet import DeployedBottleneck, DeployedConv
 from mmdense.models.layers import lean_conv, plain_conv, recompute
@@ -34,8 +33,6 @@ __all__ = ['LinearBottleneck', 'ReXNet', 'init_convs']
 GROUPS = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (5, 2))
 EXPANDED_FROM, GATED_FROM = 1, 2
 TAPS = ('stages', 'unet')
-# What only the state dict of a form has.
-MARKS = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class Arch:
             width 1.
         depth: Multiplier of the blocks per group, which are rounded up.
         first: Channels of the first block at width 1.
-        growth: How many channels the blocks add to those, all together, at width 1.
+        growth: Channels that all blocks together add to these, at width 1.
     """
 
     width: float
@@ -68,11 +65,11 @@ class Arch:
     def channels(self) -> tuple[int, list[int], int]:
         """Return the channels of the stem, of each block, and of the last convolution."""
         number = sum(self.groups())
-        thin = min(self.width, 1)  # taken off again where it would thin
+        thin = min(self.width, 1)  # cancels a width below 1 for the stem and the first block
         blocks, base = [], self.first / thin
         for _ in range(number):
             blocks.append(round(base * self.width))
-            base += self.growth / number  # added up, as published: a product rounds otherwise
+            base += self.growth / number  # a sum, as published: a product would round differently
         return round(32 / thin * self.width), blocks, round(1280 * self.width)
 
 
@@ -88,8 +85,8 @@ def _conv_norm(
     groups: int = 1,
     act: bool = False,
 ) -> nn.Sequential:
-    # timm's ConvNormAct has the same parameter names, but its norm contains the activation: turning
-    # norms into SyncBatchNorm, or folding them into convolutions, would silently drop it.
+    # timm's ConvNormAct has the same parameter names, but its norm contains the activation, which
+    # conversion to SyncBatchNorm or folding would silently drop.
     layers = OrderedDict(
         conv=nn.Conv2d(
             in_channels, channels, kernel, stride, kernel // 2, groups=groups, bias=False
@@ -102,7 +99,7 @@ def _conv_norm(
 
 
 def init_convs(module: nn.Module) -> None:
-    """Initialise convolutions as timm's ReXNet: normal by the fan-out, biases zero."""
+    """Initialize convolutions as timm's ReXNet does: normal by fan-out, biases zero."""
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
             # Per group: torch's kaiming_normal_ would count a depthwise fan-out over all channels.
@@ -122,8 +119,8 @@ class LinearBottleneck(nn.Module):
         expansion: Its channels, as a multiple of C_in.
         gated: Squeeze-excite to a twelfth of its channels.
         shortcut: Add the input to the first C_in channels, where stride and channels allow it.
-        drop_path: Chance that a sample's block is left out; of no effect without a shortcut.
-        memory: What training keeps, as of the whole network; recomputation is up to the network.
+        drop_path: Probability that a sample skips the block; no effect without a shortcut.
+        memory: As of the network, which runs 'recompute' itself.
     """
 
     def __init__(
@@ -171,36 +168,32 @@ class LinearBottleneck(nn.Module):
 
 @MODELS.register_module()
 class ReXNet(Backbone):
-    """ReXNet with maps at strides 2 to 32.
+    """ReXNet with feature maps at strides 2 to 32.
 
-    Heights and widths are rounded up at each halving, as in timm; an image smaller than the
-    coarsest stride in either direction raises ValueError.
+    Heights and widths are rounded up at each halving, as in timm. ``memory='lean'`` takes about a
+    third of the memory of training in about the same time. Other arguments: see :class:`Backbone`.
 
-    The squeeze-excite gates normalise one value per image and channel: train with at least two
-    images per process (or in all, with SyncBatchNorm), or with ``norm_eval=True``. One image alone
-    ends in torch's 'Expected more than 1 value per channel when training'.
+    The squeeze-excite gates normalize one value per image and channel: train with at least two
+    images per process (or in all processes, with SyncBatchNorm), or with ``norm_eval=True``. With a
+    single image torch raises 'Expected more than 1 value per channel when training'.
 
     Args:
         arch: '1.0', '1.3', '1.5', '2.0', '3.0', or a dict of :class:`Arch`'s fields.
-        taps: Where five of six maps are taken: 'stages' at the end of strides 2, 4, 8, 16 and 32
-            (16, 38, 61, 128 and 185 channels at width 1), 'unet' after the first block of each
-            stride (16, 27, 50, 72 and 140). The sixth is the last convolution's, at stride 32
+        taps: Where five of six feature maps are taken: 'stages' at the end of strides 2, 4, 8, 16
+            and 32 (16, 38, 61, 128 and 185 channels at width 1), 'unet' after the first block of
+            each stride (16, 27, 50, 72 and 140). The sixth is the last convolution's, at stride 32
             (1280 channels).
-        out_indices: Maps to return, increasing; negative ones count from the end. None returns
-            strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'. What lies behind the
-            last one is neither built nor run.
+        out_indices: None returns strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'.
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
-        frozen_stages: -1 freezes nothing, 0 the stem, i also the blocks up to map i - 1.
-        norm_eval: Keep batch norms in eval mode while training.
         in_channels: Channels of the image.
-        memory: 'plain', 'lean' (about a third of the memory of training, at about the same time) or
-            'recompute' (each block again in backward: the least memory).
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config.
 
     Raises:
         ValueError: Unknown arch, field or taps, impossible index or stage.
     """
+
+    archs = ARCHS
+    weights = {arch: f'timm://rexnet_{arch.replace(".", "")}0.nav_in1k' for arch in ARCHS}
+    form_marks = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
     def __init__(
         self,
@@ -244,7 +237,6 @@ class ReXNet(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        self.form = 'trained'
         self._ends = ends
         self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=True)
         built = ends[self.out_indices[-1]] + 1
@@ -267,13 +259,7 @@ class ReXNet(Backbone):
         self._freeze()
 
     def switch_to_deploy(self) -> None:
-        """Turn the network into its fastest form for evaluation, in place: it cannot be trained on.
-
-        Load weights first. ``form`` becomes 'deployed': norms are folded, shortcuts are added in
-        place, nothing is random or frozen any more, and ``train()`` changes no map. The maps stay
-        those of the evaluation, and are channels-last, for images of either memory format.
-        Gradients reach the image alone. Turned twice it stays as it is.
-        """
+        """Switch to the channels-last inference form, in place; see :class:`Backbone`."""
         if self.form == 'deployed':
             return
         self.stem = DeployedConv(self.stem)
@@ -283,18 +269,7 @@ class ReXNet(Backbone):
             else DeployedConv(block)
             for block in self.features
         )
-        self.form = 'deployed'
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:
-        # mmengine no more than warns of keys that don't fit, and some fit both forms.
-        for form, mark in MARKS.items():
-            if form != self.form and prefix + mark in state_dict:
-                raise UserError(
-                    f'the weights are those of a ReXNet of form={form!r}, the network is of '
-                    f'form={self.form!r}: load weights before switch_to_deploy()'
-                )
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._finish_deploy()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:
@@ -303,8 +278,7 @@ class ReXNet(Backbone):
         return list(self.features[first : self._ends[stage - 1] + 1])
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        # Of the whole network: the maps that a detector reads don't change its rates.
-        # The last convolution is of the last block's depth.
+        # The last convolution has the depth of the last block.
         last_block = self._ends[-1] - 1
         depth_of = {
             i: 1 + (i if granularity == 'layer' else bisect_left(self._ends, i))
@@ -315,11 +289,7 @@ class ReXNet(Backbone):
         return {'stem': 0, **depths}, last + 2
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for [N, in_channels, H, W]."""
         self._check_size(x)
         x = self.stem(x)
         returned = [self._ends[i] for i in self.out_indices]

@@ -3,9 +3,9 @@
 
 A convolution and a pooling to stride 4, three stages of units that convolve half of the channels
 and shuffle them with the other half, then a 1x1 convolution to many channels, which a classifier
-reads. Maps are tapped after the pooling, each stage and the last convolution.
+reads. Feature maps are taken after the pooling, each stage and the last convolution.
 
-Parameter names are those of torchvision's ``shufflenet_v2_*``, whose outputs the tests reproduce.
+Parameter names are those of torchvision's ``shufflenet_v2_*``; tests compare the outputs.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ ARCHS = {
 class Unit(InvertedResidual):
     """Map [N, C_in, H, W] to [N, C_out, ceil(H / stride), ceil(W / stride)].
 
-    torchvision's, but maps stay channels-last where they are.
+    torchvision's unit, but channels-last inputs give channels-last outputs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = (x, x) if self.stride > 1 else x.chunk(2, dim=1)
-        # Channels taken in turn from two branches are their concatenation, shuffled.
-        return _take_turns(self.branch1(left), self.branch2(right))
+        # Interleaving two branches equals concatenating and shuffling them.
+        return _interleave(self.branch1(left), self.branch2(right))
 
 
-def _take_turns(a: Tensor, b: Tensor) -> Tensor:
+def _interleave(a: Tensor, b: Tensor) -> Tensor:
     """Return channels a_0, b_0, a_1, b_1, ... in the memory format of b."""
     if b.is_contiguous(memory_format=torch.channels_last):
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
@@ -88,29 +88,26 @@ def _conv_norm_act(in_channels: int, channels: int, kernel: int, stride: int) ->
 
 @MODELS.register_module()
 class ShuffleNetV2(Backbone):
-    """ShuffleNetV2 with maps at strides 4, 8, 16 and 32, and the last convolution's at 32.
+    """ShuffleNetV2 with feature maps at strides 4, 8, 16 and 32, and the last convolution's at 32.
 
-    Heights and widths are rounded up at each halving; an image smaller than the coarsest stride in
-    either direction raises ValueError.
+    Heights and widths are rounded up at each halving. Other arguments: see :class:`Backbone`;
+    ``memory`` has no 'lean' mode here.
 
     Args:
         arch: '0.5', '1.0', '1.5', '2.0', or a dict of :class:`Arch`'s fields.
-        out_indices: Maps to return, increasing; negative ones count from the end. 0 is the pooled
-            stem, 1 to 3 the stages and 4 the last convolution. What lies behind the last one is
-            neither built nor run.
-        frozen_stages: -1 freezes nothing, 0 the first convolution, i what map i - 1 is made of; the
-            pooling of stage 1 has no parameters.
-        norm_eval: Keep batch norms in eval mode while training.
+        out_indices: 0 is the pooled stem, 1 to 3 are the stages and 4 is the last convolution.
+        frozen_stages: Stage 1 is the pooling, which has no parameters.
         in_channels: Channels of the image.
-        memory: 'plain', or 'recompute': each unit again in backward, for less memory.
-        with_cp: The old name of ``memory='recompute'``.
-        init_cfg: mmengine's initialisation config; torchvision's weights are at
-            ``torchvision://shufflenet_v2_x1_0.imagenet1k_v1``.
 
     Raises:
         ValueError: Unknown arch or field, impossible number, index or stage.
     """
 
+    archs = ARCHS
+    weights = {
+        arch: f'torchvision://shufflenet_v2_x{arch.replace(".", "_")}.imagenet1k_v1'
+        for arch in ARCHS
+    }
     memory_modes = ('plain', 'recompute')
 
     def __init__(
@@ -156,8 +153,7 @@ class ShuffleNetV2(Backbone):
         return [self.get_submodule(name) for name in names]
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        # Of the whole network: the maps that a detector reads don't change its rates.
-        # The last convolution is of the last unit's depth.
+        # The last convolution has the depth of the last unit.
         depths, last = {'conv1': 0}, 0
         for stage, units in enumerate(self._units, 2):
             first, last = last + 1, last + (units if granularity == 'layer' else 1)
@@ -165,11 +161,7 @@ class ShuffleNetV2(Backbone):
         return {**depths, 'conv5': last}, last + 2
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, ceil(H / s_i), ceil(W / s_i)] for [N, in_channels, H, W]."""
         self._check_size(x)
         x = self.conv1(x)
         maps = []

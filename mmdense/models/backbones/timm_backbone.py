@@ -1,8 +1,8 @@
-"""Any network of `timm <https://github.com/huggingface/pytorch-image-models>`_ that makes maps of
-several strides, as a baseline beside the families of this package.
+"""Any `timm <https://github.com/huggingface/pytorch-image-models>`_ network with feature maps of
+several strides, as a baseline for mmdense's families.
 
-Maps are those of timm's ``forward_intermediates``; what the last returned one doesn't need is
-pruned away. Parameter names are timm's own.
+Feature maps are those of timm's ``forward_intermediates``; layers that none of them needs are
+pruned. Parameter names are timm's.
 """
 
 from __future__ import annotations
@@ -24,39 +24,35 @@ from mmdense.registry import MODELS
 
 __all__ = ['TimmBackbone']
 
-OURS = ('pretrained', 'num_classes', 'in_chans', 'features_only')
+RESERVED = ('pretrained', 'num_classes', 'in_chans', 'features_only')
 STATE = ('_modules', '_parameters', '_buffers', '_non_persistent_buffers_set')
 PRUNE = 'prune_intermediate_layers'  # comes with forward_intermediates
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
-HEAD = 'head.fc.weight'  # no group_matcher knows it, so its depth is that of heads
+HEAD = 'head.fc.weight'  # no group_matcher matches it, so it gets the depth of heads
 
 
 @MODELS.register_module()
 class TimmBackbone(Backbone):
-    """A timm network with the maps that its ``feature_info`` announces.
+    """A timm network with the feature maps that its ``feature_info`` lists.
 
-    ``init_cfg=dict(type='Pretrained', checkpoint='timm://NAME')`` loads timm's weights.
+    ``init_cfg=dict(type='Pretrained', checkpoint='timm://NAME')`` loads timm's weights. Stage 1 is
+    empty in networks whose first feature map is the stem's (``resnet18``: ``act1``, stride 2).
 
-    A network that begins with a map of its stem (``resnet18``: ``act1``, stride 2) has nothing in
-    stage 1. timm's norms often contain the activation: mmengine's ``sync_bn`` would drop it, which
-    ``train()`` refuses; ``timm.layers.convert_sync_batchnorm`` keeps it.
+    timm's norms often contain the activation. mmengine's ``sync_bn`` would drop it, so ``train()``
+    raises an error; ``timm.layers.convert_sync_batchnorm`` keeps it.
+
+    Other arguments: see :class:`Backbone`; ``memory`` has no 'lean' mode here.
 
     Args:
         model_name: timm's, with or without a tag; the tag has no effect on the network.
-        out_indices: Maps to return, increasing, counted as in ``feature_info``; negative ones count
-            from the end. None returns those of strides 4 to 32.
-        frozen_stages: -1 freezes nothing, 0 the stem, i what map i - 1 is made of.
-        norm_eval: Keep batch norms in eval mode while training.
+        out_indices: Counted as in ``feature_info``. None returns strides 4 to 32.
         in_channels: Channels of the image.
-        memory: 'plain', or 'recompute': each block again in backward, for less memory.
-        with_cp: The old name of ``memory='recompute'``.
-        model_kwargs: What else ``timm.create_model`` gets, such as ``drop_path_rate``.
-        init_cfg: mmengine's initialisation config.
+        model_kwargs: Further arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
     Raises:
-        ValueError: timm has no such network or tag, the network has no maps of several strides,
-            timm doesn't tell their depths, an argument in ``model_kwargs`` that is given here,
-            impossible index or stage.
+        ValueError: timm has no such network or tag, the network has no feature maps of several
+            strides or no group matcher, ``model_kwargs`` repeats an argument, or an index or stage
+            is impossible.
     """
 
     memory_modes = ('plain', 'recompute')
@@ -88,17 +84,16 @@ class TimmBackbone(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
-        # Of the whole network: the maps that a detector reads don't change its rates.
         self._depths = {granularity: _depths(net, granularity) for granularity in GRANULARITIES}
         _prune(net, self.out_indices)
         self._stage_of = _stages(net, self.out_indices[-1] + 1)
         for name in self._stage_of:
             if self._depths['stage'][name] == 0:
                 self._stage_of[name] = 0
-        # The network's submodules become ours, so that names have no prefix: in state_dict(), in
-        # named_parameters() and in mmengine's own versions of both, where hooks that rename would
-        # reach only some. Sharing the dicts, not their contents, lets both see a replaced module
-        # (SyncBatchNorm) and survives a deep copy (EMA).
+        # The backbone shares the network's dicts of submodules and parameters, so that names have
+        # no prefix in state_dict(), in named_parameters() and in mmengine's versions of both.
+        # Sharing the dicts lets both see a replaced module (SyncBatchNorm), also after a deep copy
+        # (EMA).
         self.__dict__['_net'] = net
         for state in STATE:
             setattr(self, state, getattr(net, state))
@@ -106,7 +101,7 @@ class TimmBackbone(Backbone):
             name for name, module in net.named_modules() if isinstance(module, BatchNormAct2d)
         ]
         if self.memory == 'recompute':
-            # Not by timm's set_grad_checkpointing, which counts each batch twice.
+            # timm's set_grad_checkpointing would count each batch twice in running statistics.
             for depth, block in _largest(net, self._depths['layer']):
                 if 0 < depth < self._depths['layer'][HEAD]:
                     block.forward = partial(_recomputed, _Plain(block))
@@ -121,15 +116,15 @@ class TimmBackbone(Backbone):
 
     def _freeze(self) -> None:
         super()._freeze()
-        for name, parameter in self.named_parameters():  # those that no stage's module owns
+        for name, parameter in self.named_parameters():  # also those outside the stages' modules
             if self._stage_of[name] <= self.frozen_stages:
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Set training mode, except for what is frozen or, with ``norm_eval``, batch norms.
+        """Set training mode, except for frozen stages and, with ``norm_eval``, batch norms.
 
         Raises:
-            ValueError: A norm that contained its activation was replaced by one without.
+            ValueError: A norm with an activation was replaced by one without.
         """
         for name in self._activated:
             if not isinstance(self.get_submodule(name), WITH_ACT):
@@ -142,11 +137,7 @@ class TimmBackbone(Backbone):
         return self
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return maps [N, C_i, about H / s_i, about W / s_i] for images [N, in_channels, H, W].
-
-        Raises:
-            ValueError: An image smaller than the coarsest stride.
-        """
+        """Return feature maps [N, C_i, ~H / s_i, ~W / s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
         return tuple(
             self._net.forward_intermediates(
@@ -156,9 +147,9 @@ class TimmBackbone(Backbone):
 
 
 def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) -> nn.Module:
-    for key in OURS:
+    for key in RESERVED:
         if key in model_kwargs:
-            raise ValueError(f'model_kwargs: {key!r} is not for timm here')
+            raise ValueError(f'model_kwargs: {key!r} is set by TimmBackbone')
     if not timm.is_model(model_name):
         close = difflib.get_close_matches(model_name, timm.list_models(), n=3)
         hint = f'; close: {close}' if close else ''
@@ -166,15 +157,15 @@ def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) 
     try:
         timm.models.get_pretrained_cfg(model_name)
     except RuntimeError as error:
-        raise ValueError(f'{model_name!r} has a tag that timm does not know') from error
+        raise ValueError(f'timm has no tag of {model_name!r}') from error
     net = timm.create_model(
         model_name, pretrained=False, num_classes=0, in_chans=in_channels, **model_kwargs
     )
     strides = [info['reduction'] for info in getattr(net, 'feature_info', ())]
     if len({*strides}) < 2 or strides != sorted(strides) or not hasattr(net, PRUNE):
         raise ValueError(
-            f"{model_name!r} has no maps of several strides, or timm can't return them; choose a "
-            'convolutional or hierarchical network, such as resnet18'
+            f"{model_name!r} has no feature maps of several strides, or timm can't return them; "
+            'choose a convolutional or hierarchical network, such as resnet18'
         )
     return net
 
@@ -187,18 +178,18 @@ def _depths(net: nn.Module, granularity: str) -> dict[str, int]:
     try:
         matcher = net.group_matcher(coarse=granularity == 'stage')
     except (AttributeError, AssertionError) as error:
-        raise ValueError(f'timm knows no depths in {type(net).__name__}: {error}') from error
+        raise ValueError(f'timm has no group matcher for {type(net).__name__}: {error}') from error
     names = [*_names(net), HEAD]
     return group_with_matcher(((name, None) for name in names), matcher, reverse=True)
 
 
 def _names(module: nn.Module) -> list[str]:
-    """Return the names of its parameters, of shared ones all."""
+    """Return the names of its parameters, all names of shared ones."""
     return [name for name, _ in module.named_parameters(remove_duplicate=False)]
 
 
 def _stages(net: nn.Module, num_maps: int) -> dict[str, int]:
-    """Return for each parameter 1 + the first map that needs it."""
+    """Return for each parameter 1 + the first feature map that needs it."""
     net, stages = deepcopy(net), {}
     for index in reversed(range(num_maps)):
         _prune(net, (index,))
@@ -213,14 +204,14 @@ def _largest(
     for name, child in module.named_children():
         path = f'{prefix}{name}.'
         groups = {group_of[path + parameter] for parameter in _names(child)}
-        if len(groups) == 1 and not isinstance(child, nn.ModuleList):  # those are never called
+        if len(groups) == 1 and not isinstance(child, nn.ModuleList):  # never called itself
             yield groups.pop(), child
         elif groups:
             yield from _largest(child, group_of, path)
 
 
 class _Plain(nn.Module):
-    """Run a block as its class does, whatever ``forward`` the block itself was given."""
+    """Run a block by its class's ``forward``, since the block's own was replaced."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -231,7 +222,7 @@ class _Plain(nn.Module):
 
 
 def _copied(inputs: tuple) -> tuple:
-    """Copy lists: blocks write into them (HRNet), or append to them later (DenseNet)."""
+    """Copy lists, since blocks write to them (HRNet) or append to them later (DenseNet)."""
     return tuple(x[:] if isinstance(x, list) else x for x in inputs)
 
 

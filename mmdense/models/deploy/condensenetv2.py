@@ -1,11 +1,11 @@
-"""How a condensed CondenseNetV2 is run once it is trained, without gradients.
+"""Inference form of CondenseNetV2: norms folded, and each block in one buffer.
 
-A block works in one buffer, [N, C, H, W] with a plane per channel: layers add to the planes of
-earlier features in place and write new ones behind them, so nothing is concatenated. Planes are
-gathered as they are, and every convolution is a product of matrices that reads its operand where it
-lies; what a layer computes on the way goes to memory that all layers share. Each 1x1 convolution
-runs group by group (fewest multiply-adds) or as one dense product (fewest steps). torch.export gets
-the same network as a graph of convolutions (``traced``): memory is up to who runs that.
+A block works in one buffer [N, C, H, W]: layers add to the channels of earlier features in place
+and write new channels after them, so nothing is concatenated. Every convolution is a matrix product
+that reads its operand in place, and intermediate results go to memory that all layers share.
+``conv_1`` runs group by group and ``sfr`` as one dense product: the fastest combination by
+measurement, although a dense product executes more MACs. torch.export and torch.compile get the
+same network as a graph of convolutions (``traced``), since compilers plan memory themselves.
 
 N images, C channels, P = H * W pixels, G groups, K channels that a group keeps.
 """
@@ -19,55 +19,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ['DeployedBlock', 'ThreadWorkspace', 'Workspace', 'can_run_dense']
+from mmdense.models.deploy.fold import norm_affine
+
+__all__ = ['DeployedBlock', 'Workspace']
 
 TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3x3 convolution
 CENTRE = TAPS.index((0, 0))
-LARGE = 4096  # pixels from which shifted planes are faster on a CPU: by measurement
+LARGE = 4096  # pixels from which shifted planes are faster on a CPU, by measurement
 
 
-class Workspace:
-    """Two pieces of memory, for what a step reads and for what it writes.
+class Workspace(threading.local):
+    """Two pieces of memory per thread, one that a step reads and one that it writes.
 
-    New tensors of this size would come from the system each time, which fills them with zeros.
+    The system fills new memory of this size with zeros, each time.
     """
 
     def __init__(self) -> None:
         self.pieces: dict[int, Tensor] = {}
 
-    def take(self, piece: int, like: Tensor, *shape: int) -> Tensor:
-        """Return a piece as a tensor of some shape; what was in it is lost."""
-        size = math.prod(shape)
-        held = self.pieces.get(piece)
-        if held is None or held.numel() < size or held.dtype != like.dtype:
-            with torch.inference_mode(False):  # or it could not be used outside of that mode
-                held = self.pieces[piece] = torch.empty(size, dtype=like.dtype, device=like.device)
-        return held[:size].view(shape)
-
-
-class ThreadWorkspace(threading.local):
-    """The workspace that a network keeps from one image to the next, one for each thread."""
-
-    def __init__(self) -> None:
-        self.workspace = Workspace()
-
     def __reduce__(self) -> tuple:
-        return ThreadWorkspace, ()  # copied and pickled without what it holds
+        return Workspace, ()  # copied and pickled without its memory
+
+    def take(self, number: int, like: Tensor, *shape: int) -> Tensor:
+        """Return a piece as a tensor of some shape; its former values are lost."""
+        size = math.prod(shape)
+        piece = self.pieces.get(number)
+        if piece is None or piece.numel() < size or piece.dtype != like.dtype:
+            with torch.inference_mode(False):  # or it could not be used outside of that mode
+                piece = torch.empty(size, dtype=like.dtype, device=like.device)
+            self.pieces[number] = piece
+        return piece[:size].view(shape)
 
 
 class _Norm(nn.Module):
-    """A batch norm in evaluation, and the activation behind it: [N, C, P]."""
+    """A batch norm in evaluation, followed by an activation: [N, C, P]."""
 
-    def __init__(self, scale: Tensor, shift: Tensor, activation: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
-        self.register_buffer('scale', scale.clone())
-        self.register_buffer('shift', shift.clone())
+        scale, shift = (value.to(norm.running_mean.dtype) for value in norm_affine(norm))
+        self.register_buffer('scale', scale)
+        self.register_buffer('shift', shift)
         self.register_buffer('mean', torch.zeros_like(scale))
         self.register_buffer('variance', torch.ones_like(scale))
         self.activation = _in_place(activation)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
-        # One step, where a product and a sum take two.
+        # One pass over memory, where a product and a sum take two.
         statistics = (self.mean, self.variance)
         unused = (x.new_empty(0), x.new_empty(0))
         torch.native_batch_norm(
@@ -87,41 +84,22 @@ class DeployedGroupConv(nn.Module):
         conv: ``conv_1`` of the condensed form.
         norm: ``conv_2``'s norm, which folds into the weight.
         activation: ``conv_2``'s activation.
-        dense: Run as one product over all channels.
     """
 
-    def __init__(
-        self, conv: nn.Module, norm: nn.Module, activation: nn.Module, *, dense: bool
-    ) -> None:
+    def __init__(self, conv: nn.Module, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
-        self.dense = dense
+        self.norm = _Norm(conv.norm, conv.activation)
         self.activation = _in_place(activation)
-        scale, shift = _affine(norm)
+        scale, shift = norm_affine(norm)
+        dtype = conv.conv.weight.dtype
         weight = conv.conv.weight.detach().view(conv.groups, -1, conv.conv.weight.shape[1])
-        # Channel i of group g is channel i * G + g behind the shuffle.
-        weight = weight * scale.view(-1, conv.groups).t()[..., None]  # [G, C_out / G, K]
-        if dense:
-            channels = int(conv.index.max()) + 1
-            affine = [_ungather(values, conv.index, channels) for values in _affine(conv.norm)]
-            full = weight.new_zeros(*weight.shape[:2], channels)
-            index = conv.index.view(conv.groups, 1, -1).expand_as(weight)
-            weight = full.scatter_(2, index, weight).transpose(0, 1).flatten(0, 1)
-            shift = shift[:, None]
-        else:
-            self.register_buffer('index', conv.index)
-            affine = _affine(conv.norm)
-            shift = shift.view(-1, conv.groups, 1)
-        self.norm = _Norm(*affine, conv.activation)
-        self.register_buffer('weight', weight)
-        self.register_buffer('shift', shift)
+        # Channel i of group g is channel i * G + g after the shuffle.
+        weight = weight * scale.view(-1, conv.groups).t()[..., None]
+        self.register_buffer('index', conv.index)
+        self.register_buffer('weight', weight.to(dtype))  # [G, C_out / G, K]
+        self.register_buffer('shift', shift.to(dtype).view(-1, conv.groups, 1))
 
     def forward(self, x: Tensor, work: Workspace) -> Tensor:
-        if self.dense:
-            channels, pixels = self.weight.shape[1], x.shape[2]
-            x = x[:, :channels]
-            x = self.norm(x, work.take(0, x, *x.shape))
-            out = work.take(1, x, len(x), len(self.weight), pixels)
-            return self.activation(_product(self.weight, x, out).add_(self.shift))
         groups, members, kept = self.weight.shape
         out = work.take(0, x, len(x), groups * kept, x.shape[2])
         x = torch.index_select(x, 1, self.index, out=out)
@@ -131,20 +109,18 @@ class DeployedGroupConv(nn.Module):
         return self.activation(torch.add(x.transpose(1, 2), self.shift, out=out)).flatten(1, 2)
 
     def traced(self, x: Tensor) -> Tensor:
-        if self.dense:
-            x = self.norm.traced(x[:, : self.weight.shape[1]])
-            return self.activation(_conv(x, self.weight, self.shift.flatten()))
         groups = len(self.weight)
         x = self.norm.traced(x.index_select(1, self.index))
-        x = _conv(x, self.weight.flatten(0, 1), self.shift.squeeze(2).t().flatten(), groups)
+        weight = self.weight.flatten(0, 1)[..., None, None]
+        x = F.conv2d(x, weight, self.shift.squeeze(2).t().flatten(), groups=groups)
         return self.activation(F.channel_shuffle(x, groups))
 
 
 class DeployedConv(nn.Module):
     """``conv_2``'s convolution: [N, C_in, H, W] into out [N, C_out, H, W].
 
-    On a CPU, for large maps, one product gives what each of the nine taps adds, and shifted planes
-    are summed: these groups are too narrow for the library's kernels.
+    On a CPU, for large feature maps, one product computes the contribution of each of the nine taps
+    and shifted planes are summed: these groups are too narrow for the library's kernels.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -157,7 +133,7 @@ class DeployedConv(nn.Module):
 
     def forward(self, x: Tensor, out: Tensor, work: Workspace) -> None:
         if x.device.type != 'cpu' or x.shape[2] * x.shape[3] < LARGE:
-            out.copy_(F.conv2d(x, self.weight, padding=1, groups=self.groups))
+            out.copy_(self.traced(x))
             return
         height, width = x.shape[2:]
         groups, rows, members = self.taps.shape
@@ -177,57 +153,41 @@ class DeployedConv(nn.Module):
 
 
 class DeployedReactivation(nn.Module):
-    """``sfr``: new features [N, C_in, P] are added to those before them, [N, C, P], in place.
+    """``sfr``: adds new features [N, C_in, P] to those before them, [N, C, P], in place.
 
     Args:
         sfr: ``sfr`` of the condensed form.
-        dense: Run as one product over all channels.
     """
 
-    def __init__(self, sfr: nn.Module, *, dense: bool) -> None:
+    def __init__(self, sfr: nn.Module) -> None:
         super().__init__()
-        self.dense = dense
-        self.norm = _Norm(*_affine(sfr.norm), sfr.activation)
+        self.norm = _Norm(sfr.norm, sfr.activation)
         weight = sfr.conv.weight.detach().view(sfr.groups, -1, sfr.conv.weight.shape[1])
-        if dense:
-            full = weight.new_zeros(int(sfr.index.max()) + 1, weight.shape[2], sfr.groups)
-            index = sfr.index.view(sfr.groups, -1, 1).expand_as(weight).permute(1, 2, 0)
-            weight = full.scatter_(0, index, weight.permute(1, 2, 0)).flatten(1)
-        else:
-            self.register_buffer('index', sfr.index)
-        self.register_buffer('weight', weight.clone())  # [C, C_in] or [G, K, C_in / G]
+        dense = weight.new_zeros(int(sfr.index.max()) + 1, weight.shape[2], sfr.groups)
+        index = sfr.index.view(sfr.groups, -1, 1).expand_as(weight).permute(1, 2, 0)
+        # [C, C_in], up to the last channel that a group adds to.
+        self.register_buffer('weight', dense.scatter_(0, index, weight.permute(1, 2, 0)).flatten(1))
 
     def forward(self, x: Tensor, new: Tensor, work: Workspace) -> None:
         new = self.norm(new, work.take(0, x, *new.shape))
-        if self.dense:
-            x = x[:, : len(self.weight)]
-            torch.baddbmm(x, self.weight.expand(len(x), -1, -1), new, out=x)
-        else:
-            groups, kept, _ = self.weight.shape
-            new = new.unflatten(1, (new.shape[1] // groups, groups)).transpose(1, 2)
-            out = work.take(1, x, len(x), groups, kept, x.shape[2])
-            x.index_add_(1, self.index, _product(self.weight, new, out).flatten(1, 2))
+        x = x[:, : len(self.weight)]
+        torch.baddbmm(x, self.weight.expand(len(x), -1, -1), new, out=x)
 
     def traced(self, x: Tensor, new: Tensor) -> Tensor:
-        new = self.norm.traced(new)
-        if self.dense:
-            added = _conv(new, self.weight)
-            return x + F.pad(added, (0, 0, 0, 0, 0, x.shape[1] - len(self.weight)))
-        groups, _, members = self.weight.shape
-        new = F.channel_shuffle(new, members)  # channel i is of group i mod G
-        return x.index_add(1, self.index, _conv(new, self.weight.flatten(0, 1), groups=groups))
+        added = F.conv2d(self.norm.traced(new), self.weight[..., None, None])
+        return x + F.pad(added, (0, 0, 0, 0, 0, x.shape[1] - len(self.weight)))
 
 
 class DeployedLayer(nn.Module):
     """A dense layer that works in its block's buffer."""
 
-    def __init__(self, layer: nn.Module, *, dense_conv: bool, dense_sfr: bool) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         norm, activation, conv = layer.conv_2
-        self.conv_1 = DeployedGroupConv(layer.conv_1, norm, activation, dense=dense_conv)
+        self.conv_1 = DeployedGroupConv(layer.conv_1, norm, activation)
         self.conv_2 = DeployedConv(conv)
         self.se = layer.se
-        self.sfr = DeployedReactivation(layer.sfr, dense=dense_sfr)
+        self.sfr = DeployedReactivation(layer.sfr)
         self.growth = conv.out_channels
 
     def forward(self, buffer: Tensor, begin: int, work: Workspace) -> None:
@@ -246,18 +206,16 @@ class DeployedLayer(nn.Module):
 
 
 class DeployedBlock(nn.Sequential):
-    """The layers of a block, behind the pool that halves the map of the block before it.
+    """The layers of a block, after the pool that halves the output of the block before it.
 
     Args:
         block: A block of the condensed form.
-        dense: The 1x1 convolutions that run dense, such as 'denselayer_1.sfr'.
     """
 
-    def __init__(self, block: nn.Sequential, dense: set[str]) -> None:
+    def __init__(self, block: nn.Sequential) -> None:
         super().__init__()
         for name, layer in block.named_children():
-            dense_conv, dense_sfr = (f'{name}.{conv}' in dense for conv in ('conv_1', 'sfr'))
-            self.add_module(name, DeployedLayer(layer, dense_conv=dense_conv, dense_sfr=dense_sfr))
+            self.add_module(name, DeployedLayer(layer))
         self.pool = block.pool
 
     def forward(self, x: Tensor, work: Workspace) -> Tensor:
@@ -283,18 +241,10 @@ class DeployedBlock(nn.Sequential):
         return buffer
 
 
-def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
-    """Return the 1x1 convolution of [N, C, H, W] with a weight [C_out, C / G]."""
-    return F.conv2d(x, weight[..., None, None], bias, groups=groups)
-
-
 def _product(weight: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """Return weight [..., M, C] times x [N, ..., C, P] in out [N, ..., M, P]."""
+    """Return weight [G, M, C] times x [N, G, C, P] in out [N, G, M, P]."""
     weight = weight.expand(len(x), *weight.shape)
-    if weight.ndim > 3:
-        torch.bmm(weight.flatten(0, 1), x.flatten(0, 1), out=out.flatten(0, 1))
-    else:
-        torch.bmm(weight, x, out=out)
+    torch.bmm(weight.flatten(0, 1), x.flatten(0, 1), out=out.flatten(0, 1))
     return out
 
 
@@ -304,31 +254,6 @@ def _shifted(offset: int, side: int) -> tuple[slice, slice]:
         slice(max(0, -offset), side - max(0, offset)),
         slice(max(0, offset), side - max(0, -offset)),
     )
-
-
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return what a batch norm in evaluation multiplies by, and adds."""
-    scale = norm.weight.detach() * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias.detach() - norm.running_mean * scale
-
-
-def can_run_dense(conv: nn.Module) -> bool:
-    """Whether the groups of a ``conv_1`` of the condensed form norm each channel alike."""
-    try:
-        for values in _affine(conv.norm):
-            _ungather(values, conv.index, int(conv.index.max()) + 1)
-    except ValueError:
-        return False
-    return True
-
-
-def _ungather(values: Tensor, index: Tensor, channels: int) -> Tensor:
-    """Return values per channel from those of gathered channels."""
-    full = values.new_zeros(channels)
-    full[index] = values
-    if not torch.equal(full[index], values):
-        raise ValueError('groups norm the same channel in different ways: this cannot run dense')
-    return full
 
 
 def _in_place(activation: nn.Module) -> nn.Module:

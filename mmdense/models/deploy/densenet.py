@@ -1,9 +1,9 @@
-"""How a trained DenseNet is run for inference: norms folded, and nothing concatenated.
+"""Inference form of DenseNet: norms folded, and each block in one buffer.
 
-A block works in one channels-last buffer, whatever the image is: each layer reads the channels
-before its own and writes its own behind them. What is left of a norm and a ReLU in front of a 1x1
-convolution is a clamp; the rest folds into the convolution. Nothing is kept from one call to the
-next, and all operators are torch's public ones.
+A block works in one channels-last buffer, for images of either memory format: each layer reads the
+channels before its own and writes its own after them. A norm and a ReLU before a 1x1 convolution
+become a clamp; the affine part folds into the convolution. Nothing is kept between calls, and all
+operators are torch's public ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmdense.models.layers.fold import fold_norm
+from mmdense.models.deploy.fold import fold_norm, norm_affine, replace_weights
 
 __all__ = ['DeployedBlock', 'DeployedNorm', 'DeployedStem', 'DeployedTransition']
 
@@ -48,12 +48,12 @@ class DeployedStem(nn.Module):
         for conv in convs:
             x = F.relu(conv(x), inplace=True)
         x = last(x)
-        # The largest of a window commutes with ReLU, which then has a quarter to do.
+        # Max pooling commutes with ReLU, which then runs on a quarter of the pixels.
         return x if self.pool is None else F.relu(self.pool(x), inplace=True)
 
 
 class DeployedNorm(nn.Module):
-    """A batch norm in evaluation with the ReLU behind it: [N, C, H, W] to a new [N, C, H, W].
+    """A batch norm in evaluation, followed by a ReLU: [N, C, H, W] to a new [N, C, H, W].
 
     Args:
         norm: Of C channels, with running statistics.
@@ -61,7 +61,7 @@ class DeployedNorm(nn.Module):
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
-        for name, value in zip(('scale', 'shift'), _affine(norm), strict=True):
+        for name, value in zip(('scale', 'shift'), norm_affine(norm), strict=True):
             self.register_buffer(name, value.to(norm.running_mean.dtype)[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ class DeployedNorm(nn.Module):
 
 
 class Clamp(nn.Module):
-    """What is left of a norm and a ReLU that fold into a convolution: [N, C, H, W] to a new one.
+    """The part of norm and ReLU that does not fold into a convolution: [N, C, H, W] to a new one.
 
     Args:
         low: Lower bounds [C].
@@ -81,15 +81,15 @@ class Clamp(nn.Module):
         super().__init__()
         self.register_buffer('low', low[:, None, None])
         self.register_buffer('high', high[:, None, None])
-        self._look()
+        self._set_both()
 
-    def _look(self) -> None:
-        # With lower bounds alone, the usual case, it takes half the time in bf16.
+    def _set_both(self) -> None:
+        # With lower bounds only, the usual case, it takes half the time in bf16.
         self.both = self.high.is_meta or bool((self.high < torch.inf).any())
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._look()
+        self._set_both()
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.low.to(x.dtype)  # under autocast
@@ -106,10 +106,10 @@ class DeployedLayer(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         if layer.bottleneck:
-            conv = fold_norm(copy.deepcopy(layer.conv1).double(), layer.norm2)
+            conv = fold_norm(layer.conv1, layer.norm2, torch.float64)  # rounded once, by _fold
             self.norm1, self.conv1 = _fold(layer.norm1, conv, layer.conv1.weight.dtype)
             self.conv2 = copy.deepcopy(layer.conv2)
-        else:  # the shift would be missing in the padding of a 3x3 convolution
+        else:  # a folded shift would be missing in the padding of a 3x3 convolution
             self.norm1, self.conv1 = DeployedNorm(layer.norm1), copy.deepcopy(layer.conv1)
             self.conv2 = None
 
@@ -154,10 +154,10 @@ class DeployedBlock(nn.Sequential):
 
 
 class DeployedTransition(nn.Module):
-    """From the end of a block, [N, C, H, W], to the next: [N, C_out, H / 2, W / 2], rounded down.
+    """Map the output of a block, [N, C, H, W], to [N, C_out, H / 2, W / 2], rounded down.
 
     Args:
-        norm: Of C channels; None if the map comes normed.
+        norm: Of C channels; None if the input is normalized already.
         conv: From C channels to others.
     """
 
@@ -169,34 +169,20 @@ class DeployedTransition(nn.Module):
             self.norm, self.conv = _fold(norm, conv, conv.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The average commutes with the convolution, which then has a quarter to do.
+        # Average pooling commutes with the 1x1 convolution, which then has a quarter of the pixels.
         return self.conv(F.avg_pool2d(self.norm(x), 2))
 
 
-def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return what a batch norm in evaluation multiplies by, and adds, in float64."""
-    if norm.running_mean is None:
-        raise ValueError(f'{norm} has no running statistics: it cannot be folded')
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    shift = -norm.running_mean * scale
-    if norm.affine:
-        scale, shift = (
-            scale * norm.weight.detach(),
-            shift * norm.weight.detach() + norm.bias.detach(),
-        )
-    return scale, shift
-
-
 def _fold(norm: _BatchNorm, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Clamp, nn.Conv2d]:
-    """Return a clamp and a 1x1 convolution that do what norm, ReLU and 1x1 convolution do.
+    """Return a clamp and a 1x1 convolution that equal norm, ReLU and 1x1 convolution.
 
     With a norm of a * x + b, and t = -b / a: relu(a * x + b) is a * max(x, t) + b where a > 0, and
     a * min(x, t) + b where a < 0. The factor and the sum fold into weight and bias, in float64.
     """
-    scale, shift = _affine(norm)
+    scale, shift = norm_affine(norm)
     bound = torch.where(scale == 0, torch.inf, -shift / scale)
-    # A bound that overflows in float16, and that no feature comes near: the sign of the norm at the
-    # mean says what ReLU does. So it does where the scale is zero.
+    # Where a bound overflows in float16 and no feature comes near it, the sign of the norm at the
+    # mean decides what ReLU does. The same holds where the scale is zero.
     distance = (bound - norm.running_mean) * (norm.running_var.double() + norm.eps).rsqrt()
     decided = (bound.abs() > HALF_MAX) & (distance.abs() > UNREACHED)
     low = torch.where(decided | (scale < 0), -torch.inf, bound)
@@ -207,9 +193,5 @@ def _fold(norm: _BatchNorm, conv: nn.Conv2d, dtype: torch.dtype) -> tuple[Clamp,
     bias = weight.flatten(1) @ shift
     if conv.bias is not None:
         bias += conv.bias.detach()
-    folded = nn.utils.skip_init(
-        nn.Conv2d, conv.in_channels, conv.out_channels, 1, device=weight.device, dtype=dtype
-    )
-    folded.weight.data.copy_(weight * scale[:, None, None])
-    folded.bias.data.copy_(bias)
+    folded = replace_weights(conv, weight * scale[:, None, None], bias, dtype)
     return Clamp(low.to(dtype), high.to(dtype)), folded

@@ -1,9 +1,9 @@
-"""How a trained RDNet is run for inference: norms' weights folded, hidden maps in strips.
+"""Inference form of RDNet: affine parameters of norms folded, wide layers computed in strips.
 
-Maps are channels-last throughout, whatever the image is, so a norm over channels and a 1x1
-convolution need no copy. On a CPU the four times wider hidden map of a block is made strip by strip
-and activated in place: whole, it would fall out of the cache, and its memory would come from the
-system, which fills it with zeros, in each block anew. All operators are torch's public ones.
+Feature maps are channels-last, for images of either memory format, so a norm over channels and a
+1x1 convolution need no copy. On a CPU the hidden layer of a block, four times as wide as its input,
+is computed strip by strip and activated in place: as one tensor it would not fit the cache, and the
+system would fill new memory with zeros for each block. All operators are torch's public ones.
 
 N images, C channels, P = N * H * W pixels.
 """
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 __all__ = ['DeployedDenseStage', 'DeployedMixBlock', 'DeployedTransition']
 
-STRIP = 12 * 2**20  # bytes of a strip of the hidden map: by measurement
+STRIP = 12 * 2**20  # bytes of a strip of the hidden layer, by measurement
 
 
 class DeployedTransition(nn.Module):
@@ -27,7 +27,7 @@ class DeployedTransition(nn.Module):
 
     Args:
         norm: timm's LayerNorm2d.
-        conv: Without padding, which would be another value than the norm's shift.
+        conv: Without padding: padded zeros would differ from the norm's shift.
     """
 
     def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d) -> None:
@@ -41,7 +41,7 @@ class DeployedTransition(nn.Module):
 
 
 class DeployedMixBlock(nn.Module):
-    """Map all features of the dense stage, [N, C, H, W] together, to new channels.
+    """Map all features of the dense stage, [N, C, H, W] in total, to new channels.
 
     Args:
         block: A ``MixBlock``.
@@ -74,7 +74,7 @@ class DeployedMixBlock(nn.Module):
         torch.mul(x, self._scale(x), out=out)
 
     def _scale(self, x: Tensor) -> Tensor:
-        """Return what [N, H, W, growth] are multiplied by, [growth] or [N, 1, 1, growth]."""
+        """Return the scale of x [N, H, W, growth], as [growth] or [N, 1, 1, growth]."""
         if self.gate is None:
             return self.scale.to(x.dtype)  # autocast's products are narrower
         gate = F.hardsigmoid(_linear(x.mean((1, 2), keepdim=True), self.gate))
@@ -82,7 +82,7 @@ class DeployedMixBlock(nn.Module):
 
 
 class DeployedDenseStage(nn.Sequential):
-    """Mix blocks, each reading the stage's input and what all earlier blocks made.
+    """Mix blocks; each reads the stage's input and the output of all earlier blocks.
 
     Args:
         blocks: ``MixBlock``s.
@@ -93,7 +93,7 @@ class DeployedDenseStage(nn.Sequential):
         super().__init__(OrderedDict((f'dense_block{i}', b) for i, b in enumerate(deployed)))
 
     def forward(self, x: Tensor) -> Tensor:
-        # A compiler plans the memory itself, and gradients need what would be written over.
+        # A compiler plans memory itself, and gradients need values that would be overwritten.
         plain = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
         if plain or x.device.type != 'cpu':
             for block in self:
@@ -112,7 +112,7 @@ class DeployedDenseStage(nn.Sequential):
 
 
 def _fold(norm: nn.LayerNorm, conv: nn.Conv2d) -> tuple[nn.Parameter, nn.Parameter]:
-    """Return weight and bias of a convolution that does what the norm's weights do before it.
+    """Return weight and bias of a convolution with the affine part of the norm before it.
 
     W * (s y + t) + b = (s W) * y + (b + W t), in float64: the result is rounded once.
     """
@@ -135,7 +135,7 @@ def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _normed(x: Tensor, eps: float) -> Tensor:
-    """Return maps [..., C] of mean 0 and variance 1 over the channels."""
+    """Return x [..., C] normalized to mean 0 and variance 1 over the channels."""
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
@@ -149,10 +149,10 @@ def _product(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _convolves(x: Tensor) -> bool:
-    """Return whether a convolution is the faster one: by measurement.
+    """Return whether a convolution is faster than a matrix product, by measurement.
 
-    So it is when compiled, and on a CPU in float32, where matrices go to the BLAS and convolutions
-    to oneDNN. With one thread both go to the BLAS, convolutions by way of copies.
+    It is when compiled, and on a CPU in float32, where products run in the BLAS and convolutions in
+    oneDNN. With one thread both run in the BLAS, convolutions with additional copies.
     """
     if torch.compiler.is_compiling():
         return True

@@ -1,8 +1,8 @@
-"""How a trained ReXNet is run for inference: norms folded, activations and shortcuts in place.
+"""Inference form of ReXNet: norms folded, activations and shortcuts in place.
 
-Maps are channels-last throughout, whatever the image is, since convolutions go by the weights'
-format: on a CPU that was the faster one. What a block writes to is its own: a map that is returned
-is read by the next block, and never written again. All operators are torch's public ones.
+Feature maps are channels-last, for images of either memory format, since convolutions follow the
+weights' format; on a CPU that is the faster one. A block writes only to memory that it allocated,
+so returned feature maps are never written again. All operators are torch's public ones.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdense.models.layers.fold import fold_norm
+from mmdense.models.deploy.fold import fold_norm
 
 __all__ = ['DeployedBottleneck', 'DeployedConv']
 
@@ -32,7 +32,7 @@ class DeployedConv(nn.Module):
 
 
 class DeployedGate(nn.Module):
-    """Squeeze and excitation: the gates [N, C, 1, 1] of a map [N, C, H, W].
+    """Squeeze and excitation: the gates [N, C, 1, 1] of [N, C, H, W].
 
     Args:
         se: timm's module, with a norm.

@@ -1,76 +1,88 @@
-"""What is peculiar to DenseNet deployed; test_deploy_contract.py has the rest."""
+"""DenseNet's inference form; test_deploy_contract.py has what all families share."""
 
 import copy
 
 import pytest
 import torch
-from test_deploy_contract import (
-    CHANNELS_LAST,
-    HALF,
+from families import (
     TOLERANCE,
-    Operators,
     deployed,
-    equal_in_both_precisions,
+    deployed_equals_trained,
     image,
-    maps_are_the_callers,
+    operators_of,
+    randomise,
     run,
     same,
-)
-from test_deploy_contract import (
-    build as build_network,
 )
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmdense.models import DenseNet
-from mmdense.models.deploy import densenet as _densenet_deploy
+from mmdense.models.deploy.densenet import DeployedTransition
 
 SMALL = dict(growth_rate=8, layers=(2, 3, 2))
+HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 def build(arch=SMALL, weights='random', **options):
-    return build_network('DenseNet', weights, arch=arch, **options)
+    torch.manual_seed(0)
+    net = DenseNet(arch=arch, **options)
+    return (net if weights == 'fresh' else randomise(net, signed=weights == 'random')).eval()
 
 
-@pytest.mark.parametrize('tap', ['block', 'activated'])
-@pytest.mark.parametrize(('size', 'batch'), [((16, 16), 1), ((33, 47), 2), ((65, 50), 3)])
+@pytest.mark.parametrize(
+    ('tap', 'size', 'batch'), [('block', (16, 16), 1), ('activated', (65, 50), 3)]
+)
 def test_clamps_on_one_side(tap, size, batch):
-    equal_in_both_precisions(build(weights='positive', tap=tap), image(*size, batch))
+    deployed_equals_trained(build(weights='positive', tap=tap), image(*size, batch))
 
 
-@pytest.mark.parametrize('stem', ['imagenet', 'deep', 'cifar'])
-@pytest.mark.parametrize('bottleneck', [True, False])
-@pytest.mark.parametrize('reduction', [0.3, 1.0])
+@pytest.mark.parametrize(
+    ('stem', 'bottleneck', 'reduction'),
+    [('imagenet', True, 0.3), ('deep', True, 1.0), ('deep', False, 0.3), ('cifar', False, 1.0)],
+)
 def test_architectures(stem, bottleneck, reduction):
     net = build(stem=stem, bottleneck=bottleneck, reduction=reduction)
-    equal_in_both_precisions(net, image(batch=2))
+    deployed_equals_trained(net, image(48, 64, batch=2))
 
 
-def test_one_block():
-    equal_in_both_precisions(build(dict(growth_rate=4, layers=(3,))), image())
-
-
-def test_norms_without_weights():
-    equal_in_both_precisions(
-        build(weights='fresh', norm_cfg=dict(type='BN', affine=False)), image()
-    )
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(arch=dict(growth_rate=4, layers=(3,))),
+        dict(weights='fresh', norm_cfg=dict(type='BN', affine=False)),
+    ],
+    ids=['one block', 'norms without weights'],
+)
+def test_special_networks(options):
+    deployed_equals_trained(build(**options), image())
 
 
 @pytest.mark.parametrize('bottleneck', [True, False])
-def test_norms_by_the_batch_cannot_be_folded(bottleneck):
+def test_norms_without_running_statistics_cannot_be_folded(bottleneck):
     cfg = dict(type='BN', track_running_stats=False)
     net = build(stem='cifar', bottleneck=bottleneck, weights='fresh', norm_cfg=cfg)
     with pytest.raises(ValueError, match='no running statistics'):
         net.switch_to_deploy()
     assert net.form == 'trained'
-    run(net, image())  # it is as it was
+    run(net, image())  # it is not changed
 
 
-@pytest.mark.parametrize('shift', [-0.5, 0.0, 0.5])
-@pytest.mark.parametrize('scale', [1e-44, -1e-44, 1e-12, -1e-12, 1e-6, -1e-6, 0.0])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
-def test_channels_that_training_has_switched_off(scale, shift, dtype):
+@pytest.mark.parametrize(
+    ('scale', 'shift', 'dtype'),
+    [
+        (1e-44, -0.5, torch.float16),
+        (-1e-44, 0.5, torch.float32),
+        (1e-12, 0.0, torch.bfloat16),
+        (-1e-12, -0.5, torch.float16),
+        (1e-6, 0.5, torch.float16),
+        (-1e-6, 0.0, torch.float32),
+        (0.0, 0.5, torch.bfloat16),
+        (0.0, -0.5, torch.float16),
+    ],
+)
+def test_tiny_scales(scale, shift, dtype):
     """Weight decay makes scales tiny: bounds overflow, and must not meet a weight of zero."""
     net = build(weights='positive')
     for norm in net.modules():
@@ -80,9 +92,9 @@ def test_channels_that_training_has_switched_off(scale, shift, dtype):
             norm.running_mean[1::3] = 0
     x = image(33, 48)
     expected = run(net, x)
-    maps = run(deployed(net).to(dtype), x.to(dtype))
-    assert all(m.isfinite().all() for m in maps)
-    same([m.float() for m in maps], expected, {**TOLERANCE, **HALF}[dtype])
+    outputs = run(deployed(net).to(dtype), x.to(dtype))
+    assert all(y.isfinite().all() for y in outputs)
+    same([y.float() for y in outputs], expected, {**TOLERANCE, **HALF}[dtype])
 
 
 @pytest.mark.parametrize(
@@ -101,40 +113,35 @@ def test_bounds_within_reach_are_kept(mean, deviation, scale, shift, spread):
     state = dict(weight=scale, bias=shift, running_mean=mean, running_var=deviation**2)
     for name, value in state.items():
         getattr(norm, name).data.fill_(value)
-    transition = _densenet_deploy.DeployedTransition(norm, conv)
     x = torch.randn(1, 4, 8, 8) * spread + mean
-    with torch.no_grad():
-        expected = nn.functional.avg_pool2d(conv(norm(x).relu()), 2)
-        found = transition(x)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+    expected = run(lambda y: nn.functional.avg_pool2d(conv(norm(y).relu()), 2), x)
+    atol = 1e-4 * float(expected.abs().max())
+    torch.testing.assert_close(
+        run(DeployedTransition(norm, conv), x), expected, rtol=1e-4, atol=atol
+    )
 
 
 @pytest.mark.parametrize('weights', ['positive', 'random'])
-def test_nothing_is_normed_or_concatenated(weights):
+def test_no_norm_or_concatenation_is_called(weights):
     net = build(weights=weights)
-    called = []
-    for each in (net, deployed(net)):
-        with Operators() as operators:
-            run(each, image())
-        called.append(operators.names)
-    assert {'cat', 'native_batch_norm'} <= set(called[0])
-    assert not {'cat', 'native_batch_norm', 'relu'} & set(called[1])
-    assert called[1].count('convolution') == called[0].count('convolution') == 1 + 2 * 7 + 2
-    clamp = 'maximum' if weights == 'positive' else 'clamp'
-    assert called[1].count(clamp) == 7 + 2
-    assert called[1].count('addcmul') == 1
+    trained, fast = (operators_of(each, image()).names for each in (net, deployed(net)))
+    assert {'cat', 'native_batch_norm'} <= set(trained)
+    assert not {'cat', 'native_batch_norm', 'relu'} & set(fast)
+    assert fast.count('convolution') == trained.count('convolution') == 1 + 2 * 7 + 2
+    assert fast.count('maximum' if weights == 'positive' else 'clamp') == 7 + 2
+    assert fast.count('addcmul') == 1
 
 
 def test_transitions_pool_first():
-    """A quarter of their multiply-adds, 8 % of the network's."""
+    """This saves three quarters of their MACs, 8 % of the network's."""
     macs = []
     for form in ('trained', 'deployed'):
         with torch.device('meta'):
             net = DenseNet(arch='121').eval()
             if form == 'deployed':
                 net.switch_to_deploy()
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            net(torch.empty(1, 3, 224, 224, device='meta'))
+        with FlopCounterMode(display=False) as counter:
+            run(net, torch.empty(1, 3, 224, 224, device='meta'))
         macs.append(counter.get_total_flops() // 2)
     sides = (56, 28, 14)
     saved = sum(c * c // 2 * s * s * 3 // 4 for c, s in zip((256, 512, 1024), sides, strict=True))
@@ -142,39 +149,36 @@ def test_transitions_pool_first():
     assert 0.07 < saved / macs[0] < 0.09
 
 
-@pytest.mark.parametrize('stem', ['imagenet', 'cifar'])
-@pytest.mark.parametrize('tap', ['block', 'activated'])
-@pytest.mark.parametrize('bottleneck', [True, False])
-def test_deployed_shares_no_memory_with_what_was_trained(stem, tap, bottleneck):
+@pytest.mark.parametrize(
+    ('stem', 'tap', 'bottleneck'), [('imagenet', 'block', True), ('cifar', 'activated', False)]
+)
+def test_deployed_shares_no_memory_with_the_trained_network(stem, tap, bottleneck):
     net = build(stem=stem, tap=tap, bottleneck=bottleneck)
     parameters = dict(net.named_parameters())
-    before = copy.deepcopy(net.state_dict())
-    taken = {**net.state_dict(), **parameters}
+    trained = {**net.state_dict(), **parameters}
     net.switch_to_deploy()
-    run(net, image())
-    for name, value in taken.items():
-        assert torch.equal(value, before[name]), name
-        assert value.stride() == before[name].stride(), name
     assert all(p.requires_grad for p in parameters.values())
-    own = {p.data_ptr() for p in net.state_dict().values()}
-    assert not own & {value.data_ptr() for value in taken.values()}
+    memory = {value.data_ptr() for value in net.state_dict().values()}
+    assert not memory & {value.data_ptr() for value in trained.values()}
 
 
-@pytest.mark.parametrize('weights', ['fresh', 'positive', 'random'])
-@pytest.mark.parametrize(('first', 'allowed'), [('deployed', 1.1), ('rounded', 1.25)])
+@pytest.mark.parametrize(
+    ('first', 'allowed', 'weights'),
+    [('deployed', 1.1, 'positive'), ('deployed', 1.1, 'random'), ('rounded', 1.5, 'random')],
+)
 def test_half_precision_of_larger_blocks(first, allowed, weights):
-    """As precise as the trained network, on average, unless weights are rounded twice."""
+    """On average as precise as the trained network, unless weights are rounded twice."""
     net = build(dict(growth_rate=16, layers=(4, 6, 4)), weights=weights)
     x = image(64, 96, batch=2)
     exact = run(copy.deepcopy(net).double(), x.double())
     half = copy.deepcopy(net).bfloat16()
     fast = deployed(net).bfloat16() if first == 'deployed' else deployed(half)
-    assert {p.dtype for p in (*fast.parameters(), *fast.buffers())} == {torch.bfloat16}
-    trained, found = run(half, x.bfloat16()), run(fast, x.bfloat16())
-    assert all(m.dtype == torch.bfloat16 for m in found)
     errors = [
-        sum((a - c).abs().mean() / c.abs().mean() for a, c in zip(maps, exact, strict=True))
-        for maps in (found, trained)
+        sum(
+            float((a - c).abs().mean() / c.abs().mean())
+            for a, c in zip(run(n, x.bfloat16()), exact, strict=True)
+        )
+        for n in (fast, half)
     ]
     assert errors[0] <= allowed * errors[1]
 
@@ -183,17 +187,16 @@ def test_half_precision_of_larger_blocks(first, allowed, weights):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_compiled(dtype):
     fast = deployed(build(dict(growth_rate=8, layers=(2, 2)), weights='positive')).to(dtype)
-    x = image(64, 96).to(dtype)
+    x = image().to(dtype)
     expected = run(fast, x)
     torch.compiler.reset()
     fast.compile()
     same(run(fast, x), expected, 1e-5 if dtype == torch.float32 else 0.05)
 
 
-@pytest.mark.parametrize('weights', ['positive', 'random'])
-@pytest.mark.parametrize('others', ['positive', 'random'])
+@pytest.mark.parametrize(('weights', 'others'), [('positive', 'random'), ('random', 'positive')])
 def test_deployed_weights_load(weights, others):
-    """Between networks that clamp on one side, and on both."""
+    """Between networks that clamp on one side and on both."""
     fast, again = deployed(build(weights=weights)), deployed(build(weights=others))
     again.load_state_dict(fast.state_dict())
     same(run(again, image()), run(fast, image()), 0)
@@ -202,18 +205,4 @@ def test_deployed_weights_load(weights, others):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_weights_are_channels_last(channels):
     weights = [p for p in deployed(build(in_channels=channels)).parameters() if p.ndim == 4]
-    assert all(p.is_contiguous(memory_format=CHANNELS_LAST) for p in weights)
-
-
-@pytest.mark.parametrize('given', [torch.contiguous_format, CHANNELS_LAST])
-@pytest.mark.parametrize('stem', ['imagenet', 'cifar'])
-@pytest.mark.parametrize('tap', ['block', 'activated'])
-def test_returned_maps_are_the_callers(given, stem, tap):
-    fast = deployed(build(stem=stem, tap=tap, reduction=1.0))
-    assert len(fast.features) == 1 + 3 + 2 + (3 if tap == 'activated' else 1)
-    maps_are_the_callers(fast, given)
-
-
-def test_coarsest_stride_is_the_smallest_image():
-    with pytest.raises(ValueError, match='at least 16'):
-        run(deployed(build()), image(15, 64))
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
