@@ -1,17 +1,18 @@
-"""TimmBackbone returns timm's maps under timm's names, and what is peculiar to it."""
+"""TimmBackbone has timm's outputs and names; test_contract.py has what all families share."""
 
 import copy
 
 import pytest
 import timm
 import torch
+from families import image, randomise, same_step, step
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from mmdense.models.backbones.timm_backbone import TimmBackbone
 
-# What follows the last map in timm's classifiers.
-BEHIND = {
+# Layers after the last feature map in timm's classifiers.
+HEADS = {
     'mobilenetv1_100': {'classifier'},
     'mobilenetv2_100': {'conv_head', 'bn2', 'classifier'},
     'mobilenetv3_small_050': {'conv_head', 'classifier'},
@@ -21,20 +22,9 @@ BEHIND = {
 SMALL = 'mobilenetv2_035'
 
 
-def noisy(net):
-    """Give norms and biases sizes that let every branch show in the outputs."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in net.state_dict().items():
-            if value.ndim == 1:  # not the norms' counters
-                low = -0.5 if name.endswith(('bias', 'mean')) else 0.5
-                value.copy_(torch.rand(value.shape, generator=generator) + low)
-    return net
-
-
-@pytest.mark.parametrize('name', BEHIND)
+@pytest.mark.parametrize('name', HEADS)
 def test_equals_features_only(name):
-    ours = noisy(TimmBackbone(model_name=name)).eval()
+    ours = randomise(TimmBackbone(model_name=name)).eval()
     theirs = timm.create_model(name, features_only=True, out_indices=ours.out_indices).eval()
     values = ours.state_dict().values()
     renamed = dict(zip(theirs.state_dict(), values, strict=True))  # in the same order
@@ -46,28 +36,28 @@ def test_equals_features_only(name):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize('name', BEHIND)
-def test_a_classifier_s_checkpoint_loads_under_its_own_names(name, tmp_path):
-    theirs = noisy(timm.create_model(name)).state_dict()
+@pytest.mark.parametrize('name', HEADS)
+def test_a_checkpoint_of_the_classifier_loads(name, tmp_path):
+    theirs = randomise(timm.create_model(name)).state_dict()
     file = str(tmp_path / 'classifier.pth')
     torch.save(theirs, file)
     net = TimmBackbone(model_name=name, init_cfg=dict(type='Pretrained', checkpoint=file))
     net.init_weights()
     ours = net.state_dict()
-    assert {key.split('.')[0] for key in theirs.keys() - ours.keys()} == BEHIND[name]
+    assert {key.split('.')[0] for key in theirs.keys() - ours.keys()} == HEADS[name]
     assert [n for n, _ in net.named_parameters()] == [n for n, _ in net._net.named_parameters()]
     for key, value in ours.items():
         assert torch.equal(value, theirs[key]), key
 
 
-def test_names_are_free_of_prefixes_inside_a_detector():
+def test_names_have_no_prefix_inside_a_detector():
     detector = nn.ModuleDict(dict(backbone=TimmBackbone(model_name=SMALL)))
     assert 'backbone.conv_stem.weight' in detector.state_dict()
     assert 'backbone.conv_stem.weight' in dict(detector.named_parameters())
 
 
 @pytest.mark.parametrize(('index', 'last'), [(0, 'blocks.0'), (3, 'blocks.4'), (4, 'blocks.6')])
-def test_what_no_map_needs_is_pruned(index, last):
+def test_unneeded_layers_are_pruned(index, last):
     full = TimmBackbone(model_name=SMALL)
     net = TimmBackbone(model_name=SMALL, out_indices=(index,))
     assert list(net.state_dict())[-1].startswith(last)
@@ -76,7 +66,7 @@ def test_what_no_map_needs_is_pruned(index, last):
             assert net.layer_depth(name, granularity) == full.layer_depth(name, granularity)
 
 
-def test_the_tag_is_that_of_weights():
+def test_the_tag_does_not_change_the_network():
     with torch.device('meta'):
         tagged = TimmBackbone(model_name='mobilenetv1_100.ra4_e3600_r224_in1k')
         plain = TimmBackbone(model_name='mobilenetv1_100')
@@ -102,13 +92,13 @@ def trained(**options):
     return {name.rsplit('.', 1)[0] for name, p in net.named_parameters() if p.requires_grad}
 
 
-def test_stages_end_in_maps():
-    # Map 3 needs two of timm's stages.
+def test_stages_end_in_feature_maps():
+    # Feature map 3 needs two of timm's stages.
     names = trained(model_name=SMALL, frozen_stages=4)
     assert {name[:8] for name in names} == {'blocks.5', 'blocks.6'}
     names = trained(model_name=SMALL, frozen_stages=3)
     assert {name[:8] for name in names} == {f'blocks.{i}' for i in (3, 4, 5, 6)}
-    # A map of the stem leaves nothing to stage 1.
+    # A feature map of the stem leaves stage 1 empty.
     for stages in (0, 1):
         names = trained(model_name='resnet18', frozen_stages=stages)
         assert {name[:6] for name in names} == {f'layer{i}' for i in (1, 2, 3, 4)}
@@ -125,19 +115,16 @@ def test_parameters_outside_modules_freeze_too():
 @pytest.mark.parametrize(
     'name', ['test_resnet', 'test_convnext', 'mobilenetv3_small_050', 'hrnet_w18_small']
 )
-def test_recomputing_leaves_everything_as_in_the_plain_step(name):
-    found = []
+def test_recomputing_equals_the_plain_step(name):
+    results = []
     for memory in ('plain', 'recompute'):
         torch.manual_seed(0)
-        net = noisy(TimmBackbone(model_name=name, memory=memory)).train()
-        x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        sum(m.square().mean() for m in net(x)).backward()
-        found.append([x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
-    for plain, recomputed in zip(*found, strict=True):
-        assert plain is recomputed is None or torch.equal(plain, recomputed)
+        net = randomise(TimmBackbone(model_name=name, memory=memory)).train()
+        results.append(step(net, image(64, 64, batch=2))[0])
+    same_step(*results, 0)
 
 
-def test_timms_root_knows_the_mode():
+def test_timms_network_has_the_same_mode():
     net = TimmBackbone(model_name=SMALL)
     assert not net.eval()._net.training
     assert net.train()._net.training
@@ -145,7 +132,7 @@ def test_timms_root_knows_the_mode():
 
 @pytest.mark.parametrize('with_cp', [False, True])
 def test_copies_are_independent(with_cp):
-    net = noisy(TimmBackbone(model_name=SMALL, with_cp=with_cp)).eval()
+    net = randomise(TimmBackbone(model_name=SMALL, with_cp=with_cp)).eval()
     x = torch.randn(1, 3, 64, 64, requires_grad=True)
     before = net(x)[-1]
     twin = copy.deepcopy(net)
@@ -157,13 +144,13 @@ def test_copies_are_independent(with_cp):
     assert not twin(x)[-1].any()
 
 
-def test_replaced_norms_are_those_that_run():
+def test_replaced_norms_are_used():
     x = torch.randn(1, 3, 64, 64)
     for name, convert in (
         ('resnet18', nn.SyncBatchNorm.convert_sync_batchnorm),  # replaces one at the root
         (SMALL, convert_sync_batchnorm),
     ):
-        net = noisy(TimmBackbone(model_name=name)).eval()
+        net = randomise(TimmBackbone(model_name=name)).eval()
         expected = net(x)
         net = convert(net)
         assert net._net.bn1 is net.bn1
@@ -183,20 +170,16 @@ def test_norms_that_lost_their_activation_are_refused():
     [
         (dict(model_name='mobilenet1_100'), "no network 'mobilenet1_100'; close: .*mobilenetv1_"),
         (dict(model_name='hf-hub:someone/something'), 'no network'),
-        (dict(model_name='resnet18.nonsense'), 'a tag that timm does not know'),
-        (dict(model_name='vit_tiny_patch16_224'), 'no maps of several strides'),
-        (dict(model_name='pit_ti_224'), 'no depths'),
-        (dict(model_name=SMALL, model_kwargs=dict(num_classes=2)), "'num_classes' is not"),
-        (dict(model_name=SMALL, model_kwargs=dict(features_only=True)), "'features_only' is not"),
-        (dict(model_name=SMALL, out_indices=(5,)), 'there are 5 maps'),
-        (dict(model_name='resnet18', frozen_stages=6), 'from -1 to 5'),
+        (dict(model_name='resnet18.nonsense'), 'timm has no tag of'),
+        (dict(model_name='vit_tiny_patch16_224'), 'no feature maps of several strides'),
+        (dict(model_name='pit_ti_224'), 'no group matcher'),
+        (dict(model_name=SMALL, model_kwargs=dict(num_classes=2)), "'num_classes' is set"),
+        (
+            dict(model_name=SMALL, model_kwargs=dict(features_only=True)),
+            "'features_only' is set",
+        ),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message), torch.device('meta'):
         TimmBackbone(**options)
-
-
-def test_image_below_the_coarsest_stride():
-    with pytest.raises(ValueError, match='TimmBackbone needs at least 32'):
-        TimmBackbone(model_name=SMALL)(torch.zeros(1, 3, 31, 64))
