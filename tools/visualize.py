@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
@@ -13,8 +14,7 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.apis import Predictor
 from mmdense.config.validate import check_data
-from mmdense.visualization.grid import save_grid
-from mmdense.visualization.logs import METRICS, plot_curves, read_scalars
+from mmdense.visualization.logs import METRICS, plot_runs, read_runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -31,20 +31,21 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args, cfg = cli.parse_config(parser(), argv)
-    losses, metrics = read_scalars(cfg.work_dir)
+    (run,) = read_runs([cfg.work_dir])
     check_data(cfg, ('test',))
     predictor = Predictor(cfg, args.checkpoint)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)
-    plot_curves(losses, metrics, out / 'curves.png')
+    keys = [key for key in run.keys if 'loss' in key or key in METRICS]
+    plot_runs([run], out / 'curves.png', keys=keys)
     drawings = list(draw_test_images(cfg, predictor, args.num, args.score_thr))
-    save_grid(drawings, out / 'predictions.png', titles=('truth', 'prediction'), columns=6)
+    save_grid(drawings, out / 'predictions.png')
     console = Console()
-    if metrics:
+    if run.metrics:
         table = Table('last validation', 'value')
         for key, name in METRICS.items():
-            if key in metrics[-1]:
-                table.add_row(name, f'{metrics[-1][key]:.3f}')
+            if key in run.metrics[-1]:
+                table.add_row(name, f'{run.metrics[-1][key]:.3f}')
         console.print(table)
     written = f'pictures: {out / "predictions.png"} {out / "curves.png"}'
     console.print(written, soft_wrap=True, markup=False)
@@ -61,6 +62,19 @@ def draw_test_images(
         (prediction,) = predictor(truth.img_path)
         yield predictor.draw_truth(truth.img_path, truth)
         yield predictor.draw(truth.img_path, prediction, score_thr)
+
+
+def save_grid(drawings: Sequence[np.ndarray], file: Path) -> None:
+    """Save pairs of drawings as one image, three pairs per row."""
+    rows = -(-len(drawings) // 6)
+    figure = Figure(figsize=(27, 4.5 * rows), layout='constrained', dpi=100)
+    axes = figure.subplots(rows, 6, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis('off')
+    for i, drawing in enumerate(drawings):
+        axes[i].imshow(drawing)
+        axes[i].set_title('prediction' if i % 2 else 'truth')
+    figure.savefig(file)
 
 
 if __name__ == '__main__':

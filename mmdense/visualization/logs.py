@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 
-__all__ = ['METRICS', 'Run', 'plot_curves', 'plot_runs', 'read_runs', 'read_scalars']
+__all__ = ['METRICS', 'Run', 'plot_runs', 'read_runs', 'read_scalars']
 
 # Metrics that are plotted and printed by default, with their usual names.
 METRICS = {
@@ -64,42 +64,6 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
     if not losses:
         raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')
     return [losses[i] for i in sorted(losses)], [metrics[i] for i in sorted(metrics)]
-
-
-def plot_curves(losses: Sequence[dict], metrics: Sequence[dict], file: str | Path) -> None:
-    """Plot the losses and metrics of one run, from :func:`read_scalars`, to a PNG file."""
-    figure = Figure(figsize=(9, 3.4), layout='constrained', dpi=150)
-    left, right = figure.subplots(1, 2)
-    steps = [r['step'] for r in losses]
-    for name in ('loss', *sorted(k for k in losses[-1] if 'loss' in k and k != 'loss')):
-        values = [r.get(name, np.nan) for r in losses]
-        left.plot(steps, values, label=name, lw=2 if name == 'loss' else 1)
-    _style_axes(left, 'training loss')
-    left.legend(fontsize=7, frameon=False)
-    for key, name in METRICS.items():
-        points = [(r['iter'], r[key]) for r in metrics if key in r]
-        if points:
-            right.plot(*zip(*points, strict=True), marker='o', ms=3, label=name)
-            right.annotate(
-                f'{points[-1][1]:.3g}',
-                points[-1],
-                xytext=(0, 5),
-                textcoords='offset points',
-                ha='right',
-                fontsize=8,
-            )
-    _style_axes(right, 'validation')
-    if right.lines:
-        right.legend(fontsize=7, frameon=False, loc='lower right')
-    for axes in (left, right):
-        axes.set_ylim(bottom=0)
-    figure.savefig(file)
-
-
-def _style_axes(axes: Axes, title: str) -> None:
-    axes.set(title=title, xlabel='iteration')
-    axes.spines[['top', 'right']].set_visible(False)
-    axes.grid(alpha=0.3)
 
 
 @dataclass
@@ -198,7 +162,9 @@ def plot_runs(
     for axes, key in zip(panels, keys, strict=False):
         for run, colour in zip(runs, colours, strict=True):
             _plot_run(axes, run, key, colour)
-        _style_axes(axes, METRICS.get(key, key))
+        axes.set(title=METRICS.get(key, key), xlabel='iteration')
+        axes.spines[['top', 'right']].set_visible(False)
+        axes.grid(alpha=0.3)
     # Below all panels, because names of runs are long.
     handles = [
         Line2D([], [], color=colour, label=run.name)

@@ -4,25 +4,12 @@ import json
 import sys
 
 import pytest
-import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mmdense.apis import Predictor
 from support import DEMOS, ROOT
 
 IMAGE = 'data/digits/val/000000.jpg'
-
-
-@pytest.fixture(scope='module')
-def checkpoints(tmp_path_factory):
-    """Random weights: the detector's scores are about a tenth."""
-    folder = tmp_path_factory.mktemp('weights')
-    for task, config in DEMOS.items():
-        torch.manual_seed(0)
-        model = Predictor(config, device='cpu').model
-        torch.save(dict(state_dict=model.state_dict(), meta={}), folder / f'{task}.pth')
-    return folder
 
 
 @pytest.mark.parametrize('task', DEMOS)
