@@ -83,7 +83,7 @@ benchmark: setup  ## compare backbones with other libraries', for docs/performan
 	$(COMPARE) --names densenet121 rdnet_tiny --against timm --dtype float32 bfloat16 --rounds 12 --no-memory
 	$(TRAIN) --names densenet121 --against torchvision torchvision_memory_efficient --rounds 5
 	$(TRAIN) --names rdnet_tiny --dtype bfloat16 --rounds 5
-	$(BIN)/python -m dev.benchmark report
+	$(BIN)/python -m dev.docs
 
 lint: setup  ## check style
 	$(BIN)/ruff check .

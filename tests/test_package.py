@@ -4,10 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
-import yaml
 
 from support import ROOT
 
@@ -70,55 +68,3 @@ def test_tested_versions_are_exact_and_without_addresses():
     pins = [line for line in lines if not line.startswith('#')]
     assert len(pins) > 50
     assert not [pin for pin in pins if not re.fullmatch(r'[\w.-]+==[\w.+!-]+', pin)]
-
-
-def test_readme_table_is_fresh():
-    done = subprocess.run([sys.executable, ROOT / 'dev/docs/update_readme.py', '--check'])
-    assert done.returncode == 0
-
-
-def fidelity():
-    spec = spec_from_file_location('fidelity', ROOT / 'dev/docs/fidelity.py')
-    module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.slow
-def test_fidelity_table_and_metafiles_are_fresh():
-    done = subprocess.run([sys.executable, ROOT / 'dev/docs/fidelity.py', '--check'])
-    assert done.returncode == 0
-
-
-def test_fidelity_check_finds_what_is_stale(monkeypatch, tmp_path):
-    tool = fidelity()
-    monkeypatch.setattr(tool, 'ROOT', tmp_path)
-    monkeypatch.setattr(tool, 'files', lambda: iter([('a.md', 'new'), ('b.yml', 'same')]))
-    monkeypatch.setattr(sys, 'argv', ['fidelity.py', '--check'])
-    (tmp_path / 'b.yml').write_text('same')
-    with pytest.raises(SystemExit, match='stale: a.md; run python dev/docs/fidelity.py'):
-        tool.main()
-    assert not (tmp_path / 'a.md').exists()
-    monkeypatch.setattr(sys, 'argv', ['fidelity.py'])
-    tool.main()
-    assert (tmp_path / 'a.md').read_text() == 'new'
-
-
-@pytest.mark.parametrize('task', ['detection', 'segmentation'])
-def test_metafiles_name_every_recipe(task):
-    index = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
-    metafiles = [ROOT / name for name in index if task in name]
-    models = [m for f in metafiles for m in yaml.safe_load(f.read_text())['Models']]
-    recipes = {
-        p for p in ROOT.glob(f'configs/{task}/*/*.py') if p.parent.name not in ('_base_', 'demo')
-    }
-    assert {ROOT / m['Config'] for m in models} == recipes
-    assert all(ROOT / m['Config'] == (ROOT / m['Config']).with_stem(m['Name']) for m in models)
-
-
-def test_fidelity_wants_a_reason_for_a_difference():
-    compare = fidelity().compare
-    assert compare(['net', 'params'], 100, 100.9, None)[-2:] == ['+0.9%', '']
-    assert compare(['net', 'params'], 100, 102, 'a slip')[-2:] == ['+2.0%', 'a slip']
-    with pytest.raises(SystemExit, match=r'net: params: 100 was published, 98.00 measured'):
-        compare(['net', 'params'], 100, 98, None)

@@ -1,9 +1,9 @@
-"""Compare a backbone of ours with others' of the same weights, side by side.
+"""Compare a backbone with other implementations of the same network and the same weights.
 
-All contenders run in one process, in rounds of random order, so that what the machine does
-meanwhile falls on all of them. A figure is the median over the rounds of the ratio of times, with a
-bootstrap interval; peers count in the fastest of their configurations. Before a figure counts, the
-outputs must agree: no contender of ours may be further from float64 than a peer is.
+All configurations run in one process, in rounds of random order, so that other load on the machine
+affects all of them. A speedup is the median over the rounds of the ratio of times to the fastest
+configuration of the peers, with a bootstrap interval. Outputs must agree: configurations of mmdense
+whose error against float64 is larger than the peers' are marked.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ from mmdense.errors import UserError
 
 __all__ = ['Contender', 'Setting', 'compare', 'contenders', 'peak_memory']
 
-OURS = 'mmdense'
+MMDENSE = 'mmdense'
 MODES = ('infer', 'train')
-GATE = 1.5  # times a peer's own distance from float64: memory formats of theirs differ by 2
+# Allowed error against float64, relative to the peers': two memory formats of a peer differ by 2.
+TOLERANCE = 1.5
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured.
+    """The setting of a comparison.
 
     Attributes:
         network: One of ``NETWORKS``.
-        mode: 'infer' (evaluation without gradients) or 'train' (forward and backward pass of
-            batch statistics, without an optimizer).
+        mode: 'infer' (eval mode, no gradients) or 'train' (forward and backward pass in training
+            mode, no optimizer step).
         size: Height and width of the images in pixels.
         batch: Number of images.
-        dtype: 'float32', or 'bfloat16' or 'float16': of weights and images in 'infer', of autocast
-            in 'train'.
+        dtype: 'float32', 'bfloat16' or 'float16': of weights and images in 'infer', of autocast in
+            'train'.
         device: 'cpu' or 'cuda'.
     """
 
@@ -64,33 +65,33 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """A network in one of its configurations.
+    """One implementation of a network in one configuration.
 
     Attributes:
-        whose: 'mmdense', or a peer's name.
-        form: How it is built, such as 'deployed' or 'lean'; '' is plain.
-        channels_last: Memory format of weights and images.
-        compiled: By torch.compile.
+        library: 'mmdense', or the name of a peer.
+        form: How mmdense's network is built: 'deployed', a memory mode, or '' for plain.
+        channels_last: Use channels-last for weights and images.
+        compiled: Use torch.compile.
     """
 
-    whose: str
+    library: str
     form: str = ''
     channels_last: bool = False
     compiled: bool = False
 
     @property
     def name(self) -> str:
-        """Return such as 'timm, channels-last, compiled'."""
-        words = [self.whose, self.form, 'channels-last' if self.channels_last else '']
+        """The name in tables, such as 'timm, channels-last, compiled'."""
+        words = [self.library, self.form, 'channels-last' if self.channels_last else '']
         return ', '.join(word for word in [*words, 'compiled' if self.compiled else ''] if word)
 
     def build(self, setting: Setting) -> nn.Module:
-        """Return the network, on the device and in the types of a setting."""
+        """Return the network on the device and in the dtype of a setting."""
         network = NETWORKS[setting.network]
-        options = network.options.get(self.form, {}) if self.whose == OURS else {}
+        options = network.options.get(self.form, {}) if self.library == MMDENSE else {}
         net: nn.Module = network.create(**options)
-        if self.whose != OURS:
-            net = network.peers[self.whose](net)
+        if self.library != MMDENSE:
+            net = network.peers[self.library](net)
         elif self.form == 'deployed':
             net.switch_to_deploy()
         if setting.mode == 'infer':
@@ -103,14 +104,14 @@ class Contender:
         return net
 
     def image(self, setting: Setting) -> Tensor:
-        """Return the images of a setting, as the network takes them."""
+        """Return the images of a setting in the network's memory format and dtype."""
         image = setting.image()
         if self.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         return image.to(DTYPES[setting.dtype]) if setting.mode == 'infer' else image
 
     def runner(self, net: nn.Module, setting: Setting) -> Callable[[], Any]:
-        """Return what runs the network once on images of the setting."""
+        """Return a function that runs the network once on the images of a setting."""
         image = self.image(setting)
         dtype = DTYPES[setting.dtype]
         if setting.mode == 'infer':
@@ -120,13 +121,13 @@ class Contender:
                     return net(image)
 
             return infer
-        narrow = dtype != torch.float32
+        mixed = dtype != torch.float32
 
         def train() -> None:
             net.zero_grad(set_to_none=True)
-            with torch.autocast(setting.device, dtype, enabled=narrow):
-                maps = net(image)
-            _loss(maps).backward()
+            with torch.autocast(setting.device, dtype, enabled=mixed):
+                features = net(image)
+            _loss(features).backward()
 
         return train
 
@@ -134,15 +135,15 @@ class Contender:
 def contenders(
     setting: Setting, *, against: Sequence[str] | None = None, compiled: bool = True
 ) -> list[Contender]:
-    """Return ours and the peers', the peers' in all of their configurations.
+    """Return all configurations to compare, of mmdense and of the peers.
 
     Args:
-        setting: What is measured.
-        against: Peers; all that have the network by default.
-        compiled: Also channels-last by torch.compile.
+        setting: The setting.
+        against: Names of peers; by default all that have the network.
+        compiled: Include torch.compile, in channels-last.
 
     Raises:
-        UserError: An unknown network or mode, or a peer that has it not.
+        UserError: If the network or mode is unknown, or a peer doesn't have the network.
     """
     if setting.network not in NETWORKS:
         raise UserError(f'no network {setting.network} (known: {", ".join(NETWORKS)})')
@@ -152,21 +153,23 @@ def contenders(
     peers = list(network.peers) if against is None else list(against)
     for peer in peers:
         if peer not in network.peers:
-            raise UserError(f'{peer} has no {setting.network}; {", ".join(network.peers)} has')
-    if setting.mode == 'infer':  # recomputation is of no use there
+            raise UserError(
+                f'{peer} has no {setting.network}; choose from {", ".join(network.peers)}'
+            )
+    if setting.mode == 'infer':  # they differ in training only
         peers = [peer for peer in peers if not peer.endswith('memory_efficient')]
         forms = ['', *(['deployed'] if hasattr(network.build(), 'switch_to_deploy') else [])]
     else:
         forms = list(network.options)
-    found = []
-    for whose, form in [(OURS, form) for form in forms] + [(peer, '') for peer in peers]:
+    configurations = []
+    for library, form in [(MMDENSE, form) for form in forms] + [(peer, '') for peer in peers]:
         if not form or setting.mode == 'infer':
-            found.append(Contender(whose, form))
-        found.append(Contender(whose, form, channels_last=True))
-        # Compilation takes a minute each: in the faster format alone, and of ours the fastest form.
-        if compiled and (whose != OURS or setting.mode == 'train' or form == forms[-1]):
-            found.append(Contender(whose, form, channels_last=True, compiled=True))
-    return found
+            configurations.append(Contender(library, form))
+        configurations.append(Contender(library, form, channels_last=True))
+        # Compiling takes a minute: only the faster format, and of mmdense only the fastest form.
+        if compiled and (library != MMDENSE or setting.mode == 'train' or form == forms[-1]):
+            configurations.append(Contender(library, form, channels_last=True, compiled=True))
+    return configurations
 
 
 def compare(
@@ -178,59 +181,59 @@ def compare(
     memory: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Return times, errors and memory of all contenders, ready for JSON.
+    """Measure time, error and memory of all configurations; the result is ready for JSON.
 
     Args:
-        setting: What is measured.
-        against: Peers; all that have the network by default.
-        compiled: Also by torch.compile.
-        rounds: Of each contender, each after a run that is not timed.
-        memory: Measure peak memory too, of eager contenders, each in a process of its own.
-        progress: Is told what goes on.
+        setting: The setting.
+        against: Names of peers; by default all that have the network.
+        compiled: Include torch.compile.
+        rounds: Number of timed runs of each configuration, each after a warm-up run.
+        memory: Measure the peak memory of eager configurations as well, each in its own process.
+        progress: Called with one line about the current step.
 
     Returns:
-        ``setting``, ``peer`` (the fastest of the peers' configurations), ``contenders``: for each
-        its ``ratio`` (the peer's time over its own), ``interval`` (95 %), ``error`` (distance from
-        float64 in root mean square, as a share of what it is a distance from: of the worst map, or
-        in 'train' of the images' gradient), ``memory`` (bytes above what the weights take), or
-        ``failed``. ``inexact`` names those of ours that are more than 1.5 times as far from
-        float64 as all peers.
+        ``setting``, ``rounds``, ``peer`` (the fastest configuration of the peers), ``contenders``
+        and ``inexact`` (configurations of mmdense with more than 1.5 times the error of every
+        peer). Each contender has ``ratio`` (time of ``peer`` over its time), ``interval`` (95 %),
+        ``error`` (relative root mean square error against float64 of the worst output; in 'train'
+        including the gradient of the images) and ``memory`` (bytes above weights and images), or
+        only ``failed``.
 
     Raises:
-        UserError: As :func:`contenders`; none of the peers could be run.
+        UserError: As :func:`contenders`, or if all peers fail.
     """
-    found = contenders(setting, against=against, compiled=compiled)
+    configurations = contenders(setting, against=against, compiled=compiled)
     if memory and setting.device == 'cpu' and not Path('/proc/self/clear_refs').exists():
-        raise UserError('peak memory on a CPU is measured on Linux alone: add --no-memory')
+        raise UserError('peak memory on a CPU can be measured on Linux only: add --no-memory')
     exact = _exact(setting)
     runs, rows = {}, {}
-    for contender in found:
+    for contender in configurations:
         progress(f'building {contender.name}')
         try:
             net = contender.build(setting)
             run = contender.runner(net, setting)
             run()
             error = _error(net, contender, setting, exact)
-        except Exception as failure:  # of a compiler, or of a format that a network doesn't take
+        except Exception as failure:  # a compiler error, or an unsupported memory format
             rows[contender] = dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
             continue
         runs[contender] = run
         rows[contender] = dict(error=error)
-    theirs = [contender for contender in runs if contender.whose != OURS]
-    if not theirs:
-        raise UserError(f'no peer of {setting.network} could be run: {list(rows.values())}')
+    running_peers = [contender for contender in runs if contender.library != MMDENSE]
+    if not running_peers:
+        raise UserError(f'all peers of {setting.network} failed: {list(rows.values())}')
     seconds: dict[Contender, list[float]] = {contender: [] for contender in runs}
     for number in range(rounds):
         progress(f'round {number + 1} of {rounds}')
         for contender in random.sample(list(runs), len(runs)):
             seconds[contender].append(_seconds(runs[contender], setting.device))
-    peer = min(theirs, key=lambda contender: statistics.median(seconds[contender]))
-    allowed = GATE * max(rows[contender]['error'] for contender in theirs)
+    peer = min(running_peers, key=lambda contender: statistics.median(seconds[contender]))
+    allowed = TOLERANCE * max(rows[contender]['error'] for contender in running_peers)
     del runs
     for contender, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds[peer], times, strict=True)]
         rows[contender] |= dict(ratio=statistics.median(ratios), interval=_interval(ratios))
-        if setting.device == 'cuda':  # elsewhere times are of no machine that anybody has
+        if setting.device == 'cuda':  # times of an unnamed CPU tell readers nothing
             rows[contender]['milliseconds'] = 1e3 * statistics.median(times)
         if memory and not contender.compiled:
             progress(f'memory of {contender.name}')
@@ -239,13 +242,13 @@ def compare(
         setting=asdict(setting),
         rounds=rounds,
         peer=peer.name,
-        inexact=[c.name for c in seconds if c.whose == OURS and rows[c]['error'] > allowed],
+        inexact=[c.name for c in seconds if c.library == MMDENSE and rows[c]['error'] > allowed],
         contenders={contender.name: row for contender, row in rows.items()},
     )
 
 
 def _exact(setting: Setting) -> list[Tensor]:
-    """Return the maps in float64, and in 'train' the gradient of the images."""
+    """Return the outputs in float64, in 'train' with the gradient of the images."""
     net = NETWORKS[setting.network].create().double().to(setting.device)
     net.train(setting.mode == 'train')
     return _outputs(net, setting, setting.image().double(), torch.float64)
@@ -256,27 +259,27 @@ def _outputs(net: nn.Module, setting: Setting, image: Tensor, dtype: torch.dtype
         with torch.no_grad():
             return [x.cpu().double() for x in net(image)]
     image.requires_grad_()
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(setting.device, dtype if narrow else None, enabled=narrow):
-        maps = net(image)
-    _loss(maps).backward()
-    return [x.detach().cpu().double() for x in (*maps, image.grad)]
+    mixed = dtype in (torch.bfloat16, torch.float16)
+    with torch.autocast(setting.device, dtype if mixed else None, enabled=mixed):
+        features = net(image)
+    _loss(features).backward()
+    return [x.detach().cpu().double() for x in (*features, image.grad)]
 
 
-def _loss(maps: Sequence[Tensor]) -> Tensor:
-    return sum(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean() for x in maps)
+def _loss(features: Sequence[Tensor]) -> Tensor:
+    return sum(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean() for x in features)
 
 
 def _error(
     net: nn.Module, contender: Contender, setting: Setting, exact: Sequence[Tensor]
 ) -> float:
-    found = _outputs(net, setting, contender.image(setting), DTYPES[setting.dtype])
-    # The largest distance of any pixel would differ by a fifth from one image to the next.
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+    outputs = _outputs(net, setting, contender.image(setting), DTYPES[setting.dtype])
+    # Root mean square: the largest error of a pixel varies by a fifth between images.
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(outputs, exact, strict=True))
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:
-    """Time a run after one that fetches what the other contenders have displaced."""
+    """Time a run, after one that refills the caches."""
     run()
     return timed(run, device)
 
@@ -287,10 +290,10 @@ def _interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory(contender: Contender, setting: Setting) -> int:
-    """Return the bytes that a run takes above weights and images, at its peak.
+    """Return the peak memory of a run above weights and images, in bytes.
 
-    On a GPU they are those of torch's allocator; on a CPU the resident memory of a process of its
-    own, which runs the network once and gives freed tensors back to the system.
+    On a GPU this is the peak of torch's allocator. On a CPU it is the resident memory of a separate
+    process that runs the network once and returns freed tensors to the system.
     """
     if setting.device == 'cuda':
         run = contender.runner(contender.build(setting), setting)
@@ -305,7 +308,7 @@ def peak_memory(contender: Contender, setting: Setting) -> int:
     threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, '-m', 'dev.benchmark.peak', task],
-        # glibc would keep freed tensors of less than 32 MiB for other sizes to come.
+        # By default glibc keeps freed tensors below 32 MiB, and resident memory with them.
         env={**os.environ, 'OMP_NUM_THREADS': threads, 'MALLOC_MMAP_THRESHOLD_': str(2**20)},
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
-"""What is compared: our backbones, and those of others with the same weights and the same maps.
+"""The networks to compare: mmdense's backbones and other implementations with the same weights.
 
-Each network takes images [N, 3, H, W] and returns its maps at strides 4 to 32.
+Each network takes images [N, 3, H, W] and returns feature maps at strides 4 to 32.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ class Network:
     """A backbone that can be compared.
 
     Attributes:
-        build: Makes ours; keyword arguments go to it.
-        peers: Who has it -> makes theirs, with the weights of ours.
-        options: Of ours in training: what a contender is called -> arguments.
+        build: Builds mmdense's network from keyword arguments.
+        peers: Builders of the other implementations by name; they copy the weights of the given
+            backbone.
+        options: Keyword arguments for training, by the name of the configuration.
     """
 
     build: Callable[..., Backbone]
@@ -40,7 +41,7 @@ class Network:
     )
 
     def create(self, **options: Any) -> Backbone:
-        """Return ours with random weights, statistics and scales, none of them trivial."""
+        """Return mmdense's network with random weights, scales and running statistics."""
         torch.manual_seed(0)
         net = self.build(**options).eval()
         for name, value in net.state_dict().items():
@@ -50,27 +51,30 @@ class Network:
         return net
 
 
-def _from_timm(name: str, known: str, indices: tuple[int, ...]) -> Callable[[Backbone], nn.Module]:
-    def build(ours: Backbone) -> nn.Module:
+def _from_timm(
+    name: str, weights_format: str, indices: tuple[int, ...]
+) -> Callable[[Backbone], nn.Module]:
+    def build(backbone: Backbone) -> nn.Module:
         net = timm.create_model(name, features_only=True, out_indices=indices)
-        return _fill(net, ours, known)
+        return _fill(net, backbone, weights_format)
 
     return build
 
 
-def _fill(net: nn.Module, ours: Backbone, known: str) -> nn.Module:
-    """Give another's network our weights, by the map of its names to ours."""
-    theirs = FORMATS[known].map({key: key for key in net.state_dict()}).weights
-    weights = ours.state_dict()
-    net.load_state_dict({theirs[name]: weights[name] for name in theirs})
+def _fill(net: nn.Module, backbone: Backbone, weights_format: str) -> nn.Module:
+    """Load the weights of a backbone into another implementation, by its key map."""
+    names = FORMATS[weights_format].map({key: key for key in net.state_dict()}).weights
+    weights = backbone.state_dict()
+    net.load_state_dict({names[name]: weights[name] for name in names})
     return net.eval()
 
 
 class TorchvisionDenseNet(nn.Module):
-    """torchvision's DenseNet, tapped at the end of each block.
+    """torchvision's DenseNet with the output of each block.
 
     Args:
-        memory_efficient: Recompute in backward, as torchvision does.
+        name: torchvision's name of the network.
+        memory_efficient: Use torchvision's activation checkpointing.
     """
 
     def __init__(self, name: str, *, memory_efficient: bool = False) -> None:
@@ -79,19 +83,19 @@ class TorchvisionDenseNet(nn.Module):
         self.features = net.features
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        maps = []
+        outputs = []
         for name, module in self.features.named_children():
             x = module(x)
             if name.startswith('denseblock'):
-                maps.append(x)
-        return [*maps[:-1], F.relu(x)]
+                outputs.append(x)
+        return [*outputs[:-1], F.relu(x)]
 
 
 class ReleasedCondenseNetV2(nn.Module):
-    """What the released converted form computes, from a network of the condensed form.
+    """The released converted CondenseNetV2, from a network in condensed form.
 
-    It gathers, norms, activates, convolves and shuffles one after the other, scatters by a dense
-    product with a 0/1 matrix, and concatenates: written from its description.
+    Written from its description: gather, norm, activation, convolution and shuffle are separate
+    steps, features are scattered by a dense product with a 0/1 matrix, then concatenated.
     """
 
     def __init__(self, net: CondenseNetV2) -> None:
@@ -106,14 +110,14 @@ class ReleasedCondenseNetV2(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         stem, *blocks = self.net.features.values()
         x = stem(x)
-        maps = []
+        outputs = []
         for i, block in enumerate(blocks):
             if i:
                 x = F.avg_pool2d(x, 2)
             for layer in block:
                 x = _released_layer(layer, x)
-            maps.append(x)
-        return [maps[i] for i in self.net.out_indices]
+            outputs.append(x)
+        return [outputs[i] for i in self.net.out_indices]
 
 
 def _released_layer(layer: nn.Module, x: Tensor) -> Tensor:
@@ -147,13 +151,15 @@ def _rdnet(arch: str) -> Network:
 def _densenet(arch: str) -> Network:
     name = f'densenet{arch}'
 
-    def torchvision_s(ours: Backbone, **options: bool) -> nn.Module:
-        return _fill(TorchvisionDenseNet(name, **options), ours, 'densenet')
+    def torchvision_densenet(backbone: Backbone, **options: bool) -> nn.Module:
+        return _fill(TorchvisionDenseNet(name, **options), backbone, 'densenet')
 
     peers = dict(
         timm=_from_timm(name, 'densenet', (1, 2, 3, 4)),
-        torchvision=torchvision_s,
-        torchvision_memory_efficient=lambda ours: torchvision_s(ours, memory_efficient=True),
+        torchvision=torchvision_densenet,
+        torchvision_memory_efficient=lambda backbone: torchvision_densenet(
+            backbone, memory_efficient=True
+        ),
     )
     return Network(build=lambda **options: DenseNet(arch=arch, **options), peers=peers)
 

@@ -1,4 +1,4 @@
-"""Say how much memory one run of a contender takes, in a process of its own (Linux)."""
+"""Print the peak memory of one run, in bytes: started by compare.peak_memory (Linux only)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dev.benchmark.compare import Contender, Setting
 STATUS, CLEAR = Path('/proc/self/status'), Path('/proc/self/clear_refs')
 
 
-def resident(what: str) -> int:
-    """Return bytes: 'VmRSS' of now, 'VmHWM' of the peak."""
-    return int(re.search(rf'{what}:\s+(\d+) kB', STATUS.read_text())[1]) * 1024
+def resident(field: str) -> int:
+    """Return resident memory in bytes: 'VmRSS' (now) or 'VmHWM' (peak)."""
+    return int(re.search(rf'{field}:\s+(\d+) kB', STATUS.read_text())[1]) * 1024
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     task['setting']['size'] = tuple(task['setting']['size'])
     contender, setting = Contender(**task['contender']), Setting(**task['setting'])
     run = contender.runner(contender.build(setting), setting)
-    CLEAR.write_text('5')  # the peak begins here
+    CLEAR.write_text('5')  # resets the peak
     before = resident('VmRSS')
     run()
     sys.stdout.write(f'{resident("VmHWM") - before}\n')

@@ -1,14 +1,16 @@
-"""Tables from recorded comparisons."""
+"""Markdown tables of recorded comparisons, for docs/performance.md."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ['markdown']
+from dev.markdown import table
 
-# Least ratio of times that was set out for, in inference on a CPU at 512 x 512, batch 1.
-GOALS = {
+__all__ = ['best_result', 'markdown', 'training_results']
+
+# Speedups that were aimed at, for inference on a CPU at 512 x 512, batch 1.
+TARGETS = {
     ('condensenetv2_a', 'float32'): 2.5,
     ('condensenetv2_b', 'float32'): 2.5,
     ('condensenetv2_c', 'float32'): 3.5,
@@ -19,42 +21,38 @@ GOALS = {
     ('rexnet_100', 'float32'): 1.1,
     ('rexnet_100', 'bfloat16'): 1.1,
 }
-# In training at 512 x 512, batch 2: largest share of a peer's memory, least ratio of times to it.
-TRAINING_GOALS = {
+# For training with memory='lean' at 512 x 512, batch 2: share of a peer's memory, speedup over it.
+TRAINING_TARGETS = {
     ('densenet121', 'torchvision'): (0.333, 1.0),
     ('densenet121', 'torchvision_memory_efficient'): (0.65, 1.0),
     ('rdnet_tiny', 'timm'): (0.5, 0.95),
 }
-DOUBT = ' (further from float64 than the peers)'
-SUMMARY = ('network', 'type', 'ours', 'fastest peer', 'times as fast', '95 %', 'goal')
-TRAINING = ('network', 'type', 'ours', 'peer', 'times as fast', 'share of its memory', 'goal')
-DETAIL = ('contender', 'times as fast', '95 %', 'error', 'memory (MB)')
+LESS_EXACT = ' (larger error than the peers)'
 
 
 def markdown(records: Sequence[Mapping[str, Any]]) -> str:
-    """Return the tables of records, each a dict of machine and ``results`` of ``compare``."""
-    return '\n\n'.join(part for record in records for part in _record(record)) + '\n'
+    """Return the tables of records, each a dict of a machine and the ``results`` on it."""
+    return '\n'.join(part for record in records for part in _record(record))
 
 
 def _record(record: Mapping[str, Any]) -> list[str]:
     versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
-    parts = [
-        f'## {record["device"]}, {record["date"]}',
-        f'{versions}; OMP_WAIT_POLICY {record["omp_wait_policy"]}.',
+    results = record['results']
+    inference = [_inference(r) for r in results if r['setting']['mode'] == 'infer']
+    training = [
+        row for r in results if r['setting']['mode'] == 'train' for row in training_results(r)
     ]
-    inference = [_summary(result) for result in _of(record, 'infer')]
-    training = [row for result in _of(record, 'train') for row in _training(result)]
+    parts = [
+        f'## {record["device"]}, {record["date"]}\n',
+        f'{versions}; OMP_WAIT_POLICY {record["omp_wait_policy"]}.\n',
+    ]
     if inference:
-        parts += ['### Inference', _table(SUMMARY, inference, numbers=(4, 5, 6))]
+        parts += ['### Inference\n', table(inference)]
     if training:
-        parts += ['### Training', _table(TRAINING, training, numbers=(4, 5, 6))]
-    for result in record['results']:
-        parts += [f'### {_title(result["setting"])}', _table(DETAIL, _detail(result), (1, 2, 3, 4))]
+        parts += ['### Training\n', table(training)]
+    for result in results:
+        parts += [f'### {_title(result["setting"])}\n', table(_details(result))]
     return parts
-
-
-def _of(record: Mapping[str, Any], mode: str) -> list[Mapping[str, Any]]:
-    return [result for result in record['results'] if result['setting']['mode'] == mode]
 
 
 def _title(setting: Mapping[str, Any]) -> str:
@@ -66,76 +64,83 @@ def _title(setting: Mapping[str, Any]) -> str:
     )
 
 
-def _summary(result: Mapping[str, Any]) -> list[str]:
-    setting, rows = result['setting'], result['contenders']
-    ours = {k: row for k, row in rows.items() if k.startswith('mmdense') and 'ratio' in row}
-    best = max(ours, key=lambda name: ours[name]['ratio'])
-    goal = GOALS.get((setting['network'], setting['dtype']))
-    reached = '' if goal is None else f'{goal} ({_met(ours[best]["ratio"] >= goal)})'
-    doubt = DOUBT if best in result['inexact'] else ''
-    return [
-        setting['network'],
-        setting['dtype'],
-        best.removeprefix('mmdense').lstrip(', ') + doubt or 'plain',
-        result['peer'],
-        f'{ours[best]["ratio"]:.2f}',
-        _interval(ours[best]),
-        reached,
-    ]
+def best_result(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name and figures of mmdense's fastest configuration."""
+    rows = result['contenders'].items()
+    candidates = [(n, row) for n, row in rows if n.startswith('mmdense') and 'ratio' in row]
+    return max(candidates, key=lambda item: item[1]['ratio'])
 
 
-def _training(result: Mapping[str, Any]) -> list[list[str]]:
-    """Return a line for each way to save memory and each peer, both in their faster formats."""
+def _inference(result: Mapping[str, Any]) -> dict[str, str]:
     setting = result['setting']
-    faster: dict[tuple[str, str], Mapping[str, Any]] = {}
-    doubts = set()
+    name, row = best_result(result)
+    target = TARGETS.get((setting['network'], setting['dtype']))
+    note = LESS_EXACT if name in result['inexact'] else ''
+    return {
+        'network': setting['network'],
+        'dtype': setting['dtype'],
+        'mmdense': (name.removeprefix('mmdense').lstrip(', ') or 'plain') + note,
+        'fastest peer': result['peer'],
+        'speedup': f'{row["ratio"]:.2f}',
+        '95 % interval': _interval(row),
+        'target': f'{target} ({_met(row["ratio"] >= target)})' if target else '',
+    }
+
+
+def training_results(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each memory mode and each peer, both in their faster memory format."""
+    setting = result['setting']
+    fastest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    less_exact = set()
     for name, row in result['contenders'].items():
         whose, *form = [w for w in name.split(', ') if w not in ('channels-last', 'compiled')]
-        at = (whose, *form, '')[:2]
-        if 'memory' in row and row['ratio'] > faster.get(at, row)['ratio'] - 1e-9:
-            faster[at] = row
+        key = (whose, *form, '')[:2]
+        if 'memory' in row and row['ratio'] >= fastest.get(key, row)['ratio']:
+            fastest[key] = row
         if name in result['inexact']:
-            doubts.add(at)
-    lines = []
-    for (whose, form), ours in faster.items():
-        if whose != 'mmdense':
-            continue
-        for (peer, _), theirs in faster.items():
-            if peer == 'mmdense':
+            less_exact.add(key)
+    rows = []
+    for (whose, form), row in fastest.items():
+        for (peer, _), other in fastest.items():
+            if whose != 'mmdense' or peer == 'mmdense':
                 continue
-            speed, share = ours['ratio'] / theirs['ratio'], ours['memory'] / theirs['memory']
-            goal = TRAINING_GOALS.get((setting['network'], peer)) if form == 'lean' else None
-            reached = ''
-            if goal is not None:
-                most, least = goal
-                met = _met(share <= most and speed >= least)
-                reached = f'{most} at {least} ({met})'
-            name = (form or 'plain') + (DOUBT if (whose, form) in doubts else '')
-            cells = [f'{speed:.2f}', f'{share:.2f}', reached]
-            lines.append([setting['network'], setting['dtype'], name, peer, *cells])
-    return lines
+            speedup, share = row['ratio'] / other['ratio'], row['memory'] / other['memory']
+            target = TRAINING_TARGETS.get((setting['network'], peer)) if form == 'lean' else None
+            met = target and share <= target[0] and speedup >= target[1]
+            rows.append(
+                {
+                    'network': setting['network'],
+                    'dtype': setting['dtype'],
+                    'mmdense': (form or 'plain')
+                    + (LESS_EXACT if (whose, form) in less_exact else ''),
+                    'peer': peer,
+                    'speedup': f'{speedup:.2f}',
+                    'memory share': f'{share:.2f}',
+                    'target': f'{target[0]} at {target[1]} ({_met(met)})' if target else '',
+                }
+            )
+    return rows
 
 
 def _met(is_met: bool) -> str:
-    return 'met' if is_met else 'not met'
+    return 'met' if is_met else 'missed'
 
 
-def _detail(result: Mapping[str, Any]) -> list[list[str]]:
-    lines = []
+def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    rows = []
     for name, row in result['contenders'].items():
+        cells = dict.fromkeys(('speedup', '95 % interval', 'error', 'memory (MB)'), '')
         if 'failed' in row:
-            lines.append([name, row['failed'].replace('|', '/')[:80], '', '', ''])
-            continue
-        memory = f'{row["memory"] / 1e6:.0f}' if 'memory' in row else ''
-        lines.append([name, f'{row["ratio"]:.2f}', _interval(row), f'{row["error"]:.1e}', memory])
-    return lines
+            cells['speedup'] = row['failed'].replace('|', '/')[:80]
+        else:
+            cells['speedup'] = f'{row["ratio"]:.2f}'
+            cells['95 % interval'] = _interval(row)
+            cells['error'] = f'{row["error"]:.1e}'
+            cells['memory (MB)'] = f'{row["memory"] / 1e6:.0f}' if 'memory' in row else ''
+        rows.append({'configuration': name, **cells})
+    return rows
 
 
 def _interval(row: Mapping[str, Any]) -> str:
     low, high = row['interval']
     return f'{low:.2f} to {high:.2f}'
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> str:
-    rule = ['--:' if column in numbers else '---' for column in range(len(titles))]
-    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [titles, rule, *rows])

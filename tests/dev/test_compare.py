@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dev.benchmark import compare as harness
-from dev.benchmark.compare import OURS, Contender, Setting, compare, contenders, peak_memory
+from dev.benchmark.compare import MMDENSE, Contender, Setting, compare, contenders, peak_memory
 from dev.benchmark.networks import NETWORKS
 from dev.benchmark.report import markdown
 from mmdense.benchmark.timing import machine
@@ -77,7 +77,9 @@ def test_contenders():
         'official',
         'official, channels-last',
     ]
-    names = [c.name for c in contenders(Setting('densenet121')) if c.compiled and c.whose == OURS]
+    names = [
+        c.name for c in contenders(Setting('densenet121')) if c.compiled and c.library == MMDENSE
+    ]
     assert names == ['mmdense, deployed, channels-last, compiled']
     names = [c.name for c in contenders(Setting('densenet121'), against=['torchvision'])]
     assert not any(name.startswith(('timm', 'torchvision_')) for name in names)
@@ -122,7 +124,7 @@ def test_a_wrong_result_is_seen(monkeypatch):
 
     def wrong(self, setting):
         net = build(self, setting)
-        if self.whose == 'mmdense':
+        if self.library == 'mmdense':
             net.register_forward_hook(lambda module, x, maps: tuple(1.001 * m for m in maps))
         return net
 
@@ -146,7 +148,7 @@ def test_one_that_fails_is_a_row(monkeypatch):
     assert set(failed) >= {'mmdense, channels-last', 'timm, channels-last'}
     assert failed['timm, channels-last'] == dict(failed='RuntimeError: no such format')
     assert '| RuntimeError: no such format |' in markdown([{**machine(), 'results': [result]}])
-    monkeypatch.setattr(Contender, 'build', lambda self, setting: 1 / (self.whose == 'mmdense'))
+    monkeypatch.setattr(Contender, 'build', lambda self, setting: 1 / (self.library == 'mmdense'))
     with pytest.raises(UserError, match='no peer of rexnet_100 could be run'):
         compare(SMALL, compiled=False, rounds=1, memory=False)
 
