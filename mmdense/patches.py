@@ -15,10 +15,9 @@ def apply_patches() -> None:
     - OpenCV refuses images above Pillow's limit of 178,956,970 pixels, unless
       ``OPENCV_IO_MAX_IMAGE_PIXELS`` is set (its own limit is six times as high).
     - Pillow never starts Ghostscript for a file that claims to be an image.
-    - ``torch.load(weights_only=True)`` accepts the log buffers that mmengine saves with a
-      checkpoint.
     - mmengine's ``CheckpointLoader`` learns ``timm://`` and ``condensenetv2://``, reads
-      ``.safetensors``, and unpickles nothing but weights, whatever the scheme.
+      ``.safetensors``, and unpickles nothing but weights and training state. Object stores
+      (``s3://``, ``petrel://``, ``pavi://``) stay mmengine's.
     - mmengine's ``Pretrained`` initializer accepts every known weight format and raises an error
       instead of continuing with random weights.
 
@@ -31,12 +30,10 @@ def apply_patches() -> None:
     from mmengine.runner import CheckpointLoader
     from PIL import EpsImagePlugin
 
-    from mmdense.weights import files, loading, sources
+    from mmdense.weights.loading import PretrainedInit
+    from mmdense.weights.sources import SCHEMES
 
     EpsImagePlugin.gs_binary = False
-    files.allow_training_state()
-    for prefixes, loader in sources.SCHEMES.items():
-        CheckpointLoader.register_scheme(list(prefixes), loader=loader, force=True)
-    WEIGHT_INITIALIZERS.register_module(
-        name='Pretrained', module=loading.PretrainedInit, force=True
-    )
+    for prefix, loader in SCHEMES.items():
+        CheckpointLoader.register_scheme(prefix, loader=loader, force=True)
+    WEIGHT_INITIALIZERS.register_module(name='Pretrained', module=PretrainedInit, force=True)

@@ -1,21 +1,20 @@
-"""Write weights of other projects with the keys of mmdense."""
+"""Convert weights of other projects to a file with mmdense's keys."""
 
-from argparse import ArgumentParser
+import argparse
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from mmdense import cli as options
+from mmdense import cli
 from mmdense.apis.convert import convert_weights
-from mmdense.cli import report_errors
 from mmdense.config.read import load_config
 from mmdense.weights.formats import FORMATS
 
 
-@report_errors
-def main() -> None:
-    parser = ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
         description=__doc__,
-        **options.example('tools/convert_weights.py timm://rdnet_tiny.nv_in1k rdnet-t.safetensors'),
+        **cli.example('tools/convert_weights.py timm://rdnet_tiny.nv_in1k rdnet-t.safetensors'),
     )
     parser.add_argument('source', help='file, URL, or a scheme such as timm://NAME')
     parser.add_argument('target', help='new file, .pth or .safetensors')
@@ -23,37 +22,34 @@ def main() -> None:
         '--from',
         dest='format',
         choices=list(FORMATS),
-        help='format of the source (recognised by its keys; docs/weights.md lists them)',
+        help='format of the source, as listed in docs/weights.md (recognised by its keys)',
     )
-    parser.add_argument('--prefix', help="take the source's keys that begin so, without it")
-    parser.add_argument('--config', help='model, or model of the backbone, that must be filled')
     parser.add_argument(
-        '--check',
-        action='store_true',
-        help="compare the maps with those of the source's network, where it is installed",
+        '--prefix', help="convert the source's keys with this prefix, and remove it"
     )
-    args = parser.parse_args()
-    done = convert_weights(
+    parser.add_argument('--config', help='model that the weights must fill, or its backbone')
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    converted = convert_weights(
         args.source,
         args.target,
-        format_name=args.format,
+        format=args.format,
         prefix=args.prefix,
         config=load_config(args.config) if args.config else None,
-        check=args.check,
     )
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     console.print(
-        f'{args.target}: {done.tensors} tensors from the format {done.format}; left out: '
-        f'{", ".join(done.dropped) or "nothing"}',
-        markup=False,
+        f'{args.target}: {converted.tensors} tensors from the format {converted.format}; left out: '
+        f'{", ".join(converted.dropped) or "nothing"}'
     )
-    if not done.report and not done.compared:
-        console.print('whether these fill a network was not checked: --config or --check does')
-    if done.report:
-        console.print(f'{done.report.model}:\n{done.report.table()}', highlight=False, markup=False)
-    if done.compared:
-        differences = ', '.join(f'{difference:.1e}' for difference in done.differences)
-        console.print(f'maps of {done.compared} differ by {differences} of their largest value')
+    if converted.report:
+        console.print(f'{converted.report.model}:\n{converted.report.table()}')
+    else:
+        console.print('not checked whether they fill a network: add --config CONFIG')
 
 
 if __name__ == '__main__':

@@ -1,41 +1,27 @@
-"""Write the weights of a training checkpoint, without what only training wants, to a new file.
+"""Write the weights of a training checkpoint, without optimizer and other state, to a new file.
 
-The first 8 hex digits of the SHA-256 of its content go into its name, as torch.hub has it.
+The first 8 hex digits of its SHA-256 go into its name, as torch.hub expects them.
 """
 
 import argparse
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from mmdense import cli as options
-from mmdense.cli import report_errors
-from mmdense.weights.publish import Published, publish
+from mmdense import cli
+from mmdense.weights.publish import publish
 
 WEIGHTS = dict(
     average='the moving average',
-    trained='as they were trained, not the average',
-    only='the only ones (the checkpoint keeps no average beside them)',
+    trained='as trained, not the average',
+    only='the only ones (the checkpoint holds no average)',
 )
 
 
-def describe(done: Published) -> list[str]:
-    lines = [
-        f'{done.file}{" (was there already)" if done.existed else ""}',
-        f'size: {done.before / 1e6:.2f} MB before, {done.after / 1e6:.2f} MB after',
-        f'tensors: {done.tensors}, {done.halves} of them float16',
-        f'weights: {WEIGHTS[done.weights]}',
-        f'left out: {", ".join(done.left_out) or "nothing"}',
-    ]
-    if done.overflowing:
-        lines.append(f'too large for float16, left as they were: {", ".join(done.overflowing)}')
-    return lines
-
-
-@report_errors
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        **options.example('tools/publish_model.py work_dirs/CONFIG/epoch_12.pth model.pth --half'),
+        **cli.example('tools/publish_model.py work_dirs/CONFIG/epoch_12.pth model.pth --half'),
     )
     parser.add_argument('checkpoint', metavar='CKPT', help='checkpoint file')
     parser.add_argument(
@@ -46,18 +32,27 @@ def main() -> None:
     parser.add_argument(
         '--no-ema',
         action='store_true',
-        help='of a run with EMAHook take the weights as they were trained, not the average',
+        help='take the weights as trained, not the average, of a run with EMAHook',
     )
     parser.add_argument(
-        '--half',
-        action='store_true',
-        help='store tensors of two and more dimensions as float16',
+        '--half', action='store_true', help='store tensors of two and more dimensions as float16'
     )
-    args = parser.parse_args()
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     done = publish(args.checkpoint, args.out, averaged=not args.no_ema, half=args.half)
-    console = Console()
-    for line in describe(done):
-        console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    console.print(f'{done.file}{" (exists already)" if done.existed else ""}')
+    console.print(f'size: {done.before / 1e6:.2f} MB before, {done.after / 1e6:.2f} MB after')
+    console.print(f'tensors: {done.tensors}, {done.halves} of them float16')
+    console.print(f'weights: {WEIGHTS[done.weights]}')
+    console.print(f'left out: {", ".join(done.left_out) or "nothing"}')
+    if done.overflowing:
+        names = ', '.join(done.overflowing)
+        console.print(f'too large for float16, stored as they are: {names}')
 
 
 if __name__ == '__main__':

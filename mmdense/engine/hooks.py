@@ -126,7 +126,7 @@ class LoadReportHook(Hook):
             checkpoint,
             source='the checkpoint',
             min_loaded=self.min_loaded,
-            prefix=f'{self.part}.' if in_part else '',
+            part=f'{self.part}.' if in_part else '',
         )
         state = checkpoint.get('state_dict') or {}
         if state.keys() != weights.keys() or any(state[k] is not v for k, v in weights.items()):

@@ -1,4 +1,4 @@
-"""Reading and writing files of weights, without running what a file may hold."""
+"""Reading and writing checkpoint files. Reading never executes what a file contains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import pickle
 import re
 import threading
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,45 +33,128 @@ try:
 except ImportError:  # numpy 1
     from numpy.core import multiarray
 
-__all__ = ['allow_training_state', 'new_file', 'read_checkpoint', 'write_checkpoint']
+__all__ = ['check_target', 'read_checkpoint', 'serialize', 'write_checkpoint']
 
-TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own
-_LOCK = threading.Lock()
+TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own variable
 META = 'mmdense_meta'  # entry of a safetensors file's metadata
-TAR_AT, TAR = 257, b'ustar'
-# Tensors may share values, such as tied weights, and averages at the start: so often at most.
-REPEATED = 16
-SMALL = 1 << 26  # bytes that nobody minds
-# How files begin that are taken for weights by mistake.
-MISTAKEN = {
+SUFFIXES = ('.pth', '.safetensors')
+# First bytes of files that are often taken for checkpoints.
+LOOKALIKES = {
     b'version https://git-lfs': 'a Git LFS pointer: run git lfs pull',
     b'<': 'a web page: download the file itself',
 }
+_LOCK = threading.Lock()
 
 
-def allow_training_state() -> None:
-    """Let torch's safe loading read what mmengine saves beside the weights: its log buffers.
+def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
+    """Return the content of a .pth or .safetensors file without executing anything in it.
 
-    Since torch 2.6 ``torch.load`` refuses objects that it doesn't know; the original mmengine can't
-    load its own checkpoints there. (The maintained one opens a list of its own for each load, and
-    takes those entries off torch's list after it, ours too.)
+    Besides tensors a file may hold plain Python values, values of numpy and mmengine, and a
+    script's parsed arguments. The content decides which kind of file it is, not the suffix.
+
+    Args:
+        file: The file.
+        map_location: Device of the tensors.
+
+    Returns:
+        The checkpoint, without ``meta['config']``; of a safetensors file
+        ``dict(state_dict=..., meta=...)`` with the file's metadata.
+
+    Raises:
+        UserError: The file is missing, empty, damaged or not a checkpoint, or reading it would
+            mean to unpickle objects. The message names torch's way to read those.
     """
-    # numpy 2 renamed the module; files of either are read under either.
-    renamed = [
-        _known_as(f'numpy.{module}.multiarray', function)
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise UserError(f'no file {file}' + (': it is a folder' if file.is_dir() else ''))
+    try:
+        with file.open('rb') as stream:
+            start = stream.read(64)
+        if not start:
+            raise UserError(f'{file} is empty (0 bytes): download it again')
+        if start[8:9] == b'{' and int.from_bytes(start[:8], 'little') < file.stat().st_size:
+            checkpoint = _read_safetensors(file, map_location)
+        else:
+            for lookalike, name in LOOKALIKES.items():
+                if start.lstrip().startswith(lookalike):
+                    raise UserError(f'{file} is not a checkpoint, but {name}')
+            checkpoint = _read_torch(file, map_location)
+    except UserError:
+        raise
+    except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
+        raise UserError(f'{file} is damaged, or not a checkpoint ({one_line(error)})') from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f'{file} holds a {type(checkpoint).__name__}, not a checkpoint')
+    if isinstance(checkpoint.get('meta'), dict):
+        # No mmengine writes this entry, but resuming would execute it as a Python program.
+        checkpoint['meta'].pop('config', None)
+    return checkpoint
+
+
+def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
+    with safetensors.safe_open(file, 'pt') as opened:
+        meta = dict(opened.metadata() or {})
+    if META in meta:
+        meta = json.loads(meta[META])
+    weights = safetensors.torch.load_file(file)
+    return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in weights.items()}, meta=meta)
+
+
+def _read_torch(file: Path, map_location: Any) -> Any:
+    trusted = os.environ.get(TRUST, '').lower() in ('1', 'y', 'yes', 'true')
+    try:
+        with file.open('rb') as stream, _safe_globals(), warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # of old protocols, and of the variable
+            # As a stream: torch would go by the file's name.
+            return torch.load(stream, map_location=map_location, weights_only=not trusted)
+    except pickle.UnpicklingError as error:  # its first words advise to load unsafely
+        refused = re.search(r'(?:GLOBAL|global|class) \W*([a-z_][\w.]+)', str(error))
+        if refused is None:
+            reason = re.search(r'WeightsUnpickler error: (.+)', str(error))
+            raise UserError(
+                f'{file} is damaged, or not a checkpoint ({reason[1] if reason else "no pickle"})'
+            ) from error
+        raise UserError(
+            f'{file} holds more than weights ({refused[1]}), and reading that could run any code. '
+            f'If you trust its source, set {TRUST}=1 once, and save its state_dict alone'
+        ) from error
+    except RuntimeError as error:
+        if 'TorchScript' in str(error):
+            raise UserError(f'{file} is a TorchScript program, not a state dict') from error
+        raise
+
+
+@contextmanager
+def _safe_globals() -> Iterator[None]:
+    """Let torch's safe loading read the values that training checkpoints hold beside tensors."""
+    with _LOCK:  # torch has one list for all threads
+        # What the user allowed stays allowed afterwards.
+        missing = [x for x in _training_values() if x not in torch.serialization.get_safe_globals()]
+        if hasattr(torch.serialization, 'safe_globals'):
+            with torch.serialization.safe_globals(missing):
+                yield
+        else:  # torch 2.4
+            torch.serialization.add_safe_globals(missing)
+            yield
+
+
+@functools.cache
+def _training_values() -> list[Any]:
+    """Return the types and functions that rebuild mmengine's, numpy's and argparse's values."""
+    # numpy 2 renamed the module; a file of either is readable under either.
+    arrays = [
+        _named(f'numpy.{module}.multiarray', function)
         for function in (multiarray._reconstruct, multiarray.scalar)
         for module in ('core', '_core')
     ]
     dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefdUM'}
-    builtin = [_known_as('builtins', getattr), _known_as('_codecs', codecs.encode), bytes]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, ConfigDict, np.ndarray, np.dtype, *dtypes, *renamed, *builtin]
-    )
+    builtins = [_named('builtins', getattr), _named('_codecs', codecs.encode), bytes]
+    types = [HistoryBuffer, ConfigDict, argparse.Namespace, np.ndarray, np.dtype, *dtypes]
+    return [*types, *arrays, *builtins]
 
 
-@functools.cache  # one object each, however often they are allowed
-def _known_as(module: str, function: Callable) -> Callable:
-    """Return a function that is allowed under a name: of ``getattr`` no more than is needed."""
+def _named(module: str, function: Callable) -> Callable:
+    """Return a function under the name that a pickle uses; ``getattr`` for log buffers alone."""
 
     def named(*arguments: Any) -> Any:
         # Log buffers name their statistics by getattr.
@@ -86,150 +168,21 @@ def _known_as(module: str, function: Callable) -> Callable:
     return named
 
 
-def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, Any]:
-    """Return what a .pth or .safetensors file holds, running nothing in it.
-
-    Besides tensors it may hold plain Python, numpy's and mmengine's values, and the arguments of a
-    script. For files that hold more there is torch's own way out, named in the error. Which kind of
-    file it is is read from its content.
-
-    Args:
-        file: The file.
-        map_location: Device that the tensors go to.
-
-    Returns:
-        A dict, without ``meta['config']``; for safetensors ``dict(state_dict=..., meta=...)``,
-        whose ``meta`` is the file's metadata.
-
-    Raises:
-        UserError: No file, an empty, damaged or foreign one, one that would have to be unpickled,
-            or one that would take far more memory than its size.
-    """
-    file = Path(file).expanduser()
-    try:
-        if not file.is_file():
-            raise UserError(f'no file {file}' + (': it is a folder' if file.is_dir() else ''))
-        with file.open('rb') as opened:
-            begin = opened.read(TAR_AT + len(TAR))
-        if not begin:
-            raise UserError(f'{file} is empty (0 bytes): download it again')
-        if begin[8:9] == b'{' and int.from_bytes(begin[:8], 'little') < file.stat().st_size:
-            held = _read_safetensors(file, map_location)
-        else:
-            for mistaken, what in MISTAKEN.items():
-                if begin.lstrip().startswith(mistaken):
-                    raise UserError(f'{file} is no checkpoint, but {what}')
-            if begin[TAR_AT:] == TAR:  # torch would unpack it, links and all
-                raise UserError(f'{file} is a tar archive: unpack it, and name the file inside')
-            if zipfile.is_zipfile(file):
-                _check_archive(file)
-            held = _read_torch(file, map_location)
-            _check_tensors(held, file)
-    except UserError:
-        raise
-    except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
-        raise UserError(f'{file} is damaged, or no checkpoint ({one_line(error)})') from error
-    if not isinstance(held, dict):
-        raise UserError(f'{file} holds a {type(held).__name__}, not a checkpoint')
-    if isinstance(held.get('meta'), dict):
-        # mmengine would run it as a Python program when it resumes; no version of it writes that.
-        held['meta'].pop('config', None)
-    return held
-
-
-def _check_archive(file: Path) -> None:
-    """Refuse an archive that unpacks to more than there is: torch compresses nothing."""
-    with zipfile.ZipFile(file) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > file.stat().st_size:
-        raise UserError(
-            f'{file} has {file.stat().st_size / 1e6:.3g} MB, but would unpack to {size / 1e6:.3g} '
-            'MB: torch writes no such files'
-        )
-
-
-def _check_tensors(held: Any, file: Path) -> None:
-    """Refuse tensors without values, and those that repeat a few values a million times."""
-    todo, seen, size = [held], set(), 0
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, Mapping):
-            todo += value.values()
-        elif isinstance(value, list | tuple):
-            todo += value
-        elif isinstance(value, Tensor):
-            if value.is_meta:
-                raise UserError(f'{file} holds tensors without values')
-            size += value.numel() * value.element_size()
-    if size > max(REPEATED * file.stat().st_size, SMALL):
-        raise UserError(
-            f'{file} has {file.stat().st_size / 1e6:.3g} MB, but its tensors would take '
-            f'{size / 1e6:.3g} MB: it is damaged, or made to fill the memory'
-        )
-
-
-def _read_safetensors(file: Path, map_location: Any) -> dict[str, Any]:
-    with safetensors.safe_open(file, 'pt') as opened:
-        meta = dict(opened.metadata() or {})
-    if META in meta:
-        meta = json.loads(meta[META])
-    held = {k: v.to(map_location or 'cpu') for k, v in safetensors.torch.load_file(file).items()}
-    return dict(state_dict=held, meta=meta)
-
-
-def _read_torch(file: Path, map_location: Any) -> Any:
-    trusted = os.environ.get(TRUST, '').lower() in ('1', 'y', 'yes', 'true')
-    try:
-        with file.open('rb') as opened, _allowed(), warnings.catch_warnings():
-            warnings.simplefilter('ignore', UserWarning)  # of old protocols, and of the variable
-            # Opened here: torch would go by the name.
-            return torch.load(opened, map_location=map_location, weights_only=not trusted)
-    except pickle.UnpicklingError as error:
-        # Its first words advise to load unsafely.
-        refused = re.search(r'(?:GLOBAL|global|class) \W*([a-z_][\w.]+)', str(error))
-        if refused is None:
-            found = re.search(r'WeightsUnpickler error: (.+)', str(error))
-            raise UserError(
-                f'{file} is damaged, or no checkpoint ({found[1] if found else "no pickle"})'
-            ) from error
-        raise UserError(
-            f'{file} holds more than weights ({refused[1]}), and reading that could run any code. '
-            f'If you trust where it comes from, set {TRUST}=1 once, and save its state_dict alone'
-        ) from error
-    except RuntimeError as error:
-        if 'TorchScript' in str(error):
-            raise UserError(f'{file} is a TorchScript program, not a state dict') from error
-        raise
-
-
-@contextmanager
-def _allowed() -> Iterator[None]:
-    """Allow training state, and a script's arguments: those not from then on."""
-    with _LOCK:  # torch's list is one for all threads
-        allow_training_state()  # again: mmengine may have taken it off
-        allowed = [*dict.fromkeys(torch.serialization.get_safe_globals())]
-        torch.serialization.add_safe_globals([argparse.Namespace])
-        try:
-            yield
-        finally:
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(allowed)
-
-
-def new_file(file: str | Path) -> Path:
+def check_target(file: str | Path, *, new: bool = True) -> Path:
     """Return the path of a checkpoint that can be written.
 
+    Args:
+        file: NAME.pth or NAME.safetensors.
+        new: Refuse a file that exists.
+
     Raises:
-        UserError: A file that is there already, another suffix, or a folder that isn't there.
+        UserError: Another suffix, an existing file, or a missing folder.
     """
     file = Path(file).expanduser()
-    if file.suffix not in ('.pth', '.safetensors'):
-        raise UserError(f'{file} must end in .pth or .safetensors')
-    if file.exists():
-        raise UserError(f'{file} is there already: choose another name')
+    if file.suffix not in SUFFIXES:
+        raise UserError(f'{file} must end in {" or ".join(SUFFIXES)}')
+    if new and file.exists():
+        raise UserError(f'{file} exists already: choose another name')
     if not file.parent.is_dir():
         raise UserError(f'no folder {file.parent} to write {file.name} to')
     return file
@@ -238,30 +191,37 @@ def new_file(file: str | Path) -> Path:
 def write_checkpoint(
     file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write weights to a new file, which is there whole or not at all.
+    """Write weights to a new file, completely or not at all.
 
     Args:
         file: NAME.pth, or NAME.safetensors, which holds ``meta`` as JSON.
         state_dict: The weights.
-        meta: What else is known of them; what :func:`read_checkpoint` returns as ``meta``.
+        meta: Values that :func:`read_checkpoint` returns as ``meta``.
 
     Raises:
-        UserError: As :func:`new_file` and :func:`atomic_write`, or ``meta`` that JSON cannot hold.
+        UserError: As :func:`check_target`, :func:`serialize` and :func:`.atomic_write`.
     """
-    file = new_file(file)
-    # A tensor of its own each: views would drag along what they are cut from.
+    file = check_target(file)
+    atomic_write(file, serialize(file, state_dict, meta))
+
+
+def serialize(
+    file: Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> bytes | memoryview:
+    """Return the content of a checkpoint file, which depends on weights and ``meta`` alone.
+
+    Raises:
+        UserError: JSON cannot hold ``meta``, and the file is to be .safetensors.
+    """
+    # Copies: views would drag along the tensors that they are cut from.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}
     if file.suffix == '.pth':
-        held = io.BytesIO()  # given a name, torch would write it into the file
-        torch.save(dict(state_dict=weights, meta=dict(meta)), held)
-        atomic_write(file, held.getbuffer())
-    else:
-        # One entry: several would be written in an order that changes from file to file.
-        atomic_write(file, safetensors.torch.save(weights, metadata={META: _json(meta, file)}))
-
-
-def _json(meta: Mapping[str, Any], file: Path) -> str:
+        stream = io.BytesIO()  # given a path, torch would write its name into the file
+        torch.save(dict(state_dict=weights, meta=dict(meta)), stream)
+        return stream.getbuffer()
     try:
-        return json.dumps(meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v))
+        # One entry: safetensors writes several in an order that changes from file to file.
+        text = json.dumps(meta, default=lambda v: v.tolist() if hasattr(v, 'tolist') else str(v))
     except TypeError as error:  # of keys
-        raise UserError(f'{file}: meta is not for JSON ({error}); write it as .pth') from error
+        raise UserError(f'{file}: JSON cannot hold meta ({error}); write it as .pth') from error
+    return safetensors.torch.save(weights, metadata={META: text})

@@ -1,43 +1,42 @@
-"""From a training checkpoint to a file of the weights alone, named by its content."""
+"""Publishing: from a training checkpoint to a file of the weights alone, named by its content."""
 
 from __future__ import annotations
 
-import tempfile
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.hub import HASH_REGEX
 
 from mmdense.errors import UserError
-from mmdense.files import sha256_of
-from mmdense.weights.files import read_checkpoint, write_checkpoint
+from mmdense.files import atomic_write, sha256_of
+from mmdense.weights.files import check_target, read_checkpoint, serialize
 
 __all__ = ['Published', 'publish']
 
 DIGITS = 8  # of the checksum
-PREFIX = 'module.'  # of weights in mmengine's ema_state_dict
+EMA_PREFIX = 'module.'  # of the names in mmengine's ema_state_dict
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published.
+    """A published file.
 
     Attributes:
         file: The file, with the checksum in its name.
-        existed: Whether it was there already, with the same content.
+        existed: Whether it existed already, with the same content.
         before: Size of the checkpoint, in bytes.
         after: Size of the file, in bytes.
         tensors: Number of tensors in it.
         left_out: Entries of the checkpoint that are not in it.
-        weights: The moving average, the weights as they were trained, or, of a checkpoint with no
-            average beside them, the only ones.
-        halves: Number of tensors that are float16.
-        overflowing: Names of the tensors that are not, as float16 cannot hold their values.
+        weights: The moving average, the weights as trained, or the only ones of a checkpoint
+            without an average.
+        halves: Number of float16 tensors.
+        overflowing: Names of tensors that stay float32, as float16 cannot hold their values.
     """
 
     file: Path
@@ -56,39 +55,43 @@ def publish(
 ) -> Published:
     """Write the weights and the ``meta`` of a checkpoint, and nothing else of it, to a file.
 
-    The first 8 hex digits of the SHA-256 of its content go into the file's name, where torch.hub
-    and mmdense look for them: ``model.pth`` becomes ``model-1a2b3c4d.pth``. The same weights and
-    ``meta`` give the same file.
+    The first 8 hex digits of the file's SHA-256 go into its name, where torch.hub and mmdense look
+    for them: ``model.pth`` becomes ``model-1a2b3c4d.pth``. The same weights and ``meta`` give the
+    same file.
 
     Args:
-        source: Checkpoint, or a bare state dict, that :func:`.read_checkpoint` reads.
-        target: NAME.pth, or NAME.safetensors, in a folder that is there.
+        source: A checkpoint or a bare state dict, for :func:`.read_checkpoint`.
+        target: NAME.pth or NAME.safetensors in an existing folder.
         averaged: Of a run with mmengine's EMAHook take the average; else the trained weights.
         half: Store tensors of two and more dimensions as float16. Vectors, scalars and integers
-            stay as they are, and so do tensors with a value that float16 cannot hold.
-
-    Returns:
-        What was published.
+            keep their type, as do tensors with a value that float16 cannot hold.
 
     Raises:
-        UserError: A source that cannot be read or holds no weights, no average to leave out or
-            one that is not of EMAHook, a target of another suffix, or one that cannot be written.
+        UserError: The source cannot be read, holds no weights, or holds an average that is not
+            EMAHook's; there is no average to leave out; or the target cannot be written.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
-    _check_target(target)
-    held = read_checkpoint(source)
-    weights, meta, left_out = _split(held, source)
+    source, target = Path(source).expanduser(), check_target(target, new=False)
+    _check_name(target)
+    checkpoint = read_checkpoint(source)
+    weights, meta, left_out = _split(checkpoint, source)
     kind: Literal['average', 'trained', 'only'] = 'only'
     if 'ema_state_dict' in left_out:
         kind = 'average' if averaged else 'trained'
-        trained = _trained(weights, held['ema_state_dict'], source)
+        trained = _trained(weights, checkpoint['ema_state_dict'], source)
         weights = weights if averaged else trained
     elif not averaged:
         raise UserError(f'{source} holds no average to leave out: publish it without --no-ema')
     overflowing: tuple[str, ...] = ()
     if half:
         weights, overflowing = _halve(weights)
-    file, existed = _write(target, weights, meta)
+    content = serialize(target, weights, meta)
+    digest = hashlib.sha256(content).hexdigest()
+    file = _named(target, digest[:DIGITS])
+    existed = file.exists()
+    if not existed:
+        atomic_write(file, content)
+    elif not file.is_file() or sha256_of(file) != digest:
+        raise UserError(f'{file} exists already with other content: remove it first')
     return Published(
         file=file,
         existed=existed,
@@ -102,17 +105,13 @@ def publish(
     )
 
 
-def _check_target(target: Path) -> None:
-    if target.suffix not in ('.pth', '.safetensors'):
-        raise UserError(f'{target} must end in .pth or .safetensors')
-    if not target.parent.is_dir():
-        raise UserError(f'no folder {target.parent} to write {target.name} to')
+def _check_name(target: Path) -> None:
     digits = '0' * DIGITS
-    found = HASH_REGEX.search(_named(target, digits).name)
-    if found[1] != digits:  # it takes the first match in the name
+    match = HASH_REGEX.search(_named(target, digits).name)
+    if match[1] != digits:  # torch.hub takes the first match in the name
         raise UserError(
-            f"torch.hub would take '{found[1]}' in {target.name} for its checksum: choose a name "
-            f'without {found[0]}'
+            f"torch.hub would take '{match[1]}' in {target.name} for its checksum: choose a name "
+            f'without {match[0]}'
         )
 
 
@@ -121,24 +120,24 @@ def _named(target: Path, digits: str) -> Path:
 
 
 def _split(
-    held: dict[str, Any], source: Path
+    checkpoint: dict[str, Any], source: Path
 ) -> tuple[Mapping[str, Tensor], dict[str, Any], tuple[str, ...]]:
-    """Return weights and ``meta`` to publish, and the names of what else there is."""
-    bare = 'state_dict' not in held
-    weights = held if bare else held['state_dict']
+    """Return weights, ``meta``, and the names of everything else."""
+    bare = 'state_dict' not in checkpoint
+    weights = checkpoint if bare else checkpoint['state_dict']
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(f'{source} holds no weights')
     for name, value in weights.items():
         if not isinstance(value, Tensor):
             raise UserError(
-                f'{source} holds no state_dict that can be published: {name} in it is no tensor '
+                f'{source} holds no state_dict to publish: {name} in it is not a tensor '
                 f'({type(value).__name__})'
             )
     if bare:
         return weights, {}, ()
-    meta = held.get('meta')
+    meta = checkpoint.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
-    left_out = [name for name in held if name not in ('state_dict', 'meta')]
+    left_out = [name for name in checkpoint if name not in ('state_dict', 'meta')]
     if 'hook_msgs' in meta:
         del meta['hook_msgs']
         left_out.append('meta.hook_msgs')
@@ -146,20 +145,20 @@ def _split(
 
 
 def _trained(
-    weights: Mapping[str, Tensor], other: Mapping[str, Tensor], source: Path
+    weights: Mapping[str, Tensor], ema: Mapping[str, Tensor], source: Path
 ) -> dict[str, Tensor]:
     """Undo EMAHook's exchange of the average's tensors, buffers too, with the model's.
 
-    What the average lacks was not exchanged: there ``state_dict`` holds the trained tensor.
+    Tensors that the average lacks were not exchanged.
     """
-    if not isinstance(other, Mapping) or not any(
-        isinstance(other.get(PREFIX + name), Tensor) for name in weights
+    if not isinstance(ema, Mapping) or not any(
+        isinstance(ema.get(EMA_PREFIX + name), Tensor) for name in weights
     ):
         raise UserError(
-            f"{source} holds an ema_state_dict that is not of mmengine's EMAHook, so which weights "
-            'are the average is not known: save those that you want alone, and publish that file'
+            f"{source} holds an ema_state_dict that is not of mmengine's EMAHook, so it is unknown "
+            'which weights are the average: save the ones you want alone, and publish that file'
         )
-    return {name: other.get(PREFIX + name, value) for name, value in weights.items()}
+    return {name: ema.get(EMA_PREFIX + name, value) for name, value in weights.items()}
 
 
 def _halve(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -173,28 +172,3 @@ def _halve(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str,
         else:
             halved[name] = small
     return halved, tuple(overflowing)
-
-
-def _write(target: Path, weights: Mapping[str, Tensor], meta: dict[str, Any]) -> tuple[Path, bool]:
-    """Return the file, and whether it was there."""
-    try:
-        with tempfile.TemporaryDirectory(prefix='.publish-', dir=target.parent) as folder:
-            # In a folder of its own, as torch.save writes the file's name into the file: so it is
-            # always the same.
-            part = Path(folder, f'weights{target.suffix}')
-            write_checkpoint(part, weights, meta)
-            digest = sha256_of(part)
-            file = _named(target, digest[:DIGITS])
-            existed = file.exists()
-            if existed and (not file.is_file() or sha256_of(file) != digest):
-                raise UserError(f'{file} is there already with other content: remove it first')
-            if not existed:
-                part.rename(file)
-            return file, existed
-    except UserError:
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have theirs
-        raise UserError(
-            f'{target.parent} cannot be written to, or is full ({type(error).__name__}: '
-            f'{str(error).partition(chr(10))[0]})'
-        ) from error

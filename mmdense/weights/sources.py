@@ -1,7 +1,7 @@
-"""Where weights come from: files, URLs, and names such as ``timm://rdnet_tiny.nv_in1k``.
+"""Sources of weights: files, URLs, and names such as ``timm://rdnet_tiny.nv_in1k``.
 
-:func:`mmdense.patches.apply_patches` makes mmengine load weights by the functions in
-:data:`SCHEMES`.
+The names of ``torchvision://``, ``openmmlab://`` and ``mmcls://`` are those of mmengine's lists.
+:func:`mmdense.patches.apply_patches` makes mmengine load them by the functions in :data:`SCHEMES`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +22,7 @@ from mmengine.dist import barrier
 from mmengine.runner import CheckpointLoader
 from mmengine.runner.checkpoint import (
     _get_mmengine_home,
+    _process_mmcls_checkpoint,
     get_deprecated_model_names,
     get_external_models,
     get_mmcls_models,
@@ -34,15 +36,23 @@ from mmdense.weights.formats import convert, state_dict_of
 
 __all__ = ['SCHEMES', 'fetch', 'load_from_condensenetv2', 'load_from_timm', 'locate']
 
-FOLDER = 'MMDENSE_WEIGHTS'
+FOLDER = 'MMDENSE_WEIGHTS'  # environment variable: the folder of the user's own weights
 CONDENSENETV2 = 'https://github.com/jianghaojun/CondenseNetV2#results'
+# Scheme -> mmengine's list: names -> addresses.
+LISTS = {
+    'torchvision': get_torchvision_models,
+    'modelzoo': get_torchvision_models,
+    'openmmlab': get_external_models,
+    'open-mmlab': get_external_models,
+    'mmcls': get_mmcls_models,
+}
 SUFFIXES = ('.safetensors', '.pth', '.bin')
 HUB_FILES = ('model.safetensors', 'pytorch_model.bin')
 CHECKSUM = re.compile(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.')  # digits alone may be a date
 
 
 def _in_folder(*names: str) -> Path | None:
-    """Return the first of these files that is in the folder of the user's own weights."""
+    """Return the first of these files that the folder of the user's own weights has."""
     folder = os.environ.get(FOLDER)
     if not folder:
         return None
@@ -53,19 +63,24 @@ def _in_folder(*names: str) -> Path | None:
 
 
 def _put(name: str) -> str:
-    folder = os.environ.get(FOLDER)
-    where = folder or f'a folder of yours that the variable {FOLDER} names'
-    return f'put it as {name} into {where}'
+    folder = os.environ.get(FOLDER) or f'a folder and set the variable {FOLDER} to it'
+    return f'put it as {name} into {folder}'
+
+
+def _unknown(scheme: str, name: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f'; did you mean {scheme}://{close[0]}?' if close else ''
+    return UserError(f'{scheme} has no weights named {name}{hint}')
 
 
 def fetch(url: str) -> Path:
-    """Return the file of a http address, from the user's own folder, the cache, or the network.
+    """Return the file of a URL: from the user's folder, torch's cache, or the network.
 
-    The cache is torch's; the first process of each machine downloads. A checksum in the file's name
-    (``name-1a2b3c4d.pth``) is verified; files without one have a folder for each address.
+    The first process of each machine downloads. A checksum in the file's name
+    (``name-1a2b3c4d.pth``) is verified; files without one are cached in a folder per URL.
 
     Raises:
-        UserError: It can be had from none of these.
+        UserError: None of these has the file.
     """
     name = Path(urlparse(url).path).name
     checksum = CHECKSUM.search(name)
@@ -74,8 +89,7 @@ def fetch(url: str) -> Path:
     if not file.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            progress = sys.stderr.isatty()
-            download_url_to_file(url, str(file), checksum and checksum[1], progress)
+            download_url_to_file(url, str(file), checksum and checksum[1], sys.stderr.isatty())
         except Exception as caught:  # of the network, the disk, or the checksum
             error = caught
     barrier()  # also after a failure: the others wait here
@@ -86,7 +100,7 @@ def fetch(url: str) -> Path:
 
 
 def _place(url: str) -> Path:
-    """Return where the file of an address is, or goes to."""
+    """Return the path of a URL's file in the user's folder or in the cache."""
     name = Path(urlparse(url).path).name
     cache = Path(get_dir(), 'checkpoints')
     if not CHECKSUM.search(name):
@@ -95,110 +109,83 @@ def _place(url: str) -> Path:
 
 
 def locate(filename: str) -> Path | str:
-    """Return where weights would be taken from, without loading them or asking the network.
+    """Return where weights would come from, without loading them or using the network.
 
     Args:
-        filename: As a config names them: a file, an address, or SCHEME://NAME.
+        filename: A file, a URL, or SCHEME://NAME, as in a config.
 
     Returns:
-        A file, which is there; or the address that it would be downloaded from.
+        An existing file, or the URL that would be downloaded.
 
     Raises:
-        UserError: There is no such file, or a scheme doesn't know the name.
+        UserError: There is no such file, scheme or name.
     """
-    scheme, separator, name = filename.partition('://')
+    scheme, _, name = filename.partition('://')
     if scheme == 'timm':
         published, file = _published_by_timm(name)
         if file:
             return file
         if not published.hf_hub_id:
             return published.url
-        cached = (try_to_load_from_cache(published.hf_hub_id, own) for own in HUB_FILES)
+        cached = (try_to_load_from_cache(published.hf_hub_id, hub_file) for hub_file in HUB_FILES)
         file = next((file for file in cached if isinstance(file, str)), None)
         return Path(file) if file else hf_hub_url(published.hf_hub_id, HUB_FILES[0])
     if scheme == 'condensenetv2':
         return _condensenetv2_file(name)
-    where: Path | str = filename if separator else Path(filename).expanduser()
-    if scheme in ('torchvision', 'modelzoo'):
-        where = _address(filename, get_torchvision_models())
-    elif scheme in ('openmmlab', 'open-mmlab'):
-        where = _of_openmmlab(filename)
-    elif scheme == 'mmcls':
-        where = _address(filename, get_mmcls_models())
-    elif separator and scheme not in ('http', 'https'):
-        raise _no_scheme(filename)
-    if isinstance(where, str):
-        return _place(where) if _place(where).is_file() else where
-    if not where.is_file():
-        raise UserError(f'no checkpoint {where}')
-    return where
+    source = _resolve(filename)
+    if isinstance(source, str):
+        return _place(source) if _place(source).is_file() else source
+    if not source.is_file():
+        raise UserError(f'no checkpoint {source}')
+    return source
 
 
-def _no_scheme(filename: str) -> UserError:
-    known = sorted(p for p in CheckpointLoader._schemes if re.fullmatch(r'[\w-]+://', p))
-    return UserError(f'{filename}: no such scheme (known: {", ".join(known)})')
-
-
-def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
-    if '://' in filename:
-        raise _no_scheme(filename)
-    return read_checkpoint(filename, map_location)
-
-
-def load_from_http(filename: str, map_location: Any = None) -> dict[str, Any]:
-    return read_checkpoint(fetch(filename), map_location)
-
-
-def load_from_torchvision(filename: str, map_location: Any = None) -> dict[str, Any]:
-    return load_from_http(_address(filename, get_torchvision_models()), map_location)
-
-
-def load_from_openmmlab(filename: str, map_location: Any = None) -> dict[str, Any]:
-    where = _of_openmmlab(filename)
-    load = load_from_http if isinstance(where, str) else read_checkpoint
-    return load(where, map_location)
-
-
-def _of_openmmlab(filename: str) -> Path | str:
-    scheme, _, name = filename.partition('://')
-    name = get_deprecated_model_names().get(name, name)
-    address = _address(f'{scheme}://{name}', get_external_models())
-    # Of the user's own list, some are files.
+def _resolve(filename: str) -> Path | str:
+    """Return the file or URL that a config's file name stands for."""
+    scheme, separator, name = filename.partition('://')
+    if not separator:
+        return Path(filename).expanduser()
+    if scheme in ('http', 'https'):
+        return filename
+    if scheme not in LISTS:
+        known = sorted(p for p in CheckpointLoader._schemes if re.fullmatch(r'[\w-]+://', p))
+        raise UserError(f'{filename}: no such scheme (known: {", ".join(known)})')
+    if scheme in ('openmmlab', 'open-mmlab'):
+        name = get_deprecated_model_names().get(name, name)
+    addresses = LISTS[scheme]()
+    if name not in addresses:
+        raise _unknown(scheme, name, addresses)
+    # The user's own list (open_mmlab.json in MMENGINE_HOME) may name files in that folder.
+    address = addresses[name]
     return address if '://' in address else Path(_get_mmengine_home(), address)
 
 
-def load_from_mmcls(filename: str, map_location: Any = None) -> dict[str, Any]:
-    state_dict = state_dict_of(load_from_http(_address(filename, get_mmcls_models()), map_location))
-    head = 'backbone.'
-    return dict(
-        state_dict={k.removeprefix(head): v for k, v in state_dict.items() if k.startswith(head)}
-    )
+def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """Return the checkpoint of a file, a URL, or a name in one of mmengine's lists.
 
-
-def _address(filename: str, addresses: dict[str, str]) -> str:
-    """Return the address of ``SCHEME://NAME`` in a table of mmengine's."""
-    scheme, _, name = filename.partition('://')
-    if name not in addresses:
-        close = difflib.get_close_matches(name, addresses, n=1)
-        hint = f'; did you mean {scheme}://{close[0]}?' if close else ''
-        raise UserError(f'{scheme} has no weights named {name}{hint}')
-    return addresses[name]
+    Raises:
+        UserError: There is no such source, or its file cannot be read.
+    """
+    source = _resolve(filename)
+    checkpoint = read_checkpoint(fetch(source) if isinstance(source, str) else source, map_location)
+    if filename.startswith('mmcls://'):  # whole classifiers, of which mmengine takes the backbone
+        return _process_mmcls_checkpoint(checkpoint)
+    return checkpoint
 
 
 def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Return timm's pretrained weights for ``timm://NAME``, without the classifier.
 
     They come from the folder that ``MMDENSE_WEIGHTS`` names (NAME.safetensors, .pth or .bin, or the
-    files of the hub in a folder NAME), or else through the Hugging Face hub: from its cache, which
-    is all that ``HF_HUB_OFFLINE=1`` asks, or from the network. timm checks that its own network
-    takes them without exception.
+    hub's files in a folder NAME), or else from the Hugging Face hub: its cache, or the network
+    unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely.
 
     Args:
         filename: Such as ``timm://rdnet_tiny.nv_in1k``.
-        map_location: Device that the tensors go to; the CPU by default.
+        map_location: Device of the tensors; the CPU by default.
 
     Raises:
-        UserError: timm has no such weights, they can be had from none of these, or they don't fit.
+        UserError: timm has no such weights, none of these has them, or they don't fit.
     """
     name = filename.removeprefix('timm://')
     published, file = _published_by_timm(name)
@@ -217,19 +204,17 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def _published_by_timm(name: str) -> tuple[Any, Path | None]:
-    """Return what timm knows of its weights, and their file if it is in the user's folder."""
+    """Return timm's record of its weights, and their file if the user's folder has it."""
     try:
         published = timm.models.get_pretrained_cfg(name)
     except RuntimeError:  # a network that timm knows, with a tag that it doesn't
         published = None
     if published is None or not published.has_weights:
-        close = difflib.get_close_matches(name, timm.list_pretrained(), n=1)
-        hint = f'; did you mean timm://{close[0]}?' if close else ''
-        raise UserError(f'timm has no weights named {name}{hint}')
+        raise _unknown('timm', name, timm.list_pretrained())
     tagged = f'{published.architecture}.{published.tag}' if published.tag else name
     file = _in_folder(
-        *(own + suffix for own in (name, tagged) for suffix in SUFFIXES),
-        *(f'{tagged}/{own}' for own in HUB_FILES),
+        *(base + suffix for base in (name, tagged) for suffix in SUFFIXES),
+        *(f'{tagged}/{hub_file}' for hub_file in HUB_FILES),
     )
     return published, file
 
@@ -237,17 +222,15 @@ def _published_by_timm(name: str) -> tuple[Any, Path | None]:
 def load_from_condensenetv2(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Return the weights of a released CondenseNetV2 in a local file, ``condensenetv2://PATH``.
 
-    Where there is no PATH, a file of that name in the folder that ``MMDENSE_WEIGHTS`` names is
-    taken.
+    If PATH doesn't exist, the file of that name in the ``MMDENSE_WEIGHTS`` folder is read.
 
-    What the file holds decides which network can take it: a converted model (A, B, C) is for
-    ``CondenseNetV2(arch='a', 'b' or 'c', form='condensed')``, a model as it was trained (C) for
-    ``form='learned'``, which ``condense()`` or ``switch_to_deploy()`` then converts. A network of
-    the other form refuses it.
+    The released models A, B and C in their converted form are for ``CondenseNetV2(arch='a', 'b' or
+    'c', form='condensed')``; the C as it was trained is for ``form='learned'``, which
+    ``condense()`` or ``switch_to_deploy()`` then converts.
 
     Args:
         filename: Such as ``condensenetv2://weights/condensenetv2_a.pth.tar``.
-        map_location: Device that the tensors go to; the CPU by default.
+        map_location: Device of the tensors; the CPU by default.
 
     Raises:
         UserError: There is no such file, or it holds no released CondenseNetV2.
@@ -267,14 +250,10 @@ def _condensenetv2_file(name: str) -> Path:
     return file
 
 
-# What mmengine's CheckpointLoader calls for each prefix of a file name; its own loaders fall back
-# to unsafe loading (the maintained distribution) or know no other way (the original one).
+# Prefix of a file name -> loader, for mmengine's CheckpointLoader. Its own loaders may unpickle
+# anything: the maintained distribution falls back to it, the original one does before torch 2.6.
 SCHEMES = {
-    ('',): load_from_local,
-    ('http://', 'https://'): load_from_http,
-    ('torchvision://', 'modelzoo://'): load_from_torchvision,
-    ('openmmlab://', 'open-mmlab://'): load_from_openmmlab,
-    ('mmcls://',): load_from_mmcls,
-    ('timm://',): load_from_timm,
-    ('condensenetv2://',): load_from_condensenetv2,
+    **dict.fromkeys(('', 'http://', 'https://', *(f'{s}://' for s in LISTS)), load_from_file),
+    'timm://': load_from_timm,
+    'condensenetv2://': load_from_condensenetv2,
 }

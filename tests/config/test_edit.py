@@ -417,7 +417,10 @@ def test_checkpoints_that_are_none(project, tmp_path):
     with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
         run.load_weights(runner, 'nowhere.pth')
     file = tmp_path / 'x.pth'
-    for content, what in ((b'', 'is empty'), (b'not a checkpoint', 'is damaged, or no checkpoint')):
+    for content, what in (
+        (b'', 'is empty'),
+        (b'not a checkpoint', 'is damaged, or not a checkpoint'),
+    ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=f'^{file} {what}'):
             run.load_weights(runner, str(file))
@@ -425,7 +428,7 @@ def test_checkpoints_that_are_none(project, tmp_path):
     for spoil, said in (
         (
             {f'net.{k}': v for k, v in own.items()},
-            "fills 0 of .* would fit without 'net.' in front",
+            "fills 0 of .* would match without the prefix 'net.'",
         ),
         ({**own, 'rpn_head.rpn_cls.bias': torch.zeros(7)}, r'rpn_cls.bias \(file: \[7\]; model'),
         ({k: v for k, v in own.items() if 'fc_reg.bias' not in k}, 'missing: .*fc_reg.bias'),

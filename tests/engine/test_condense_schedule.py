@@ -20,7 +20,6 @@ import mmdense  # noqa: F401
 from mmdense.errors import UserError
 from mmdense.models.backbones import CondenseNetV2, DenseNet
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
-from mmdense.weights.files import allow_training_state
 
 ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
 LAST = 3  # stages start after 1/6, 1/3 and 1/2 of the run
@@ -183,7 +182,6 @@ def test_short_runs_reach_the_last_stage(iters, tmp_path):
 
 @pytest.mark.parametrize('done', [4, 8])
 def test_resumed_runs_end_like_uninterrupted_ones(done, tmp_path):
-    allow_training_state()
     whole = build(tmp_path / 'whole', classifier(), iters=16, lasso=LASSO)
     whole.train()
     model = classifier()

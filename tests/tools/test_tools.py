@@ -156,7 +156,7 @@ def test_weights_behind_a_prefix_stop_the_run_at_its_start(
     assert status == 2, said
     last = said.splitlines()[-1]
     assert last.startswith(f'error: {checkpoint} fills 0 of ')
-    assert "would fit without 'backbone.' in front: add prefix='backbone.' to init_cfg" in last
+    assert "would match without the prefix 'backbone.': add prefix='backbone.' to init_cfg" in last
     assert not list(tmp_path.glob('*.pth'))
     status, said = run_tool(*command, 'model.backbone.init_cfg.prefix=backbone.')
     assert status == 0, said

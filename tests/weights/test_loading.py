@@ -1,6 +1,5 @@
-"""What of a model a checkpoint fills: loads that are complete, that are not, and what is said."""
+"""Loading weights: complete loads, incomplete ones, their reports and error messages."""
 
-import itertools
 import logging
 import math
 import re
@@ -11,15 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS, MODELS, DefaultScope, init_default_scope
-from mmengine.runner import Runner
+from mmengine.registry import HOOKS, MODELS, init_default_scope
 from timm.models import adapt_input_conv
 from torch import nn
 from torch.nn import functional as F
 
+from checkpoints import error_of, make_runner, short_runs  # noqa: F401
 from mmdense.engine import LoadReportHook
 from mmdense.errors import UserError
 from mmdense.weights import loading
@@ -35,19 +33,13 @@ NETS = dict(
     ShuffleNetV2=dict(arch=dict(channels=(8, 16, 32), units=(1, 2, 1), stem=4, last=64)),
     TimmBackbone=dict(model_name='resnet18'),
 )
-FIRST_CONVS = dict(
-    RDNet='stem.0.weight',
-    DenseNet='features.conv0.weight',
-    ReXNet='stem.conv.weight',
-    TimmBackbone='conv1.weight',
-)
-COUNTS = 'num_batches_tracked'  # of batch norms, which files before torch 0.4.1 lack
-NUMBERS = itertools.count()
+COUNTER = 'num_batches_tracked'  # of batch norms; files from before torch 0.4.1 lack it
+SCRATCH = '(To train from scratch: --cfg-options model.backbone.init_cfg=None)'
 
 
 @pytest.fixture
 def log(monkeypatch):
-    """What is logged, as (level, text)."""
+    """The logged lines, as (level, text)."""
     lines = []
 
     def print_log(text, logger=None, level=logging.INFO):
@@ -63,19 +55,23 @@ def build(kind, seed=0, **options):
 
 
 def weights_of(kind, seed=1, **options):
-    """Return weights that no fresh network has, in its statistics neither."""
+    """Return weights that differ from a fresh network's in every tensor, statistics included."""
     state_dict = build(kind, seed, **options).state_dict()
     generator = torch.Generator().manual_seed(seed)
     for name, value in state_dict.items():
-        if name.endswith(COUNTS):
+        if name.endswith(COUNTER):
             value += 5
         elif value.is_floating_point() and value.ndim == 1:
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
     return state_dict
 
 
-def without_counts(state_dict):
-    return {name: value for name, value in state_dict.items() if not name.endswith(COUNTS)}
+def without_counters(state_dict):
+    return {name: value for name, value in state_dict.items() if not name.endswith(COUNTER)}
+
+
+def with_prefix(prefix, state_dict):
+    return {prefix + name: value for name, value in state_dict.items()}
 
 
 def save(folder, state_dict, name='x.pth'):
@@ -90,25 +86,18 @@ def initialise(kind, checkpoint, init=None, **options):
     return net
 
 
-def refusal(function, *args, **options):
-    with pytest.raises(UserError) as error:
-        function(*args, **options)
-    assert '\n' not in str(error.value)
-    return str(error.value)
-
-
-def assert_equal(got, expected):
-    for name, value in got.items():
+def assert_equal(weights, expected):
+    for name, value in weights.items():
         assert torch.equal(value, expected[name]), name
 
 
 def table(text):
-    """Return the numbers of a report, and the names behind them."""
-    found = {}
+    """Return the numbers and names in a report."""
+    rows = {}
     for line in text.splitlines()[2:]:
-        fate, numbers, names = re.fullmatch(r'([a-z ]+?) +(\d+(?: +\d+)?) *(.*)', line).groups()
-        found[fate] = (*map(int, numbers.split()), names)
-    return found
+        outcome, numbers, names = re.fullmatch(r'([a-z ]+?) +(\d+(?: +\d+)?) *(.*)', line).groups()
+        rows[outcome] = (*map(int, numbers.split()), names)
+    return rows
 
 
 def sizes(net):
@@ -120,12 +109,11 @@ def sizes(net):
 
 
 @pytest.mark.parametrize('kind', NETS)
-def test_own_weights_are_complete(kind, log, tmp_path):
+def test_weights_of_mmdense_are_complete(kind, log, tmp_path):
     expected = weights_of(kind)
     file = save(tmp_path, expected)
     net = initialise(kind, file)
     assert_equal(net.state_dict(), expected)
-    assert not torch.equal(*(next(n.parameters()) for n in (net, build(kind))))
     ((level, text),) = log
     assert level == logging.INFO
     assert text.startswith(f'{kind} from {file}')
@@ -149,8 +137,7 @@ def test_the_report_names_what_was_not_loaded(log, tmp_path):
         state_dict[name] = state_dict[name][:2]
     state_dict |= {f'extra.{i}': torch.zeros(1) for i in range(5)}
     state_dict |= {'classifier.weight': torch.zeros(9, 4), 'classifier.bias': torch.zeros(9)}
-    file = save(tmp_path, state_dict)
-    initialise('DenseNet', file, dict(min_loaded=0.5))
+    initialise('DenseNet', save(tmp_path, state_dict), dict(min_loaded=0.5))
     ((level, text),) = log
     assert level == logging.WARNING
     total = parameters + buffers
@@ -173,50 +160,38 @@ def test_the_report_names_what_was_not_loaded(log, tmp_path):
 def test_wrong_shapes_are_refused(tmp_path):
     state_dict = weights_of('RDNet')
     state_dict['stem.0.bias'] = torch.zeros(5)
-    said = refusal(initialise, 'RDNet', save(tmp_path, state_dict))
-    assert 'wrong shape: stem.0.bias (file: [5]; model: [8])' in said
+    file = save(tmp_path, state_dict)
     total = sum(sizes(build('RDNet')))
-    assert f'x.pth fills {total - 1} of {total} tensors of RDNet: ' in said
+    assert error_of(initialise, 'RDNet', file) == (
+        f'{file} fills {total - 1} of {total} tensors of RDNet: wrong shape: stem.0.bias '
+        "(file: [5]; model: [8]); its keys are those of RDNet: timm's and NAVER's classifiers, "
+        f"timm's feature extractors {SCRATCH}"
+    )
 
 
 @pytest.mark.parametrize('kind', ['RDNet', 'DenseNet'])
-def test_every_name_counts(kind, tmp_path):
-    whole = weights_of(kind)
+def test_every_name_counts(kind, log, tmp_path):
+    weights = weights_of(kind)
     file = tmp_path / 'x.pth'
     net = build(kind, init_cfg=dict(type='Pretrained', checkpoint=str(file)))
-    counts = [name for name in whole if name.endswith(COUNTS)]
-    for name in whole.keys() - counts:
-        renamed = {(f'{k}_old' if k == name else k): v for k, v in whole.items()}
-        torch.save(renamed, file)
-        said = refusal(net.init_weights)
-        assert f'missing: {name};' in said
-        assert f'in the file instead: {name}_old' in said
+    for name in without_counters(weights):
+        torch.save({(f'{k}_old' if k == name else k): v for k, v in weights.items()}, file)
+        text = error_of(net.init_weights)
+        assert f'missing: {name};' in text
+        assert f'in the file instead: {name}_old' in text
         net._is_init = False
-    for name in counts:
-        torch.save({k: v for k, v in whole.items() if k != name}, file)
-        net.init_weights()
-        net._is_init = False
-    assert bool(counts) == (kind == 'DenseNet')
-
-
-def test_counts_of_batches_may_all_be_absent(log, tmp_path):
-    whole = weights_of('DenseNet')
-    net = initialise('DenseNet', save(tmp_path, without_counts(whole)))
-    assert_equal(without_counts(net.state_dict()), whole)
+    # Counters are optional.
+    log.clear()
+    net = initialise(kind, save(tmp_path, without_counters(weights)))
+    assert_equal(without_counters(net.state_dict()), weights)
     ((level, text),) = log
     assert level == logging.INFO
     assert ': 100.0% of its tensors' in text
     assert table(text)['missing'] == (0, 0, '')
 
 
-def test_how_to_train_from_scratch_is_said(tmp_path):
-    said = refusal(initialise, 'RDNet', save(tmp_path, {'a': torch.zeros(1)}))
-    assert said.startswith(str(tmp_path))
-    assert said.endswith('(To train from scratch: --cfg-options model.backbone.init_cfg=None)')
-
-
 @pytest.mark.parametrize(
-    ('held', 'said'),
+    ('content', 'message'),
     [
         (dict(state_dict={}), 'no state dict: '),
         ({}, 'no state dict: empty'),
@@ -224,158 +199,115 @@ def test_how_to_train_from_scratch_is_said(tmp_path):
         (dict(state_dict=dict(a=[1])), "no state dict: 'a' is of type list"),
     ],
 )
-def test_files_without_weights(held, said, tmp_path):
+def test_files_without_weights(content, message, tmp_path):
     file = tmp_path / 'x.pth'
-    torch.save(held, file)
-    assert f'{file}: {said}' in refusal(initialise, 'RDNet', str(file))
+    torch.save(content, file)
+    text = error_of(initialise, 'RDNet', str(file))
+    assert text.startswith(f'{file}: {message}')
+    assert text.endswith(SCRATCH)
 
 
 # Prefixes
 
 
-PREFIXES = ['backbone.', 'net.', 'model.backbone.']
-
-
-def old_torchvision(state_dict):
-    """Return DenseNet's weights with the names of 2017."""
+def named_as_in_2017(state_dict):
     return {
         re.sub(r'(denselayer\d+\.(?:norm|conv))(\d)', r'\1.\2', name): value
         for name, value in state_dict.items()
     }
 
 
-def timm_features(state_dict):
+def as_feature_extractor(state_dict):
     return {name.replace('.', '_', 1): value for name, value in state_dict.items()}
 
 
-FORMATS = dict(
-    own=('RDNet', dict),
-    features=('RDNet', timm_features),
-    torchvision=('DenseNet', old_torchvision),
+@pytest.mark.parametrize(
+    ('kind', 'rename', 'prefix'),
+    [
+        ('RDNet', dict, 'backbone.'),
+        ('RDNet', dict, 'model.backbone.'),
+        ('RDNet', as_feature_extractor, 'net.'),
+        ('DenseNet', named_as_in_2017, 'model.backbone.'),
+    ],
 )
-
-
-@pytest.mark.parametrize('prefix', PREFIXES)
-@pytest.mark.parametrize('form', FORMATS)
-def test_prefixes(form, prefix, tmp_path):
-    kind, change = FORMATS[form]
-    whole = without_counts(weights_of(kind))
-    moved = {prefix + name: value for name, value in change(whole).items()}
-    moved |= {'head.weight': torch.zeros(3, 3), 'head.bias': torch.zeros(3)}
-    file = save(tmp_path, moved)
-    number = len(whole)
-    said = refusal(initialise, kind, file)
-    assert f'fills 0 of {number} tensors' in said
-    assert (
-        f"{number} would fit without '{prefix}' in front: add prefix='{prefix}' to init_cfg" in said
-    )
+def test_prefixes(kind, rename, prefix, tmp_path):
+    weights = without_counters(weights_of(kind))
+    state_dict = with_prefix(prefix, rename(weights))
+    state_dict |= {'head.weight': torch.zeros(3, 3), 'head.bias': torch.zeros(3)}
+    file = save(tmp_path, state_dict)
+    number = len(weights)
+    hint = f"{number} would match without the prefix '{prefix}': add prefix='{prefix}' to init_cfg"
+    text = error_of(initialise, kind, file)
+    assert f'fills 0 of {number} tensors' in text
+    assert hint in text
+    assert hint in error_of(initialise, kind, file, dict(prefix='other.'))
     for given in (prefix, prefix.rstrip('.')):
         net = initialise(kind, file, dict(prefix=given))
-        assert_equal(without_counts(net.state_dict()), whole)
+        assert_equal(without_counters(net.state_dict()), weights)
 
 
-def test_no_more_would_fit_than_there_are(tmp_path):
-    whole = weights_of('DenseNet')
-    file = save(tmp_path, {f'net.{name}': value for name, value in whole.items()})
-    said = refusal(initialise, 'DenseNet', file)
-    wanted, fitting = re.search(r'fills 0 of (\d+) .* (\d+) would fit', said).groups()
-    assert int(fitting) <= int(wanted)
+def test_other_prefixes(tmp_path):
+    weights = weights_of('RDNet')
+    text = error_of(initialise, 'RDNet', save(tmp_path, weights), dict(prefix='backbone.'))
+    assert 'in the file instead: stem.0.weight, ' in text
+    assert 'would match without a prefix' in text
+    _, report = load_into(build('RDNet'), with_prefix('net.', weights))
+    assert 'remove it by tools/convert_weights.py --prefix net.' in report.hint
+    assert report.share() == 0
+    file = save(tmp_path, with_prefix('module.', weights))  # of a wrapper: it needs no option
+    assert_equal(initialise('RDNet', file).state_dict(), weights)
 
 
-def test_a_prefix_that_is_not_needed(tmp_path):
-    file = save(tmp_path, weights_of('RDNet'))
-    said = refusal(initialise, 'RDNet', file, dict(prefix='backbone.'))
-    assert 'in the file instead: stem.0.weight, ' in said
-    assert 'would fit without a prefix' in said
+# Optional and unexpected tensors
 
 
-def test_the_way_out_of_other_callers(tmp_path):
-    whole = {f'net.{name}': value for name, value in weights_of('RDNet').items()}
-    _, found = load_into(build('RDNet'), whole)
-    assert 'tools/convert_weights.py --prefix net. takes it off' in found.hint
-    assert found.share() == 0
-
-
-def test_a_prefix_that_no_key_has(tmp_path):
-    file = save(tmp_path, {f'net.{name}': value for name, value in weights_of('RDNet').items()})
-    said = refusal(initialise, 'RDNet', file, dict(prefix='backbone.'))
-    assert "would fit without 'net.' in front: add prefix='net.' to init_cfg" in said
-
-
-def test_wrappers_are_taken_off(tmp_path):
-    whole = weights_of('RDNet')
-    file = save(tmp_path, {f'module.{name}': value for name, value in whole.items()})
-    assert_equal(initialise('RDNet', file).state_dict(), whole)
-
-
-# What a network may lack or leave
-
-
-def test_output_norms_are_not_asked_for(log, tmp_path):
-    whole = weights_of('RDNet')
-    net = initialise('RDNet', save(tmp_path, whole), output_norm=True)
-    own = {k: v for k, v in net.state_dict().items() if not k.startswith('output_norms.')}
-    assert own.keys() == whole.keys()
-    assert_equal(own, whole)
-    ((level, text),) = log
-    assert level == logging.INFO
-    assert table(text)['loaded'] == (len(whole), 0, '')
+def test_output_norms_are_optional(log, tmp_path):
+    weights = weights_of('RDNet')
+    net = initialise('RDNet', save(tmp_path, weights), output_norm=True)
+    loaded = {k: v for k, v in net.state_dict().items() if not k.startswith('output_norms.')}
+    assert loaded.keys() == weights.keys()
+    assert_equal(loaded, weights)
+    assert log[0][0] == logging.INFO
+    assert table(log[0][1])['loaded'] == (len(weights), 0, '')
     assert all((norm.weight == 1).all() for norm in net.output_norms.values())
-
-
-def test_output_norms_are_loaded(log, tmp_path):
-    whole = weights_of('RDNet', output_norm=True)
-    net = initialise('RDNet', save(tmp_path, whole), output_norm=True)
-    assert_equal(net.state_dict(), whole)
-    assert len(net.output_norms) == 3
-    assert table(log[0][1])['loaded'] == (len(whole), 0, '')
-    log.clear()
-    assert_equal(initialise('RDNet', save(tmp_path, whole)).state_dict(), whole)
-    assert table(log[0][1])['unexpected'][0] == 6
+    weights = weights_of('RDNet', output_norm=True)
+    file = save(tmp_path, weights)
+    assert_equal(initialise('RDNet', file, output_norm=True).state_dict(), weights)
+    assert table(log[1][1])['loaded'] == (len(weights), 0, '')
+    assert_equal(initialise('RDNet', file).state_dict(), weights)
+    assert table(log[2][1])['unexpected'][0] == 6
 
 
 @pytest.mark.parametrize('kind', ['RDNet', 'DenseNet', 'ShuffleNetV2'])
 def test_stages_that_are_not_built(kind, log, tmp_path):
-    whole = weights_of(kind)
-    net = initialise(kind, save(tmp_path, whole), out_indices=(0, 1))
-    assert_equal(net.state_dict(), whole)
+    weights = weights_of(kind)
+    net = initialise(kind, save(tmp_path, weights), out_indices=(0, 1))
+    assert_equal(net.state_dict(), weights)
     ((level, text),) = log
-    left = [name for name in whole if name not in net.state_dict()]
+    rest = {name for name in weights if name not in net.state_dict()}
     assert level == logging.INFO
     assert table(text)['loaded'][:2] == sizes(net)
     number, names = table(text)['unexpected']
-    assert number == len(left) > 3
-    assert {*names.removesuffix(', ...').split(', ')} < {*left}
+    assert number == len(rest) > 3
+    assert {*names.removesuffix(', ...').split(', ')} < rest
 
 
 # min_loaded
 
 
-def half(kind):
-    whole = weights_of(kind)
-    return dict(list(whole.items())[: math.ceil(0.6 * len(whole))])
-
-
-def test_partial_files_must_be_asked_for(log, tmp_path):
-    part = half('RDNet')
+def test_partial_files(log, tmp_path):
+    weights = weights_of('RDNet')
+    part = dict(list(weights.items())[1:])
     file = save(tmp_path, part)
-    refusal(initialise, 'RDNet', file)
-    refusal(initialise, 'RDNet', file, dict(min_loaded=0.7))
+    error_of(initialise, 'RDNet', file)
+    share = len(part) / len(weights)
+    error_of(initialise, 'RDNet', file, dict(min_loaded=share + 1e-6))
     log.clear()
-    net = initialise('RDNet', file, dict(min_loaded=0.5))
+    net = initialise('RDNet', file, dict(min_loaded=share))
     assert_equal({k: v for k, v in net.state_dict().items() if k in part}, part)
     ((level, text),) = log
     assert level == logging.WARNING
-    assert table(text)['missing'][0] == len(net.state_dict()) - len(part)
-
-
-def test_exactly_enough(tmp_path):
-    whole = weights_of('RDNet')
-    part = dict(list(whole.items())[1:])
-    file = save(tmp_path, part)
-    share = len(part) / len(whole)
-    initialise('RDNet', file, dict(min_loaded=share))
-    refusal(initialise, 'RDNet', file, dict(min_loaded=share + 1e-6))
+    assert table(text)['missing'][0] == 1
 
 
 @pytest.mark.parametrize('value', [-0.1, 1.1, 50, math.nan, math.inf])
@@ -390,78 +322,102 @@ def test_min_coverage_is_a_deprecated_alias(log):
     assert log == [(logging.WARNING, 'min_coverage is a deprecated alias of min_loaded')] * 2
 
 
-def resnet(file, **init):
+def resnet(file=None, **init):
     torch.manual_seed(0)
-    init = dict(type='Pretrained', checkpoint=file, **init)
+    init = dict(type='Pretrained', checkpoint=file, **init) if file else None
     net = MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=4, init_cfg=init))
     net.init_weights()
     return net
 
 
-def test_other_modules(log, tmp_path):
-    torch.manual_seed(1)
-    whole = MODELS.build(dict(type='mmdet.ResNet', depth=18, base_channels=4)).state_dict()
-    part = {name: value for name, value in whole.items() if name.startswith('layer1.')}
-    part['fc.weight'] = torch.zeros(2, 2)
-    file = save(tmp_path, part)
+def test_modules_of_other_packages(log, tmp_path):
+    """They load if anything fits."""
+    weights = resnet().state_dict()
+    part = {name: value + 1 for name, value in weights.items() if name.startswith('layer1.')}
+    file = save(tmp_path, {**part, 'fc.weight': torch.zeros(2, 2)})
     net = resnet(file)
-    for name in part.keys() - {'fc.weight'}:
-        assert torch.equal(net.state_dict()[name], part[name])
+    assert_equal(part, net.state_dict())
     ((level, text),) = log
     assert level == logging.WARNING
     assert table(text)['unexpected'] == (1, 'fc.weight')
-    assert sum(table(text)['loaded'][:2]) == len(part) - 1
-    assert 'tensors of ResNet' in refusal(resnet, file, min_loaded=1.0)
+    assert sum(table(text)['loaded'][:2]) == len(part)
+    assert 'tensors of ResNet' in error_of(resnet, file, min_loaded=1.0)
     save(tmp_path, {'fc.weight': torch.zeros(2, 2)})
-    said = refusal(resnet, file)
-    assert f'{file} fills 0 of {len(without_counts(whole))} tensors of ResNet: missing: ' in said
-    assert 'in the file instead: fc.weight' in said
-    assert 'from scratch' not in said
+    text = error_of(resnet, file)
+    number = len(without_counters(weights))
+    assert text.startswith(f'{file} fills 0 of {number} tensors of ResNet: missing: ')
+    assert text.endswith('in the file instead: fc.weight')
 
 
-# Channels of the image
+def detector(**options):
+    init_default_scope('mmdet')
+    return MODELS.build({**Config.fromfile(DEMOS['detection']).model, **options})
 
 
-@pytest.mark.parametrize('channels', [1, 2, 4, 6])
-@pytest.mark.parametrize('kind', FIRST_CONVS)
-def test_other_channels(kind, channels, log, tmp_path):
-    whole = weights_of(kind)
+def test_the_init_cfg_of_a_complete_model(tmp_path):
+    """It must fill the backbone."""
+    torch.manual_seed(0)
+    weights = detector().state_dict()
+    model = detector(init_cfg=dict(type='Pretrained', checkpoint=save(tmp_path, weights)))
+    model.init_weights()
+    assert_equal(model.state_dict(), weights)
+    renamed = {k.replace('backbone.', 'bkbone.'): v for k, v in weights.items()}
+    model = detector(init_cfg=dict(type='Pretrained', checkpoint=save(tmp_path, renamed)))
+    assert re.search('fills 0 of .* of backbone of FasterRCNN', error_of(model.init_weights))
+
+
+# Image channels
+
+FIRST_CONVS = dict(
+    RDNet='stem.0.weight',
+    DenseNet='features.conv0.weight',
+    ReXNet='stem.conv.weight',
+    TimmBackbone='conv1.weight',
+)
+
+
+@pytest.mark.parametrize(('kind', 'channels'), zip(FIRST_CONVS, (1, 2, 4, 6), strict=True))
+def test_other_image_channels(kind, channels, log, tmp_path):
+    weights = weights_of(kind)
     name = FIRST_CONVS[kind]
-    net = initialise(kind, save(tmp_path, whole), in_channels=channels)
-    expected = adapt_input_conv(channels, whole[name])
+    net = initialise(kind, save(tmp_path, weights), in_channels=channels)
+    expected = adapt_input_conv(channels, weights[name])
     assert expected.shape[1] == channels
-    assert_equal(net.state_dict(), {**whole, name: expected})
-    texts = [text for _, text in log]
-    assert texts[0] == f'{name}: adapted from 3 to {channels} channels of the image'
-    assert ': 100.0% of its tensors' in texts[1]
+    assert_equal(net.state_dict(), {**weights, name: expected})
+    assert log[0][1] == f'{name}: adapted from 3 to {channels} image channels'
+    assert ': 100.0% of its tensors' in log[1][1]
+    # Weights for these channels stay as they are, and weights for others than three are refused.
+    weights = weights_of(kind, in_channels=channels)
+    file = save(tmp_path, weights)
+    log.clear()
+    assert_equal(initialise(kind, file, in_channels=channels).state_dict(), weights)
+    assert len(log) == 1
+    for other in (3, 5):
+        text = error_of(initialise, kind, file, in_channels=other)
+        assert f'wrong shape: {name} (file: [' in text
 
 
-@pytest.mark.parametrize('kind', FIRST_CONVS)
-@pytest.mark.parametrize('channels', [3, 4])
-def test_the_same_channels_stay_as_they_are(channels, kind, log, tmp_path):
-    whole = weights_of(kind, in_channels=channels)
-    net = initialise(kind, save(tmp_path, whole), in_channels=channels)
-    assert_equal(net.state_dict(), whole)
-    assert not any('adapted' in text for _, text in log)
-
-
-@pytest.mark.parametrize('kind', FIRST_CONVS)
-@pytest.mark.parametrize('channels', [3, 6])
-def test_only_colours_are_adapted(channels, kind, tmp_path):
-    file = save(tmp_path, weights_of(kind, in_channels=4))
-    said = refusal(initialise, kind, file, in_channels=channels)
-    assert f'wrong shape: {FIRST_CONVS[kind]} (file: [' in said
-
-
-def test_foreign_names_are_adapted_too(tmp_path):
-    whole = weights_of('RDNet')
-    file = save(tmp_path, {f'net.{k}': v for k, v in timm_features(whole).items()})
+def test_other_channels_under_other_names(tmp_path):
+    weights = weights_of('RDNet')
+    file = save(tmp_path, with_prefix('net.', as_feature_extractor(weights)))
     net = initialise('RDNet', file, dict(prefix='net'), in_channels=4)
-    expected = adapt_input_conv(4, whole['stem.0.weight'])
-    assert_equal(net.state_dict(), {**whole, 'stem.0.weight': expected})
+    expected = adapt_input_conv(4, weights['stem.0.weight'])
+    assert_equal(net.state_dict(), {**weights, 'stem.0.weight': expected})
 
 
-# CondenseNetV2's forms
+def test_all_convolutions_that_read_the_image_are_adapted():
+    """repvgg's first block has two, side by side."""
+    options = dict(type='mmdense.TimmBackbone', model_name='repvgg_a0')
+    torch.manual_seed(0)
+    weights = MODELS.build(options).state_dict()
+    net = MODELS.build(dict(**options, in_channels=1))
+    assert load_into(net, weights)[1].share() == 1
+    for kernel in ('conv_kxk', 'conv_1x1'):
+        adapted = net.state_dict()[f'stem.{kernel}.conv.weight']
+        torch.testing.assert_close(adapted, weights[f'stem.{kernel}.conv.weight'].sum(1, True))
+
+
+# Models that rename or refuse tensors
 
 
 def condensed_weights():
@@ -478,325 +434,13 @@ OTHER_FORM = (
 
 
 def test_another_form_of_condensenetv2(tmp_path):
-    file = save(tmp_path, condensed_weights())
-    assert refusal(initialise, 'CondenseNetV2', file).startswith(f'{file}: {OTHER_FORM}')
-    net = initialise('CondenseNetV2', file, form='condensed')
-    assert_equal(net.state_dict(), condensed_weights())
-
-
-# What a runner loads
-
-
-class Classifier(BaseModel):
-    """A backbone and a linear layer."""
-
-    def __init__(self, kind='RDNet', classes=2, **options):
-        super().__init__()
-        self.backbone = build(kind, **options)
-        self.fc = nn.Linear(self.backbone.out_channels[-1], classes)
-        self.seen = 0
-
-    def forward(self, images, labels, mode='tensor'):
-        self.seen += 1
-        scores = self.fc(self.backbone(images)[-1].mean((2, 3)))
-        return dict(loss=F.cross_entropy(scores, labels)) if mode == 'loss' else scores
-
-
-class AsLoaded(Hook):
-    """Keep the weights, and their average, as they are when training begins."""
-
-    priority = 'LOWEST'
-
-    def before_train(self, runner):
-        self.model = {k: v.clone() for k, v in runner.model.state_dict().items()}
-        averages = [hook.ema_model.module for hook in runner.hooks if isinstance(hook, EMAHook)]
-        for average in averages:
-            self.average = {k: v.clone() for k, v in average.state_dict().items()}
-
-
-@pytest.fixture(autouse=True)
-def _quiet(monkeypatch):
-    """Leave out the report on the machine, which takes longer than the runs."""
-    monkeypatch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
-    yield
-    DefaultScope._instance_dict.clear()
-
-
-def train(folder, model, *, iters=2, hooks=(), part='backbone', min_loaded=1.0, **options):
-    """Train for a few iterations; return the runner and what was loaded."""
-    channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
-    generator = torch.Generator().manual_seed(0)
-    data = [(torch.randn(channels, 32, 32, generator=generator), i % 2) for i in range(8)]
-    runner = Runner(
-        model=model,
-        work_dir=str(folder),
-        experiment_name=f'{Path(folder).name}-{next(NUMBERS)}',
-        train_dataloader=dict(
-            dataset=data,
-            sampler=dict(type=InfiniteSampler, shuffle=False),
-            batch_size=2,
-            collate_fn=dict(type='default_collate'),
-        ),
-        train_cfg=dict(by_epoch=False, max_iters=iters),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        custom_hooks=list(hooks),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
-        log_processor=dict(by_epoch=False),
-        randomness=dict(seed=0),
-        **options,
-    )
-    look = AsLoaded()
-    runner.register_hook(LoadReportHook(min_loaded, part))
-    runner.register_hook(look)
-    runner.train()
-    return runner, look
-
-
-def classifier_weights(kind='RDNet', classes=2, **options):
-    torch.manual_seed(2)
-    head = Classifier(kind, classes).state_dict()
-    backbone = {f'backbone.{k}': v for k, v in weights_of(kind, **options).items()}
-    return OrderedDict({**head, **backbone})
-
-
-def test_a_runner_loads_other_heads(log, tmp_path):
-    whole = classifier_weights(classes=7)
-    model = Classifier()
-    fresh = {k: v.clone() for k, v in model.fc.state_dict().items()}
-    _, look = train(tmp_path, model, load_from=save(tmp_path, whole))
-    assert model.seen == 2
-    for name, value in look.model.items():
-        expected = whole[name] if name.startswith('backbone.') else fresh[name[3:]]
-        assert torch.equal(value, expected), name
-    ((level, text),) = log
-    assert level == logging.WARNING
-    assert text.startswith('Classifier from the checkpoint: ')
-    number, _, names = table(text)['wrong shape']
-    assert number == 2
-    assert names.startswith('fc.weight (file: [7, ')
-
-
-def test_the_report_is_in_the_log_of_the_run(tmp_path):
-    runner, _ = train(tmp_path, Classifier(), load_from=save(tmp_path, classifier_weights()))
-    (file,) = Path(runner.log_dir).glob('*.log')
-    assert 'Classifier from the checkpoint: 100.0% of its tensors' in file.read_text()
-
-
-def test_a_runner_stops_before_the_first_iteration(tmp_path):
-    whole = classifier_weights()
-    del whole['backbone.stem.0.bias']
-    model = Classifier()
-    said = refusal(train, tmp_path, model, load_from=save(tmp_path, whole))
-    number = len(model.backbone.state_dict())
-    assert said == (
-        f'the checkpoint fills {number - 1} of {number} tensors of backbone of Classifier: '
-        'missing: backbone.stem.0.bias'
-    )
-    assert model.seen == 0
-
-
-def test_part_and_share_of_the_hook(tmp_path):
-    whole = classifier_weights()
-    del whole['fc.bias']
-    file = save(tmp_path, whole)
-    train(tmp_path / 'a', Classifier(), load_from=file)
-    for part in ('', 'neck'):  # where there is no such part, the whole model counts
-        said = refusal(train, tmp_path / 'b', Classifier(), part=part, load_from=file)
-        assert 'of Classifier: missing: fc.bias' in said
-    share = (len(whole) - 0.5) / (len(whole) + 1)
-    train(tmp_path / 'c', Classifier(), part='', min_loaded=share, load_from=file)
-    del whole['backbone.stem.0.bias']
-    file = save(tmp_path, whole)
-    refusal(train, tmp_path / 'd', Classifier(), part='', min_loaded=share, load_from=file)
-    train(tmp_path / 'e', Classifier(), min_loaded=0, load_from=file)
-
-
-def test_nothing_that_fits_is_only_reported_if_asked_for(log, tmp_path):
-    file = save(tmp_path, {'a.weight': torch.zeros(3)})
-    train(tmp_path, Classifier(), min_loaded=0, load_from=file)
-    ((level, text),) = log
-    assert level == logging.WARNING
-    assert ': 0.0% of its tensors' in text
-
-
-def test_a_backbone_alone_is_no_model(tmp_path):
-    said = refusal(train, tmp_path, Classifier(), load_from=save(tmp_path, weights_of('RDNet')))
-    assert "would fit with 'backbone.' in front" in said
-    assert 'name the file in model.backbone.init_cfg.checkpoint' in said
-
-
-def released(state_dict):
-    """Return a classifier's weights with the names of RDNet's released detectors."""
-    return {k.replace('backbone.', 'backbone.timm_model.'): v for k, v in state_dict.items()}
-
-
-def test_a_runner_maps_foreign_names(log, tmp_path):
-    whole = classifier_weights()
-    file = save(tmp_path, released(whole))
-    ema = dict(type='EMAHook')
-    _, look = train(tmp_path, Classifier(), hooks=[ema], part='', load_from=file)
-    assert look.model.keys() == whole.keys()
-    assert_equal(look.model, whole)
-    assert_equal(look.average, whole)
-    assert 'RDNet detectors and segmentors of mmdet 2.x' in log[0][1]
-
-
-def test_averages_begin_with_what_was_loaded(tmp_path):
-    whole = classifier_weights()
-    _, look = train(
-        tmp_path, Classifier(), hooks=[dict(type='EMAHook')], load_from=save(tmp_path, whole)
-    )
-    assert_equal(look.average, whole)
-
-
-@pytest.mark.parametrize(
-    'change',
-    [
-        lambda whole: whole,
-        lambda whole: dict(model=whole),
-        lambda whole: dict(state_dict={f'module.{name}': v for name, v in whole.items()}),
-    ],
-    ids=['plain', 'holder', 'wrapper'],
-)
-def test_holders_and_wrappers(change, tmp_path):
-    whole = classifier_weights()
-    torch.save(change(whole), tmp_path / 'x.pth')
-    hooks = [dict(type='EMAHook')]
-    _, look = train(tmp_path, Classifier(), hooks=hooks, load_from=str(tmp_path / 'x.pth'))
-    assert_equal(look.model, whole)
-    assert_equal(look.average, whole)
-
-
-def test_the_average_of_a_file_comes_first(tmp_path):
-    whole, average = classifier_weights(seed=1), classifier_weights(seed=2)
-    file = tmp_path / 'x.pth'
-    torch.save(dict(state_dict=whole, state_dict_ema=average), file)
-    assert_equal(
-        initialise('RDNet', str(file), dict(prefix='backbone')).state_dict(),
-        {name.removeprefix('backbone.'): value for name, value in average.items()},
-    )
-    _, look = train(tmp_path, Classifier(), load_from=str(file))
-    assert_equal(look.model, average)
-
-
-def adapted(whole):
-    name = 'backbone.stem.0.weight'
-    return {**whole, name: adapt_input_conv(4, whole[name])}
-
-
-def test_a_runner_adapts_channels(log, tmp_path):
-    whole = classifier_weights()
-    _, look = train(tmp_path, Classifier(in_channels=4), load_from=save(tmp_path, whole))
-    assert_equal(look.model, adapted(whole))
-    assert log[0][1] == ('backbone.stem.0.weight: adapted from 3 to 4 channels of the image')
-
-
-def test_averages_get_adapted_channels(tmp_path):
-    whole = classifier_weights()
-    _, look = train(
-        tmp_path,
-        Classifier(in_channels=4),
-        hooks=[dict(type='EMAHook')],
-        load_from=save(tmp_path, whole),
-    )
-    assert_equal(look.average, adapted(whole))
-
-
-@pytest.mark.parametrize('ema', [False, True])
-def test_a_complete_run_is_resumed(ema, tmp_path):
-    hooks = [dict(type='EMAHook', momentum=0.5)] if ema else []
-    first, _ = train(tmp_path / 'a', Classifier(), hooks=hooks)
-    expected = {k: v.clone() for k, v in first.model.state_dict().items()}
-    model = Classifier(seed=3)
-    file = str(tmp_path / 'a/iter_2.pth')
-    runner, look = train(tmp_path / 'b', model, hooks=hooks, iters=4, load_from=file, resume=True)
-    assert model.seen == 2
-    assert runner.iter == 4
-    assert_equal(look.model, expected)
-    if ema:
-        (average,) = [hook.ema_model.module for hook in first.hooks if isinstance(hook, EMAHook)]
-        assert_equal(look.average, average.state_dict())
-        assert not torch.equal(look.average['fc.weight'], look.model['fc.weight'])
-
-
-def test_a_run_without_its_head_is_not_resumed(tmp_path):
-    train(tmp_path / 'a', Classifier())
-    state = read_checkpoint(tmp_path / 'a/iter_2.pth')
-    del state['state_dict']['fc.bias']
-    torch.save(state, tmp_path / 'x.pth')
-    model = Classifier()
-    file = str(tmp_path / 'x.pth')
-    said = refusal(train, tmp_path / 'b', model, iters=4, load_from=file, resume=True)
-    assert said.endswith('tensors of Classifier: missing: fc.bias')
-    assert model.seen == 0
-
-
-def load_by_hook(model, checkpoint, part='backbone', resume=False):
-    """Do what a runner does with a checkpoint before it loads it."""
-    hook = HOOKS.build(dict(type='mmdense.LoadReportHook', part=part))
-    hook.after_load_checkpoint(SimpleNamespace(model=model, _resume=resume), checkpoint)
-
-
-def test_the_hook_names_another_form_of_condensenetv2():
-    whole = {f'backbone.{name}': value for name, value in condensed_weights().items()}
-    said = refusal(load_by_hook, Classifier('CondenseNetV2'), dict(state_dict=whole))
-    assert said == OTHER_FORM
-
-
-def test_the_hook_leaves_fitting_checkpoints_alone():
-    whole = classifier_weights()
-    checkpoint = dict(state_dict=whole, meta=dict(epoch=3))
-    load_by_hook(Classifier(), checkpoint, resume=True)
-    assert checkpoint['state_dict'] is whole
-    assert checkpoint['meta'] == dict(epoch=3)
-
-
-@pytest.mark.parametrize('resume', [False, True])
-def test_the_part_counts_unless_a_run_is_resumed(resume):
-    whole = classifier_weights(classes=7)
-    if resume:
-        refusal(load_by_hook, Classifier(), dict(state_dict=whole), resume=True)
-    else:
-        load_by_hook(Classifier(), dict(state_dict=whole))
-
-
-@pytest.mark.parametrize('resume', [False, True])
-def test_a_whole_model_needs_its_output_norms(resume):
-    """Tested or resumed, it would go on with norms that were never trained."""
-    checkpoint = dict(state_dict=classifier_weights())
-    with pytest.raises(UserError, match=r'missing: backbone\.output_norms\.0\.weight'):
-        load_by_hook(Classifier(output_norm=True), checkpoint, part='', resume=resume)
-
-
-def whole_model(**options):
-    init_default_scope('mmdet')
-    cfg = Config.fromfile(DEMOS['detection'])
-    return MODELS.build({**cfg.model, **options})
-
-
-def test_a_whole_model_s_init_cfg_fills_the_backbone(tmp_path):
-    torch.manual_seed(0)
-    weights = whole_model().state_dict()
+    weights = condensed_weights()
     file = save(tmp_path, weights)
-    model = whole_model(init_cfg=dict(type='Pretrained', checkpoint=file))
-    model.init_weights()
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-    renamed = {k.replace('backbone.', 'bkbone.'): v for k, v in weights.items()}
-    model = whole_model(init_cfg=dict(type='Pretrained', checkpoint=save(tmp_path, renamed)))
-    with pytest.raises(UserError, match='fills 0 of .* tensors of backbone of FasterRCNN'):
-        model.init_weights()
-
-
-def test_all_that_read_the_image_are_adapted():
-    """repvgg's first block has two convolutions side by side."""
-    options = dict(type='mmdense.TimmBackbone', model_name='repvgg_a0')
-    torch.manual_seed(0)
-    weights = MODELS.build(options).state_dict()
-    net = MODELS.build(dict(**options, in_channels=1))
-    assert load_into(net, weights)[1].share() == 1
-    for kernel in ('conv_kxk', 'conv_1x1'):
-        found = net.state_dict()[f'stem.{kernel}.conv.weight']
-        torch.testing.assert_close(found, weights[f'stem.{kernel}.conv.weight'].sum(1, True))
+    assert error_of(initialise, 'CondenseNetV2', file).startswith(f'{file}: {OTHER_FORM}')
+    net = initialise('CondenseNetV2', file, form='condensed')
+    assert_equal(net.state_dict(), weights)
+    checkpoint = dict(state_dict=with_prefix('backbone.', weights))
+    assert error_of(load_by_hook, Classifier('CondenseNetV2'), checkpoint) == OTHER_FORM
 
 
 def test_names_that_a_model_changes_itself():
@@ -813,6 +457,211 @@ def test_names_that_a_model_changes_itself():
                 state_dict |= {f'student.{key}': value, f'teacher.{key}': value}
             super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    found = load_into(Twice(), nn.Linear(2, 2).state_dict())[1]
-    assert len(found.loaded) == 4
-    assert not found.missing
+    report = load_into(Twice(), nn.Linear(2, 2).state_dict())[1]
+    assert len(report.loaded) == 4
+    assert not report.missing
+
+
+# Loads of a runner
+
+
+class Classifier(BaseModel):
+    """A backbone and a linear layer."""
+
+    def __init__(self, kind='RDNet', classes=2, **options):
+        super().__init__()
+        self.backbone = build(kind, **options)
+        self.fc = nn.Linear(self.backbone.out_channels[-1], classes)
+        self.calls = 0
+
+    def forward(self, images, labels, mode='tensor'):
+        self.calls += 1
+        scores = self.fc(self.backbone(images)[-1].mean((2, 3)))
+        return dict(loss=F.cross_entropy(scores, labels)) if mode == 'loss' else scores
+
+
+class Start(Hook):
+    """Keep the weights, and their average, as they are when training begins."""
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner):
+        self.model = {k: v.clone() for k, v in runner.model.state_dict().items()}
+        for average in averages_of(runner):
+            self.average = {k: v.clone() for k, v in average.items()}
+
+
+def averages_of(runner):
+    emas = [hook for hook in runner.hooks if isinstance(hook, EMAHook)]
+    return [hook.ema_model.module.state_dict() for hook in emas]
+
+
+@pytest.fixture
+def train(tmp_path, short_runs):  # noqa: F811
+    """Return a function that trains for two iterations: (runner, what was loaded)."""
+
+    def run(model, name='run', hooks=(), part='backbone', min_loaded=1.0, **options):
+        channels = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).in_channels
+        generator = torch.Generator().manual_seed(0)
+        data = [(torch.randn(channels, 32, 32, generator=generator), i % 2) for i in range(8)]
+        start = Start()
+        hooks = [*hooks, LoadReportHook(min_loaded, part), start]
+        runner = make_runner(tmp_path / name, model, data, hooks=hooks, **options)
+        runner.train()
+        return runner, start
+
+    return run
+
+
+EMA = dict(type='EMAHook', momentum=0.5)
+
+
+def classifier_weights(kind='RDNet', classes=2, **options):
+    torch.manual_seed(2)
+    head = Classifier(kind, classes).state_dict()
+    return OrderedDict({**head, **with_prefix('backbone.', weights_of(kind, **options))})
+
+
+def test_a_runner_loads_a_backbone_beside_other_heads(train, log, tmp_path):
+    weights = classifier_weights(classes=7)
+    model = Classifier()
+    fresh = {f'fc.{k}': v.clone() for k, v in model.fc.state_dict().items()}
+    _, start = train(model, load_from=save(tmp_path, weights))
+    assert model.calls == 2
+    assert_equal(start.model, {**weights, **fresh})
+    ((level, text),) = log
+    assert level == logging.WARNING
+    assert text.startswith('Classifier from the checkpoint: ')
+    number, _, names = table(text)['wrong shape']
+    assert number == 2
+    assert names.startswith('fc.weight (file: [7, ')
+
+
+def test_the_report_is_in_the_log_of_the_run(train, tmp_path):
+    runner, _ = train(Classifier(), load_from=save(tmp_path, classifier_weights()))
+    (file,) = Path(runner.log_dir).glob('*.log')
+    assert 'Classifier from the checkpoint: 100.0% of its tensors' in file.read_text()
+
+
+def test_a_runner_stops_before_the_first_iteration(train, tmp_path):
+    weights = classifier_weights()
+    del weights['backbone.stem.0.bias']
+    model = Classifier()
+    text = error_of(train, model, load_from=save(tmp_path, weights))
+    number = len(model.backbone.state_dict())
+    assert text == (
+        f'the checkpoint fills {number - 1} of {number} tensors of backbone of Classifier: '
+        'missing: backbone.stem.0.bias'
+    )
+    assert model.calls == 0
+    text = error_of(train, Classifier(), load_from=save(tmp_path, weights_of('RDNet')))
+    assert "would match with the prefix 'backbone.'" in text
+    assert 'name the file in model.backbone.init_cfg.checkpoint' in text
+
+
+def test_part_and_share_of_the_hook(train, log, tmp_path):
+    weights = classifier_weights()
+    del weights['fc.bias']
+    file = save(tmp_path, weights)
+    train(Classifier(), load_from=file)
+    for part in ('', 'neck'):  # without such a part the complete model counts
+        text = error_of(train, Classifier(), part=part, load_from=file)
+        assert 'of Classifier: missing: fc.bias' in text
+    share = (len(weights) - 0.5) / (len(weights) + 1)
+    train(Classifier(), part='', min_loaded=share, load_from=file)
+    del weights['backbone.stem.0.bias']
+    file = save(tmp_path, weights)
+    error_of(train, Classifier(), part='', min_loaded=share, load_from=file)
+    log.clear()
+    train(Classifier(), min_loaded=0, load_from=save(tmp_path, {'a.weight': torch.zeros(3)}))
+    ((level, text),) = log
+    assert level == logging.WARNING
+    assert ': 0.0% of its tensors' in text
+
+
+def as_released(weights):
+    """Return a classifier's weights with the names of RDNet's released detectors."""
+    return {k.replace('backbone.', 'backbone.timm_model.'): v for k, v in weights.items()}
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda weights: dict(state_dict=weights),
+        lambda weights: dict(model=weights),
+        lambda weights: dict(state_dict=with_prefix('module.', weights)),
+        lambda weights: dict(state_dict=as_released(weights)),
+        lambda weights: dict(state_dict={}, state_dict_ema=weights),
+        lambda weights: dict(state_dict=classifier_weights(seed=3), state_dict_ema=weights),
+    ],
+    ids=['plain', 'entry', 'wrapper', 'released', 'average', 'average first'],
+)
+def test_models_and_averages_start_from_the_checkpoint(change, train, tmp_path):
+    weights = classifier_weights()
+    torch.save(change(weights), tmp_path / 'x.pth')
+    _, start = train(Classifier(), hooks=[EMA], part='', load_from=str(tmp_path / 'x.pth'))
+    assert start.model.keys() == weights.keys()
+    assert_equal(start.model, weights)
+    assert_equal(start.average, weights)
+
+
+def test_a_runner_adapts_channels(train, log, tmp_path):
+    weights = classifier_weights()
+    file = save(tmp_path, weights)
+    _, start = train(Classifier(in_channels=4), hooks=[EMA], load_from=file)
+    name = 'backbone.stem.0.weight'
+    weights[name] = adapt_input_conv(4, weights[name])
+    assert_equal(start.model, weights)
+    assert_equal(start.average, weights)
+    assert log[0][1] == f'{name}: adapted from 3 to 4 image channels'
+
+
+@pytest.mark.parametrize('hooks', [[], [EMA]], ids=['', 'EMA'])
+def test_resuming(hooks, train, tmp_path):
+    first, _ = train(Classifier(), 'a', hooks=hooks)
+    expected = {k: v.clone() for k, v in first.model.state_dict().items()}
+    model = Classifier(seed=3)
+    file = tmp_path / 'a/iter_2.pth'
+    options = dict(hooks=hooks, iters=4, resume=True)
+    runner, start = train(model, 'b', load_from=str(file), **options)
+    assert (model.calls, runner.iter) == (2, 4)
+    assert_equal(start.model, expected)
+    for average in averages_of(first):
+        assert_equal(start.average, average)
+        assert not torch.equal(start.average['fc.weight'], start.model['fc.weight'])
+    # A run without its head is not resumed.
+    state = read_checkpoint(file)
+    del state['state_dict']['fc.bias']
+    torch.save(state, file)
+    model = Classifier()
+    text = error_of(train, model, 'c', load_from=str(file), **options)
+    assert text.endswith('tensors of Classifier: missing: fc.bias')
+    assert model.calls == 0
+
+
+def load_by_hook(model, checkpoint, part='backbone', resume=False):
+    """Do what a runner does with a checkpoint before it loads it."""
+    hook = HOOKS.build(dict(type='mmdense.LoadReportHook', part=part))
+    hook.after_load_checkpoint(SimpleNamespace(model=model, _resume=resume), checkpoint)
+
+
+def test_the_hook_leaves_fitting_checkpoints_alone():
+    weights = classifier_weights()
+    checkpoint = dict(state_dict=weights, meta=dict(epoch=3))
+    load_by_hook(Classifier(), checkpoint, resume=True)
+    assert checkpoint['state_dict'] is weights
+    assert checkpoint['meta'] == dict(epoch=3)
+
+
+def test_the_part_counts_unless_a_run_is_resumed():
+    checkpoint = dict(state_dict=classifier_weights(classes=7))
+    load_by_hook(Classifier(), dict(checkpoint))
+    error_of(load_by_hook, Classifier(), checkpoint, resume=True)
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_complete_model_needs_its_output_norms(resume):
+    """Tested or resumed, it would go on with norms that were never trained."""
+    checkpoint = dict(state_dict=classifier_weights())
+    with pytest.raises(UserError, match=r'missing: backbone\.output_norms\.0\.weight'):
+        load_by_hook(Classifier(output_norm=True), checkpoint, part='', resume=resume)

@@ -1,9 +1,9 @@
-"""The released CondenseNetV2 checkpoints: models as they were trained, and converted ones.
+"""CondenseNetV2: the released checkpoints, trained models and converted ones.
 
-Both load by their own names: those of a model as it was trained into ``form='learned'``, those of a
-converted one into ``form='condensed'``. What differs: a converted model scatters by a matrix of
-ones and zeros, where ours has the channel of each row; masks and counters are floats, where ours
-are integers. Masks are rounded: the released moving average covers them too.
+The names are mmdense's: those of a trained model load into ``form='learned'``, those of a converted
+one into ``form='condensed'``. Two kinds of values differ. A converted model scatters by a matrix of
+zeros and ones, mmdense by the column of the one in each row. Masks and counters are floats there
+and integers in mmdense; they are rounded, as the released moving average covers them too.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def _values(weights: dict[str, Any]) -> dict[str, Any]:
     }
     if len(forms) != 1:
         raise ValueError(
-            'neither a trained nor a converted CondenseNetV2: '
-            + ('it has both masks and indices' if forms else 'it has no masks and no indices')
+            'neither a trained nor a converted CondenseNetV2: it has '
+            + ('both masks and indices' if forms else 'no masks and no indices')
         )
     changed = {}
     for key, value in weights.items():
@@ -45,7 +45,7 @@ def _values(weights: dict[str, Any]) -> dict[str, Any]:
 
 
 def _destinations(key: str, matrix: Tensor) -> Tensor:
-    """Return the column of the one in each row: [rows, columns] to int64 [rows]."""
+    """Return the column of the 1 in each row: [rows, columns] to int64 [rows]."""
     chosen = matrix == 1
     single = matrix.ndim == 2 and bool((chosen.sum(1) == 1).all())
     if not single or matrix.count_nonzero() != len(matrix):
@@ -55,7 +55,7 @@ def _destinations(key: str, matrix: Tensor) -> Tensor:
 
 CONDENSENETV2 = Format(
     name='condensenetv2',
-    about='CondenseNetV2: the released models, converted or as they were trained',
+    about='CondenseNetV2: the released models, converted or as trained',
     sign=rf'{LAYER}\.',
     rules=(
         (

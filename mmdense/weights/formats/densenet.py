@@ -28,7 +28,7 @@ BACKBONE = r'(?:backbone\.)?'
 
 
 def _layer(match: re.Match) -> str:
-    """Count blocks and layers from 1."""
+    """Number blocks and layers from 1."""
     return f'features.denseblock{int(match[1]) + 1}.denselayer{int(match[2]) + 1}.{match[3]}'
 
 
@@ -45,7 +45,7 @@ MMPRETRAIN = Format(
         (rf'{BACKBONE}stem\.1\.({NORM})', r'features.norm0.\1'),
         (rf'{BACKBONE}stages\.(\d+)\.block\.(\d+)\.({LAYER}[12]\.{NORM})', _layer),
         (rf'{BACKBONE}transitions\.(\d+)\.({LAYER}\.{NORM})', _transition),
-        # The fourth has no convolution: it is the network's last norm, and its activation.
+        # The fourth is the network's last norm, with an activation and no convolution.
         (rf'{BACKBONE}transitions\.3\.0\.({NORM})', r'features.norm5.\1'),
         (rf'head\.fc\.{AFFINE}', None),
     ),

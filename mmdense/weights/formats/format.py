@@ -1,4 +1,4 @@
-"""What a foreign format of weights is: rules from its keys to ours."""
+"""A weight format: rules that rename its keys to mmdense's."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from torch import Tensor
 
 __all__ = ['AFFINE', 'Format', 'Mapped', 'NORM', 'Rule', 'below']
 
-# A pattern of the whole key, and our key (with groups of the pattern), or None for what is dropped.
-Rule = tuple[str, str | Callable[[re.Match], str] | None]
+# A pattern of a complete key, and mmdense's key (with the pattern's groups), or None to drop it.
+Target = str | Callable[[re.Match], str] | None
+Rule = tuple[str, Target]
 AFFINE = r'(?:weight|bias)'
 NORM = r'(?:weight|bias|running_mean|running_var|num_batches_tracked)'
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """A state dict with our keys.
+    """A state dict with mmdense's keys.
 
     Attributes:
-        weights: Our keys, with the tensors that were given.
-        dropped: Their keys that no dense prediction needs, such as the classifier's.
-        unknown: Their keys that the format doesn't have. They are in ``weights`` too, as they are.
+        weights: mmdense's keys -> the given tensors.
+        dropped: Source keys that dense prediction doesn't need, such as the classifier's.
+        unknown: Source keys that the format doesn't have. ``weights`` holds them unchanged.
     """
 
     weights: dict[str, Any]
@@ -35,15 +36,15 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Format:
-    """A naming of weights that was published.
+    """Published names of weights.
 
     Attributes:
         name: Such as 'rdnet'.
-        about: What is published so, in a few words.
-        sign: Pattern at the beginning of a key; some key of each such file matches it, and none of
-            another format's.
-        rules: The first one that matches a key decides.
-        values: Changes mapped tensors where not only the names differ; raises ValueError.
+        about: The published weights of this format, in a few words.
+        sign: Pattern of the beginning of a key. Each file of the format has a key that matches, and
+            no file of another format has.
+        rules: The first rule that matches a key decides.
+        values: Changes renamed tensors, if more than names differ; raises ValueError.
     """
 
     name: str
@@ -53,53 +54,45 @@ class Format:
     values: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @cached_property
-    def _compiled(self) -> list[tuple[re.Pattern, str | Callable[[re.Match], str] | None]]:
-        return [(re.compile(pattern), to) for pattern, to in self.rules]
+    def _compiled(self) -> list[tuple[re.Pattern, Target]]:
+        return [(re.compile(pattern), target) for pattern, target in self.rules]
 
     def recognises(self, keys: Mapping[str, Any]) -> bool:
-        """Say whether a state dict bears the format's sign."""
+        """Return whether a state dict is of this format."""
         sign = re.compile(self.sign)
         return any(sign.match(key) for key in keys)
 
-    def _rule(self, key: str) -> tuple[re.Match | None, str | Callable[[re.Match], str] | None]:
-        for pattern, to in self._compiled:
-            if match := pattern.fullmatch(key):
-                return match, to
-        return None, None
-
     def map(self, state_dict: Mapping[str, Tensor]) -> Mapped:
-        """Return the state dict with our keys; what was given is left as it was.
+        """Return a state dict with mmdense's keys; the given one stays unchanged.
 
         Raises:
-            ValueError: Two keys are the same one of ours, or tensors that the format cannot hold.
+            ValueError: Two keys have the same name in mmdense, or tensors cannot be of the format.
         """
-        mapped, sources, dropped, unknown = {}, {}, [], []
+        renamed, sources, dropped, unknown = {}, {}, [], []
         for key, value in state_dict.items():
-            match, to = self._rule(key)
+            matches = ((pattern.fullmatch(key), target) for pattern, target in self._compiled)
+            match, target = next((pair for pair in matches if pair[0]), (None, None))
             if match is None:
                 unknown.append(key)
-            elif to is None:
+            elif target is None:
                 dropped.append(key)
             else:
-                ours = to(match) if callable(to) else match.expand(to)
-                if ours in mapped:
-                    raise ValueError(f'{sources[ours]} and {key} are both {ours}')
-                mapped[ours], sources[ours] = value, key
-        if self.values is not None and mapped:
-            mapped = self.values(mapped)
+                name = target(match) if callable(target) else match.expand(target)
+                if name in renamed:
+                    raise ValueError(f'{sources[name]} and {key} are both {name}')
+                renamed[name], sources[name] = value, key
+        if self.values is not None and renamed:
+            renamed = self.values(renamed)
         for key in unknown:
-            if key in mapped:
+            if key in renamed:
                 raise ValueError(f'{sources[key]} and {key} are both {key}')
-            mapped[key] = state_dict[key]
-        return Mapped(mapped, dropped, unknown)
+            renamed[key] = state_dict[key]
+        return Mapped(renamed, dropped, unknown)
 
 
 def below(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return rules for the same keys behind a prefix, which ours get too."""
-
-    def moved(to: str | Callable[[re.Match], str] | None) -> Any:
-        if to is None:
-            return None
-        return (lambda match: prefix + to(match)) if callable(to) else prefix + to
-
-    return tuple((re.escape(prefix) + pattern, moved(to)) for pattern, to in rules)
+    """Return rules for the same keys with a prefix, which mmdense's keys get too."""
+    return tuple(
+        (re.escape(prefix) + pattern, None if target is None else prefix + target)
+        for pattern, target in rules
+    )

@@ -8,7 +8,7 @@ __all__ = ['MMLAB', 'RDNET']
 
 BLOCK = rf'dense_block\d+\.(?:gamma|layers\.layers\.(?:[0124]|5\.fc)\.{AFFINE})'
 # Feature extractors flatten the outermost modules: stem_0, dense_stages_0. The released detectors
-# hold one as timm_model.
+# wrap one as timm_model.
 OUTER = r'(?:timm_model\.)?'
 RULES = (
     (rf'{OUTER}stem[._](?:stem[._])?([01]\.{AFFINE})', r'stem.\1'),
@@ -25,12 +25,12 @@ RDNET = Format(
     sign=rf'{OUTER}dense_stages[._]\d',
     rules=RULES,
 )
-# Necks and heads have the same names in mmdet 2 and 3, and in mmseg 0 and 1. mmcv's moving average
-# keeps the weights that it has replaced as ema_...
+# Necks and heads have the same names in mmdet 2 and 3, and in mmseg 0 and 1. mmcv's EMAHook saves
+# the weights that the average replaced as ema_...
 PARTS = r'(?:neck|rpn_head|roi_head|bbox_head|mask_head|decode_head|auxiliary_head)'
 MMLAB = Format(
     name='rdnet-mmlab',
-    about='RDNet detectors and segmentors of mmdet 2.x and mmseg 0.x',
+    about='RDNet: detectors of mmdet 2.x and segmentors of mmseg 0.x',
     sign=r'backbone\.timm_model\.(?:stem|dense_stages)[._]',
     rules=(*below('backbone.', RULES), (rf'{PARTS}\..+', r'\g<0>'), (r'ema_\w+', None)),
 )

@@ -1,10 +1,10 @@
-"""ReXNet: timm's classifiers and clovaai's."""
+"""ReXNet: timm's classifiers, clovaai's, and the ReXNet U-Net."""
 
 from __future__ import annotations
 
 from mmdense.weights.formats.format import AFFINE, NORM, Format, Rule
 
-__all__ = ['BLOCKS', 'CLOVAAI', 'REXNET', 'block_rules']
+__all__ = ['CLOVAAI', 'REXNET', 'UNET']
 
 GATE = rf'(?:fc[12]\.{AFFINE}|bn\.{NORM})'
 CONV_NORM = rf'(?:conv\.weight|bn\.{NORM})'
@@ -21,73 +21,81 @@ REXNET = Format(
         (rf'head\.fc\.{AFFINE}', None),
     ),
 )
-# Numbers in the sequence ``out`` of clovaai's blocks, those between being activations; by kind.
-BLOCKS = dict(
-    first={'0': 'conv_dw.conv', '1': 'conv_dw.bn', '3': 'conv_pwl.conv', '4': 'conv_pwl.bn'},
-    plain={
-        '0': 'conv_exp.conv',
-        '1': 'conv_exp.bn',
-        '3': 'conv_dw.conv',
-        '4': 'conv_dw.bn',
-        '6': 'conv_pwl.conv',
-        '7': 'conv_pwl.bn',
-    },
-    gated={
-        '0': 'conv_exp.conv',
-        '1': 'conv_exp.bn',
-        '3': 'conv_dw.conv',
-        '4': 'conv_dw.bn',
-        '5.fc.0': 'se.fc1',
-        '5.fc.1': 'se.bn',
-        '5.fc.3': 'se.fc2',
-        '7': 'conv_pwl.conv',
-        '8': 'conv_pwl.bn',
-    },
-    decoder={
-        '0': 'conv_dw.conv',
-        '1': 'conv_dw.bn',
-        '2.fc.0': 'se.fc1',
-        '2.fc.1': 'se.bn',
-        '2.fc.3': 'se.fc2',
-        '4': 'conv_pwl.conv',
-        '5': 'conv_pwl.bn',
-    },
-)
-NUMBERS = range(3, 19)  # of the blocks in clovaai's sequence of modules
 
 
-def kind(number: int) -> str:
-    """Return the kind of a block by its number in clovaai's sequence of modules."""
-    return 'first' if number == 3 else 'plain' if number < 6 else 'gated'
+def _module(source: str, target: str) -> Rule:
+    """Return the rule for a convolution or a norm; ``source`` is a pattern."""
+    return rf'{source}\.({NORM})', rf'{target}.\1'
 
 
-def module_rule(theirs: str, ours: str) -> Rule:
-    """Return the rule for a convolution or a norm under another name."""
-    return rf'{theirs}\.({NORM})', rf'{ours}.\1'
+def _block(source: str, target: str, *, expanded: bool = True, gated: bool = True) -> list[Rule]:
+    """Return the rules for a block, whose modules clovaai numbers in a sequence ``out``."""
+    # None is an activation.
+    modules = ['conv_exp.conv', 'conv_exp.bn', None] if expanded else []
+    modules += ['conv_dw.conv', 'conv_dw.bn', *(['se'] if gated else []), None]
+    modules += ['conv_pwl.conv', 'conv_pwl.bn']
+    rules = []
+    for number, module in enumerate(modules):
+        at = rf'{source}\.out\.{number}'
+        if module == 'se':
+            gate = {0: 'fc1', 1: 'bn', 3: 'fc2'}
+            rules += [_module(rf'{at}\.fc\.{k}', f'{target}.se.{v}') for k, v in gate.items()]
+        elif module:
+            rules.append(_module(at, f'{target}.{module}'))
+    return rules
 
 
-def block_rules(theirs: str, ours: str, kind: str) -> tuple[Rule, ...]:
-    """Return the rules for a block under other names; ``theirs`` is a pattern."""
-    return tuple(
-        module_rule(rf'{theirs}\.out\.{number.replace(".", "[.]")}', f'{ours}.{module}')
-        for number, module in BLOCKS[kind].items()
-    )
+def _encoder(slices: dict[str, range], target: str) -> list[Rule]:
+    """Return the rules for clovaai's sequence of modules.
+
+    Modules 0 and 1 are the stem, 3 to 18 the blocks, 19 and 20 the last convolution.
+
+    Args:
+        slices: Name of each part of the sequence -> numbers of its modules.
+        target: Prefix of mmdense's keys.
+    """
+    rules = []
+    for name, numbers in slices.items():
+        for number in numbers:
+            source, block = rf'{name}\.{number}', f'{target}features.{number - 3}'
+            if number in (0, 1):
+                rules.append(_module(source, f'{target}stem.{("conv", "bn")[number]}'))
+            elif 3 <= number < 19:
+                rules += _block(source, block, expanded=number > 3, gated=number > 5)
+            elif number >= 19:
+                rules.append(_module(source, f'{target}features.16.{("conv", "bn")[number - 19]}'))
+    return rules
 
 
 CLOVAAI = Format(
     name='rexnet-clovaai',
-    about="ReXNet: the authors' classifiers (clovaai)",
+    about="ReXNet: clovaai's (the authors') classifiers",
     sign=r'features\.\d+\.out\.\d',
+    rules=(*_encoder(dict(features=range(21)), ''), (rf'output\.1\.{AFFINE}', None)),
+)
+# The U-Net's encoder is the same sequence, cut into slices that keep the numbers. In mmdense it is
+# an EncoderDecoder or DepthEstimator of ReXNet(taps='unet') and ReXUNetHead or ReXUNetDepthHead,
+# width 1.0, one output channel. The published sigmoids are disparities: ReXUNetDepthHead's depths
+# take fine-tuning, its ``disparities`` don't.
+SLICES = dict(
+    conv0=range(4),
+    conv1=range(4, 5),
+    conv2=range(5, 7),
+    conv3=range(7, 9),
+    conv4=range(9, 15),
+    conv5=range(15, 21),
+)
+UNET = Format(
+    name='rexnet-unet',
+    about='ReXNet U-Net: encoder and decoder',
+    sign=r'decode_conv\d\.out\.',
     rules=(
-        module_rule(r'features\.0', 'stem.conv'),
-        module_rule(r'features\.1', 'stem.bn'),
+        *_encoder(SLICES, 'backbone.'),
         *(
             rule
-            for number in NUMBERS
-            for rule in block_rules(rf'features\.{number}', f'features.{number - 3}', kind(number))
+            for k in range(1, 7)
+            for rule in _block(f'decode_conv{k}', f'decode_head.decode_conv{k}', expanded=False)
         ),
-        module_rule(r'features\.19', 'features.16.conv'),
-        module_rule(r'features\.20', 'features.16.bn'),
-        (rf'output\.1\.{AFFINE}', None),
+        *(_module(f'output_conv{k}', f'decode_head.output_conv{k}') for k in range(1, 6)),
     ),
 )
