@@ -1,4 +1,4 @@
-"""Images, label maps and annotations as they should not be."""
+"""Broken images, label maps and annotations."""
 
 import io
 import json
@@ -22,7 +22,7 @@ EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
 
 
 def encode(kind='JPEG', mode='RGB', **options):
-    """Return the picture as a file of this kind."""
+    """Return PIXELS encoded as this kind of file."""
     file = io.BytesIO()
     Image.fromarray(PIXELS[..., ::-1]).convert(mode).save(file, kind, **options)
     return file.getvalue()
@@ -33,7 +33,7 @@ def png(array):
 
 
 def bomb(width, height):
-    """Return a PNG of a few bytes that says it has this many pixels."""
+    """Return a PNG of a few bytes whose header claims this many pixels."""
     parts = (
         (b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)),
         (b'IDAT', zlib.compress(bytes(1000))),
@@ -46,8 +46,8 @@ def bomb(width, height):
     return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
 
 
-def turned():
-    """Return a JPEG that was taken with the camera upright: seen, it is higher than wide."""
+def rotated():
+    """Return a JPEG whose EXIF orientation makes it higher than wide."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return encode(exif=exif)
@@ -55,10 +55,10 @@ def turned():
 
 WHOLE, DEEP = encode(), PIXELS.astype(np.uint16) * 256 + 99
 PROGRESSIVE = encode(progressive=True)
-# Of bytes enough that zeros make up the rest of the pixels.
+# Large enough for zeros to replace half of the file.
 NOISY = cv2.imencode('.jpg', np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8))[1]
 NOISY = NOISY.tobytes()
-# Name -> content, (width, height) as seen, and what the check calls it.
+# Name -> content, (width, height) after rotation, and the kind of finding.
 USABLE = {
     'whole.jpg': (WHOLE, (96, 64), None),
     'progressive.jpg': (PROGRESSIVE, (96, 64), None),
@@ -66,12 +66,12 @@ USABLE = {
     'cmyk.jpg': (encode(mode='CMYK'), (96, 64), None),
     'palette.png': (encode('PNG', 'P'), (96, 64), None),
     'padded.jpg': (WHOLE + bytes(500), (96, 64), None),
-    'turned.jpg': (turned(), (64, 96), None),
+    'rotated.jpg': (rotated(), (64, 96), None),
     'opaque.png': (encode('PNG', 'RGBA'), (96, 64), None),
     'clear.png': (png(np.dstack([PIXELS, PIXELS[..., 0]])), (96, 64), 'transparency'),
-    'deep.png': (png(DEEP), (96, 64), 'deep pixels'),
-    'deep-grey.png': (png(DEEP[..., 0]), (96, 64), 'deep pixels'),
-    'deep.tif': (cv2.imencode('.tif', DEEP)[1].tobytes(), (96, 64), 'deep pixels'),
+    'deep.png': (png(DEEP), (96, 64), 'high bit depth'),
+    'deep-grey.png': (png(DEEP[..., 0]), (96, 64), 'high bit depth'),
+    'deep.tif': (cv2.imencode('.tif', DEEP)[1].tobytes(), (96, 64), 'high bit depth'),
     'dot.png': (png(PIXELS[:1, :1]), (1, 1), 'extreme shape'),
     'line.png': (png(cv2.resize(PIXELS, (8000, 50))), (8000, 50), 'extreme shape'),
 }
@@ -81,16 +81,16 @@ UNUSABLE = {
     'truncated-progressive.jpg': (PROGRESSIVE[: len(PROGRESSIVE) // 2], 'damaged file'),
     'truncated.png': (encode('PNG')[:4000], 'damaged file'),
     'zeros.jpg': (NOISY[: len(NOISY) // 2] + bytes(len(NOISY) // 2), 'damaged file'),
-    'text.jpg': (b'no image at all', 'no image'),
-    'drawing.jpg': (SVG, 'no image'),
-    'postscript.jpg': (EPS, 'no image'),
+    'text.jpg': (b'no image at all', 'not an image'),
+    'drawing.jpg': (SVG, 'not an image'),
+    'postscript.jpg': (EPS, 'not an image'),
     'bomb.png': (bomb(50000, 50000), 'too many pixels'),
     'missing.jpg': (None, 'missing file'),
 }
 
 
 def write(folder, name, content):
-    """Write a file, or leave it out where it has no content; return its path."""
+    """Write a file, unless its content is None, and return its path."""
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
     if content is not None:
@@ -99,7 +99,7 @@ def write(folder, name, content):
 
 
 def coco(images=(), annotations=(), categories=('a', 'b')):
-    """Return an annotation file; images are (id, name, width, height)."""
+    """Return the content of an annotation file; images are (id, name, width, height)."""
     keys = ('id', 'file_name', 'width', 'height')
     return dict(
         images=[i if isinstance(i, dict) else dict(zip(keys, i, strict=True)) for i in images],
@@ -118,7 +118,7 @@ def box(number, image=1, category=1, bbox=(8, 8, 40, 30), **more):
     return dict(known, area=w * h, iscrowd=0, segmentation=corners) | more
 
 
-def write_json(file, held):
+def write_json(file, content):
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(held))
+    file.write_text(json.dumps(content))
     return file

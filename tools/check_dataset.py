@@ -1,8 +1,7 @@
-"""Find what is wrong with a config's data before training stops at it, or learns from it.
+"""Check a config's data before training: decode every image and label map, read every annotation.
 
-Every image and label map is decoded, every annotation is looked at. Errors stop training, or teach
-it what isn't so; warnings say what is left out, cut off or changed. The exit status is 1 if there
-are errors.
+Errors stop training, or teach the model something false; warnings tell what is ignored, clipped or
+changed. The exit status is 1 if there are errors.
 """
 
 import argparse
@@ -11,28 +10,28 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from mmdense import cli as options
-from mmdense.cli import report_errors
+from mmdense import cli
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, Finding
 from mmdense.datasets.files import check_files, list_files
+from mmdense.errors import UserError
 from mmdense.files import check_writable
 
 LOADERS = ('train', 'val', 'test')
-SHOWN = 3  # of each kind
+EXAMPLES = 3  # of each kind, in the terminal
 
 
-@report_errors
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        **options.example('tools/check_dataset.py CONFIG --loaders train val --json findings.json'),
+        **cli.example('tools/check_dataset.py CONFIG --loaders train val --json findings.json'),
     )
     parser.add_argument('config', help='config file')
     parser.add_argument(
@@ -40,55 +39,60 @@ def main() -> None:
         nargs='+',
         choices=LOADERS,
         default=LOADERS,
-        help='whose data are looked at (all)',
+        help='data loaders to check (all)',
     )
-    parser.add_argument('--json', metavar='FILE', help='write all that is found there')
+    parser.add_argument('--json', metavar='FILE', help='write all findings to this file')
     parser.add_argument(
         '--workers',
         type=int,
         default=os.cpu_count(),
         help='processes that decode images (%(default)s)',
     )
-    options.add_cfg_options(parser)
-    args = parser.parse_args()
+    cli.add_cfg_options(parser)
+    return parser
+
+
+@cli.report_errors
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     if args.workers < 1:
-        parser.error(f'--workers {args.workers} is not positive')
+        raise UserError(f'--workers {args.workers} is not positive')
     if args.json:
         check_writable(Path(args.json))
     cfg = load_config(args.config, options=args.cfg_options)
     with Progress(console=Console(stderr=True)) as progress:
-        reading = progress.add_task('annotations', total=None)
-        found, files = list_files(cfg, args.loaders)
-        progress.update(reading, total=1, completed=1)
-        checked = check_files(files, args.workers)
-        for wrong in progress.track(checked, total=len(files), description='images'):
-            found += wrong
-    found = list(dict.fromkeys(found))
+        task = progress.add_task('annotations', total=None)
+        findings, files = list_files(cfg, args.loaders)
+        progress.update(task, total=1, completed=1)
+        results = check_files(files, args.workers)
+        for more in progress.track(results, total=len(files), description='images'):
+            findings += more
+    findings = list(dict.fromkeys(findings))
     if args.json:
-        rows = [dict(dataclasses.asdict(f), severity=f.severity, fix=f.fix) for f in found]
+        rows = [dict(dataclasses.asdict(f), severity=f.severity, fix=f.fix) for f in findings]
         Path(args.json).write_text(json.dumps(rows, indent=1))
-    sys.exit(_report(found, len(files)))
+    print_summary(findings, len(files))
+    sys.exit(any(finding.severity == ERROR for finding in findings))
 
 
-def _report(found: list[Finding], count: int) -> int:
-    """Print what was found by its kind, errors first, and return the exit status."""
+def print_summary(findings: list[Finding], count: int) -> None:
+    """Print examples of each kind of finding, errors first, and a table of all kinds."""
     console = Console()
     kinds = defaultdict(list)
-    for finding in sorted(found, key=lambda finding: finding.severity):
+    for finding in sorted(findings, key=lambda finding: finding.severity):
         kinds[finding.kind].append(finding)
-    table = Table('severity', 'kind', 'count', 'what can be done')
-    for kind, findings in kinds.items():
-        console.print(f'{findings[0].severity}: {kind}', markup=False)
-        for finding in findings[:SHOWN]:
+    table = Table('severity', 'kind', 'count', 'fix')
+    for kind, group in kinds.items():
+        console.print(f'{group[0].severity}: {kind}', markup=False)
+        for finding in group[:EXAMPLES]:
             console.print(f'  {finding}', markup=False, highlight=False, soft_wrap=True)
-        if len(findings) > SHOWN:
-            console.print(f'  and {len(findings) - SHOWN} more', markup=False)
-        table.add_row(findings[0].severity, kind, str(len(findings)), findings[0].fix)
-    if found:
+        if len(group) > EXAMPLES:
+            console.print(f'  and {len(group) - EXAMPLES} more', markup=False)
+        table.add_row(group[0].severity, kind, str(len(group)), group[0].fix)
+    if findings:
         console.print(table, markup=False)
-    errors = sum(finding.severity == ERROR for finding in found)
-    console.print(f'{count} images: {errors} errors, {len(found) - errors} warnings')
-    return 1 if errors else 0
+    errors = sum(finding.severity == ERROR for finding in findings)
+    console.print(f'{count} images: {errors} errors, {len(findings) - errors} warnings')
 
 
 if __name__ == '__main__':

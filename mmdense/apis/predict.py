@@ -32,7 +32,7 @@ from torch import nn
 from mmdense.apis.classes import class_names, coco_categories, num_classes_of
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
-from mmdense.datasets.check import ERROR, ReadOptions, check_image
+from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write, check_writable
 from mmdense.models.deploy import deploy as deploy_backbone
@@ -161,7 +161,7 @@ class Predictor:
         """Return what the config's LoadImageFromFile puts into the pipeline."""
         if not isinstance(image, np.ndarray):
             options = ReadOptions(self._loader.imdecode_backend, self._loader.color_type)
-            for finding in check_image(image, options=options):
+            for finding in check_sample(Sample(str(image)), options):
                 if finding.severity == ERROR:
                     raise UserError(str(finding))
             try:

@@ -27,17 +27,9 @@ from pycocotools import mask as coco_mask
 # Category d + 1 of the COCO files and label d + 1 of the label maps is digit d.
 CLASSES = ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
 PALETTE = (
-    (230, 25, 75),
-    (60, 180, 75),
-    (255, 225, 25),
-    (0, 130, 200),
-    (245, 130, 48),
-    (240, 50, 230),
-    (70, 240, 240),
-    (145, 30, 180),
-    (210, 245, 60),
-    (250, 190, 212),
-)
+    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
+    (240, 50, 230), (70, 240, 240), (145, 30, 180), (210, 245, 60), (250, 190, 212),
+)  # fmt: skip
 SEG_CLASSES = ('background', *CLASSES)
 SEG_PALETTE = ((0, 0, 0), *PALETTE)
 # The foreground maps have all digits as one class.
@@ -64,19 +56,12 @@ CONTRAST = 33  # CIELAB distance to most pixels around a digit
 
 
 class DigitsData(NamedTuple):
-    """Result of :func:`make_digits`.
-
-    Attributes:
-        root: The folder.
-        made: Whether it was written now. False: it was up to date.
-        images: Number of images by split.
-        instances: Number of digits by split.
-    """
+    """Result of :func:`make_digits`."""
 
     root: Path
-    made: bool
-    images: dict[str, int]
-    instances: dict[str, int]
+    made: bool  # False if the folder was up to date
+    images: dict[str, int]  # number of images by split
+    instances: dict[str, int]  # number of digits by split
 
 
 def make_digits(

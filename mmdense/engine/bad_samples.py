@@ -74,7 +74,7 @@ def _blame_annotations(dataloader: Any, error: Exception | None = None) -> None:
             dataset = build_dataset(node, where)
         except UserError:  # then it isn't the annotations
             continue
-        _blame(check_annotations(dataset, read_options_of(dataset))[0], error)
+        _blame(check_annotations(dataset)[0], error)
 
 
 def _blame(found: Sequence[Finding], error: Exception | None = None) -> None:

@@ -15,8 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mmdense.datasets import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE, digits, make_digits
-from support import ROOT
-from tools import make_demo_dataset
+from support import ROOT, load_tool
 
 SPLITS = ('train', 'val')
 SMALL = dict(train=12, val=6, size=96, seed=3)
@@ -266,28 +265,26 @@ def test_scikit_learn_is_imported_only_when_needed(tmp_path, monkeypatch):
 # The command
 
 
-def test_the_command_makes_the_same_files(data, tmp_path, capsys):
+def test_the_command_makes_the_same_files(data, tmp_path, call_tool):
     arguments = [f'--{name}={value}' for name, value in SMALL.items()]
-    make_demo_dataset.main(['--out', str(tmp_path / 'digits'), *arguments])
+    status, output, _ = call_tool('make_demo_dataset', '--out', tmp_path / 'digits', *arguments)
+    assert status == 0
+    assert f'made: 12 train images with {data.instances["train"]} digits' in output
     assert snapshot(tmp_path / 'digits') == snapshot(data.root)
-    assert f'made: 12 train images with {data.instances["train"]} digits' in capsys.readouterr().out
-    make_demo_dataset.main(['--out', str(tmp_path / 'digits'), *arguments])
-    assert 'is up to date' in capsys.readouterr().out
-    defaults = vars(make_demo_dataset.parser().parse_args(['--out', 'x']))
+    _, output, _ = call_tool('make_demo_dataset', '--out', tmp_path / 'digits', *arguments)
+    assert 'is up to date' in output
+    defaults = vars(load_tool('make_demo_dataset').parser().parse_args(['--out', 'x']))
     assert defaults == dict(out='x', train=800, val=200, size=192, seed=0)
 
 
-def test_the_command_fails_with_one_line(tmp_path, capsys, monkeypatch):
+def test_the_command_fails_with_one_line(tmp_path, call_tool, monkeypatch):
     (tmp_path / '[red]thesis.txt').write_text('mine')
 
     def fails(message, *arguments):
-        with pytest.raises(SystemExit) as error:
-            make_demo_dataset.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert error.value.code == 2
-        assert (out, err.count('\n')) == ('', 1)
-        assert err.startswith('error: ')
-        assert message in err
+        status, output, error = call_tool('make_demo_dataset', *arguments)
+        assert (status, output, error.count('\n')) == (2, '', 1)
+        assert error.startswith('error: ')
+        assert message in error
 
     fails('not made by this tool', '--out', tmp_path)
     fails('train must be at least 1, got 0', '--out', tmp_path / 'a', '--train', 0)

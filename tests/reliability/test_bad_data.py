@@ -1,4 +1,4 @@
-"""Bad images, annotations and label maps: all found before training, or trained through as said."""
+"""Bad images, annotations and label maps: found before training, named during it."""
 
 import json
 import sys
@@ -17,142 +17,149 @@ from mmdense.engine.runner import build_runner
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
 
-PY, CHECK, TRAIN = sys.executable, ROOT / 'tools/check_dataset.py', ROOT / 'tools/train.py'
 DIGITS = tuple('0123456789')
 MASKS = 'train_dataloader.dataset.pipeline.1.with_mask=True'
-pytestmark = pytest.mark.slow
 
-# Annotations of image 1, 96 x 64, and what the check calls them.
+# Annotations of image 1, 96 x 64 pixels, by the kind of finding.
 LEFT_OUT = {
     'empty box': bad.box(20, bbox=(8, 8, 0, 30)),
     'box outside': bad.box(21, bbox=(200, 8, 40, 30)),
 }
 TRAINED = {
     None: bad.box(30, category=3, bbox=(10, 20, 40, 30)),
-    'box across the border': bad.box(31, category=4, bbox=(80, 40, 40, 40)),
+    'box crosses border': bad.box(31, category=4, bbox=(80, 40, 40, 40)),
 }
 IGNORED = {
     None: bad.box(40, iscrowd=1, bbox=(50, 4, 30, 30)),
-    'polygon': bad.box(41, bbox=(4, 4, 30, 30), segmentation=[[4, 4, 34, 34]]),
+    'short polygon': bad.box(41, bbox=(4, 4, 30, 30), segmentation=[[4, 4, 34, 34]]),
 }
 ERRORS = {
-    'fields': bad.box(50) | dict(bbox=None),
+    'invalid field': bad.box(50) | dict(bbox=None),
     'unknown image': bad.box(51, image=99),
     'unknown category': bad.box(52, category=77),
-    'mask': bad.box(53, segmentation=dict(size=[9, 9], counts=[81])),
+    'invalid mask': bad.box(53, segmentation=dict(size=[9, 9], counts=[81])),
     'duplicate id': bad.box(50),
 }
 
 
 def detection(folder, files, annotations, split='train', classes=DIGITS):
-    """Write images 1, 2, ... of sizes as seen, and their annotation file."""
+    """Write images 1, 2, ... and their annotation file."""
     for name, (content, *_) in files.items():
         bad.write(folder / split, name, content)
-    sizes = [seen[0] if len(seen) == 2 else (96, 64) for _, *seen in files.values()]
+    sizes = [rest[0] if len(rest) == 2 else (96, 64) for _, *rest in files.values()]
     images = [(i + 1, name, *sizes[i]) for i, name in enumerate(files)]
-    held = bad.coco(images, annotations, classes)
-    bad.write_json(folder / f'annotations/instances_{split}.json', held)
+    content = bad.coco(images, annotations, classes)
+    bad.write_json(folder / f'annotations/instances_{split}.json', content)
 
 
-def whole_boxes(files):
-    """Return a box as large as the image for each but the first."""
+def full_boxes(files):
+    """Return a box as large as the image for each image but the first."""
     sizes = [size for _, size, _ in files.values()]
     return [bad.box(100 + i, i, bbox=(0, 0, *sizes[i - 1])) for i in range(2, len(files) + 1)]
 
 
 def segmentation(folder, split, maps, content=bad.WHOLE):
-    """Write images of one content with their label maps."""
-    for name, held in maps.items():
+    """Write copies of one image with their label maps."""
+    for name, label_map in maps.items():
         bad.write(folder / split, f'{name}.jpg', content)
-        bad.write(folder / 'foreground' / split, f'{name}.png', held)
+        bad.write(folder / 'foreground' / split, f'{name}.png', label_map)
 
 
 LABELS = np.tile([[0, 1], [1, 255]], (32, 48)).astype(np.uint8)
 MAPS = {
     'good': (bad.png(LABELS), None),
     'unknown': (bad.png(LABELS * 7), 'unknown label'),
-    'small': (bad.png(LABELS[:, :90]), 'another size'),
-    'colour': (bad.png(bad.PIXELS), 'label map'),
-    'deep': (bad.png(LABELS.astype(np.uint16) * 300), 'label map'),
-    'ignored': (bad.png(LABELS * 0 + 255), 'nothing labelled'),
+    'small': (bad.png(LABELS[:, :90]), 'size mismatch'),
+    'colour': (bad.png(bad.PIXELS), 'not a label map'),
+    'deep': (bad.png(LABELS.astype(np.uint16) * 300), 'not a label map'),
+    'ignored': (bad.png(LABELS * 0 + 255), 'no labels'),
     'truncated': (bad.encode('PNG')[:4000], 'damaged file'),
     'missing': (None, 'missing file'),
 }
 
 
-def checked(run_tool, config, folder, *options):
-    """Run the check; return the status, what it said, and {kind: ids or names of files}."""
-    file = folder / 'found.json'
-    status, said = run_tool(
-        *(PY, CHECK, config, '--json', file, '--workers', 2),
-        *('--cfg-options', f'data_root={folder}', *options),
-    )
-    found = {}
-    for row in json.loads(file.read_text()):
-        assert row['severity'] in ('error', 'warning')
-        assert row['fix']
-        found.setdefault(row['kind'], []).append((row['file'], row['id']))
-    return status, said, found
+@pytest.fixture
+def check(call_tool, tmp_path):
+    """Run check_dataset.py; return (status, output, {kind: [(file, id)]})."""
+
+    def run(task, *options):
+        file = tmp_path / 'findings.json'
+        status, output, error = call_tool(
+            *('check_dataset', DEMOS[task], '--json', file, '--workers', 2),
+            *('--cfg-options', f'data_root={tmp_path}', *options),
+        )
+        assert '100%' in error
+        findings = {}
+        for row in json.loads(file.read_text()):
+            assert row['severity'] in ('error', 'warning')
+            assert row['fix']
+            findings.setdefault(row['kind'], []).append((row['file'], row['id']))
+        return status, output, findings
+
+    return run
 
 
-def test_all_that_is_wrong_with_detection_data_is_found_in_one_run(run_tool, tmp_path):
+def test_all_faults_of_detection_data_are_found_in_one_run(check, tmp_path):
     files = {**bad.USABLE, **bad.UNUSABLE}
-    wrong = {**LEFT_OUT, **TRAINED, **IGNORED, **ERRORS}
-    annotations = [*wrong.values(), *whole_boxes(bad.USABLE)]
-    detection(tmp_path, files, annotations)
+    faults = {**LEFT_OUT, **TRAINED, **IGNORED, **ERRORS}
+    detection(tmp_path, files, [*faults.values(), *full_boxes(bad.USABLE)])
     detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
-    status, said, found = checked(run_tool, DEMOS['detection'], tmp_path, MASKS)
-    assert status == 1, said
-    assert 'Traceback' not in said
-    assert '100%' in said
+    status, output, findings = check('detection', MASKS)
+    assert status == 1, output
     ids = {name: f'image {i}' for i, name in enumerate(files, 1)}
     for name, (*_, kind) in files.items():
-        named = (str(tmp_path / 'train' / name), ids[name])
-        assert sum(named in rows for rows in found.values()) == bool(kind), name
-        assert not kind or named in found[kind], name
+        row = (str(tmp_path / 'train' / name), ids[name])
+        assert [k for k, rows in findings.items() if row in rows] == ([kind] if kind else []), name
     file = str(tmp_path / 'annotations/instances_train.json')
-    for kind, annotation in wrong.items():
-        parts = [part for f, part in found.get(kind, ()) if f == file]
+    for kind, annotation in faults.items():
+        parts = [part for name, part in findings.get(kind, ()) if name == file]
         assert not kind or any(f'annotation {annotation["id"]}' in part for part in parts), kind
-    assert {part for _, part in found['no object']} == {ids[name] for name in bad.UNUSABLE}
-    for kind, rows in found.items():  # the first of each in the text, too
-        assert f'{kind}\n' in said
-        assert rows[0][0] in said
-    count = len(files) + 1
-    assert f'{count} images: ' in said.splitlines()[-1]
+    assert {part for _, part in findings['no objects']} == {ids[name] for name in bad.UNUSABLE}
+    for kind, rows in findings.items():  # the text shows the first of each kind
+        assert f'{kind}\n' in output
+        assert rows[0][0] in output
+    assert output.splitlines()[-1].startswith(f'{len(files) + 1} images: ')
 
 
-def test_all_that_is_wrong_with_label_maps_is_found_in_one_run(run_tool, tmp_path):
+def test_all_faults_of_label_maps_are_found_in_one_run(check, tmp_path):
     segmentation(tmp_path, 'train', {name: content for name, (content, _) in MAPS.items()})
     segmentation(tmp_path, 'val', dict(good=MAPS['good'][0]))
-    status, said, found = checked(run_tool, DEMOS['segmentation'], tmp_path)
-    assert status == 1, said
+    status, output, findings = check('segmentation')
+    assert status == 1, output
     for name, (_, kind) in MAPS.items():
-        named = (str(tmp_path / f'foreground/train/{name}.png'), '')
-        assert [k for k, rows in found.items() if named in rows] == ([kind] if kind else []), name
-    assert said.splitlines()[-1] == f'{len(MAPS) + 1} images: 6 errors, 1 warnings'
+        row = (str(tmp_path / f'foreground/train/{name}.png'), '')
+        assert [k for k, rows in findings.items() if row in rows] == ([kind] if kind else []), name
+    assert output.splitlines()[-1] == f'{len(MAPS) + 1} images: 6 errors, 1 warnings'
 
 
-@pytest.mark.parametrize('task', DEMOS)
-def test_good_data_pass(task, run_tool):
-    status, said = run_tool(PY, CHECK, DEMOS[task], '--loaders', 'train', '--workers', 1)
-    assert status == 0, said
-    assert said.splitlines()[-1] == '16 images: 0 errors, 0 warnings'
+@pytest.mark.slow
+def test_intact_data_have_no_findings(call_tool, run_tool):
+    arguments = ['--loaders', 'train', '--workers', 1]
+    status, output, _ = call_tool('check_dataset', DEMOS['detection'], *arguments)
+    assert (status, output.splitlines()[-1]) == (0, '16 images: 0 errors, 0 warnings')
+    command = [sys.executable, ROOT / 'tools/check_dataset.py', DEMOS['segmentation'], *arguments]
+    status, output = run_tool(*command)
+    assert (status, output.splitlines()[-1]) == (0, '16 images: 0 errors, 0 warnings')
+
+
+def test_positive_workers_are_required(call_tool):
+    status, _, error = call_tool('check_dataset', DEMOS['detection'], '--workers', 0)
+    assert (status, error) == (2, 'error: --workers 0 is not positive\n')
 
 
 class Recorder(Hook):
-    """Keeps what the model is given, by the image's name, and the loss."""
+    """Records the model's inputs by the name of the image, and the loss."""
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         samples = zip(data_batch['inputs'], data_batch['data_samples'], strict=True)
-        self.given = {sample.img_path.split('/')[-1]: (x, sample) for x, sample in samples}
+        self.inputs = {sample.img_path.split('/')[-1]: (x, sample) for x, sample in samples}
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         self.loss = outputs['loss'].item()
 
 
 def train(task, folder, *, workers=0, **options):
-    """Train for one batch in this process; return what was recorded."""
+    """Train on one batch in this process; return the recorder."""
     config = load_config(
         str(DEMOS[task]),
         options={
@@ -175,22 +182,23 @@ def train(task, folder, *, workers=0, **options):
     return recorder
 
 
-def test_what_the_check_only_warns_of_is_trained_through(tmp_path):
+@pytest.mark.slow
+def test_training_continues_where_the_check_only_warns(tmp_path):
     annotations = [*LEFT_OUT.values(), *TRAINED.values(), *IGNORED.values()]
-    annotations += whole_boxes(bad.USABLE)[:-1]  # the last image is without an object
+    annotations += full_boxes(bad.USABLE)[:-1]  # the last image has no object
     detection(tmp_path, bad.USABLE, annotations)
     detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
     recorder = train('detection', tmp_path, **dict([MASKS.split('=')]))
-    assert set(recorder.given) == set(bad.USABLE)
+    assert set(recorder.inputs) == set(bad.USABLE)
     assert np.isfinite(recorder.loss)
-    # Images have the size that they are seen at, scaled to 192 pixels.
-    shapes = {name: tuple(x.shape) for name, (x, _) in recorder.given.items()}
-    assert shapes.pop('turned.jpg') == (3, 192, 128)
+    # Images have their size after rotation, scaled to 192 pixels.
+    shapes = {name: tuple(x.shape) for name, (x, _) in recorder.inputs.items()}
+    assert shapes.pop('rotated.jpg') == (3, 192, 128)
     assert shapes.pop('dot.png') == (3, 192, 192)
     assert shapes.pop('line.png') == (3, 1, 192)
     assert set(shapes.values()) == {(3, 128, 192)}
-    # Colours are those of the picture, whatever they are kept in.
-    picture = recorder.given['opaque.png'][0].int()
+    # Every format has the colours of the same picture.
+    picture = recorder.inputs['opaque.png'][0].int()
     for name, allowed in (
         ('clear.png', 0),
         ('deep.png', 0),
@@ -199,43 +207,52 @@ def test_what_the_check_only_warns_of_is_trained_through(tmp_path):
         ('progressive.jpg', 6),
         ('cmyk.jpg', 6),
     ):
-        difference = (recorder.given[name][0].int() - picture).abs().float().mean()
+        difference = (recorder.inputs[name][0].int() - picture).abs().float().mean()
         assert difference <= allowed, name
-    grey = recorder.given['deep-grey.png'][0]
+    grey = recorder.inputs['deep-grey.png'][0]
     assert (grey == grey[:1]).all()
     assert (grey[0].int() == picture[0]).all()
-    upright = recorder.given['turned.jpg'][0].int()
-    lying = recorder.given['whole.jpg'][0].int()
+    upright = recorder.inputs['rotated.jpg'][0].int()
+    lying = recorder.inputs['whole.jpg'][0].int()
     assert (upright.rot90(1, (1, 2)) - lying).abs().float().mean() < 2
-    # Boxes: what is across the border is cut off, crowds and lines of two points are ignored.
-    sample = recorder.given['whole.jpg'][1]
+    # Boxes are clipped; crowds and polygons of two points are ignored.
+    sample = recorder.inputs['whole.jpg'][1]
     assert sample.gt_instances.bboxes.tensor.tolist() == [[20, 40, 100, 100], [160, 80, 192, 128]]
     assert sample.gt_instances.labels.tolist() == [2, 3]
     ignored = sample.ignored_instances.bboxes.tensor.tolist()
     assert ignored == [[100, 8, 160, 68], [8, 8, 68, 68]]
-    assert recorder.given['turned.jpg'][1].gt_instances.bboxes.tensor.tolist() == [[0, 0, 128, 192]]
-    assert len(recorder.given['line.png'][1].gt_instances) == 0
+    assert recorder.inputs['rotated.jpg'][1].gt_instances.bboxes.tensor.tolist() == [
+        [0, 0, 128, 192]
+    ]
+    assert len(recorder.inputs['line.png'][1].gt_instances) == 0
 
 
+@pytest.mark.slow
 def test_training_stops_with_one_line(run_tool, tmp_path):
     """In a worker process, as users run it."""
     files = {name: {**bad.USABLE, **bad.UNUSABLE}[name] for name in ('whole.jpg', 'truncated.png')}
     for split in ('train', 'val'):
         detection(tmp_path, files, [bad.box(1)], split)
-    status, said = run_tool(
-        *(PY, TRAIN, DEMOS['detection'], '--work-dir', tmp_path / 'work'),
+    status, output = run_tool(
+        *(
+            sys.executable,
+            ROOT / 'tools/train.py',
+            DEMOS['detection'],
+            '--work-dir',
+            tmp_path / 'work',
+        ),
         *('--cfg-options', f'data_root={tmp_path}'),
     )
-    assert status == 2, said
-    assert 'Traceback' not in said
-    assert said.splitlines()[-1].startswith(
+    assert status == 2, output
+    assert 'Traceback' not in output
+    assert output.splitlines()[-1].startswith(
         f'error: {tmp_path}/train/truncated.png: image 2: damaged ('
     )
-    assert 'tools/check_dataset.py' in said.splitlines()[-1]
+    assert 'tools/check_dataset.py' in output.splitlines()[-1]
 
 
 def loader(task, folder, workers=0, **options):
-    """Build a training's loader of one batch, as the tools do."""
+    """Build the training loader as the tools do, with one batch."""
     options = {f'train_dataloader.{key}': value for key, value in options.items()}
     config = load_config(str(DEMOS[task]), options={'data_root': str(folder), **options})
     config.train_dataloader.update(
@@ -251,32 +268,35 @@ def loader(task, folder, workers=0, **options):
 
 
 def stops(task, folder, workers=0, **options):
-    """Return the one line that reading a batch ends with."""
+    """Return the one-line error of reading a batch."""
     with pytest.raises(UserError) as error:
         next(iter(loader(task, folder, workers, **options)))
     assert '\n' not in str(error.value)
-    assert str(error.value).endswith('(tools/check_dataset.py CONFIG finds all that is wrong)')
+    assert 'tools/check_dataset.py' in str(error.value)
     return str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', bad.UNUSABLE)
 def test_training_names_an_image_that_it_cannot_use(name, tmp_path):
     detection(tmp_path, {name: bad.UNUSABLE[name]}, [bad.box(1)])
-    if name == 'zeros.jpg':  # OpenCV fills in what is missing, without a word
+    if name == 'zeros.jpg':  # OpenCV fills in the missing pixels without a warning
         assert next(iter(loader('detection', tmp_path)))['inputs'][0].shape == (3, 128, 192)
         return
-    said = stops('detection', tmp_path)
-    assert said.startswith(f'{tmp_path}/train/{name}: image 1: ')
+    assert stops('detection', tmp_path).startswith(f'{tmp_path}/train/{name}: image 1: ')
 
 
-@pytest.mark.parametrize('name', [name for name in MAPS if name not in ('good', 'ignored')])
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize(
+    ('name', 'workers'),
+    [('unknown', 0), ('small', 0), ('colour', 0), ('deep', 0), ('truncated', 0), ('missing', 1)],
+)
 def test_training_names_a_label_map_that_it_cannot_use(name, workers, tmp_path):
     segmentation(tmp_path, 'train', dict(good=MAPS['good'][0], wrong=MAPS[name][0]))
-    said = stops('segmentation', tmp_path, workers)
-    assert said.startswith(f'{tmp_path}/foreground/train/wrong.png: ')
+    line = stops('segmentation', tmp_path, workers)
+    assert line.startswith(f'{tmp_path}/foreground/train/wrong.png: ')
 
 
+@pytest.mark.slow
 def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
     file = tmp_path / 'annotations/instances_train.json'
     for classes, missing in (
@@ -285,19 +305,19 @@ def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
     ):
         detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], classes=classes)
         assert stops('detection', tmp_path).startswith(f'{file}: {missing}: ')
-    # mmdet leaves out every image, and numpy has nothing to join.
+    # mmdet drops every image, and numpy has nothing to concatenate.
     filters = {'dataset.filter_cfg': dict(filter_empty_gt=True)}
     assert stops('detection', tmp_path, **filters).startswith(f'{file}: {missing}: ')
 
 
-def test_training_names_what_is_wrong_with_the_annotation_file(tmp_path):
+def test_training_names_the_fault_of_an_annotation_file(tmp_path):
     whole = {'whole.jpg': bad.USABLE['whole.jpg']}
     file = tmp_path / 'annotations/instances_train.json'
-    for annotations, said in (
-        ([bad.box(1), bad.box(1)], 'annotation 1: has the id of another: '),
+    for annotations, message in (
+        ([bad.box(1), bad.box(1)], 'annotation 1: another annotation has the same id: '),
         ([bad.box(1) | dict(bbox=None)], 'image 1, annotation 1: bbox is None, area is 1200: '),
     ):
         detection(tmp_path, whole, annotations)
-        assert stops('detection', tmp_path).startswith(f'{file}: {said}')
+        assert stops('detection', tmp_path).startswith(f'{file}: {message}')
     file.write_bytes(file.read_bytes()[:-20])
     assert stops('detection', tmp_path).startswith(f'{file}: JSONDecodeError: ')

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from support import DEMOS, ROOT
-from tools import doctor
+from support import DEMOS, ROOT, load_tool
+
+doctor = load_tool('doctor')
 
 # Stand-ins for all packages: they import in milliseconds, and only what a test breaks is broken.
 FAKES = {

@@ -1,4 +1,4 @@
-"""Layers that several families share."""
+"""Pieces that several families use, or that are of use by themselves."""
 
 from mmdense.models.layers.condense import (
     CondensedGroupConv,
