@@ -5,7 +5,6 @@ Nothing is downloaded or trained: no weights, data or GPU are needed.
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 
 from mmdense import models
 from mmdense.flops import backbone_macs, count_parameters, model_macs
+from mmdense.models.backbones import FAMILIES, Backbone
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / 'mmdense/benchmark/published.yml'
@@ -255,17 +255,15 @@ def classifier_head(family: str, arch: str | dict, channels: int, classes: int) 
     return nn.Sequential(*layers, nn.Linear(channels, classes))
 
 
-def named_networks(family: str) -> list[tuple[dict[str, str], nn.Module]]:
+def named_networks(family: str) -> list[tuple[dict[str, str], Backbone]]:
     """Return the named backbones of a family as (arguments, network), on the meta device.
 
     The list is empty for families that mmdense takes from timm.
     """
-    kind = getattr(models, family, None)
+    kind = FAMILIES.get(family.lower())
     networks = []
-    for arch in inspect.getmodule(kind).ARCHS if kind else ():
-        options = dict(arch=arch)
-        if family == 'CondenseNetV2':
-            options |= CLASSIFIER[family]
+    for arch in kind.archs if kind else ():
+        options = dict(arch=arch, **kind.pretrained_recipe)
         with torch.device('meta'):
             networks.append((options, kind(**options).eval()))
     return networks
