@@ -1,5 +1,5 @@
-# COCO boxes and masks, 36 epochs in mixed precision, images resized and cropped at many scales: what
-# RDNet was published with, 4 GPUs x 4 images. Leaves set lr, weight_decay and decay_rate.
+# RDNet's published recipe: COCO boxes and masks, 36 epochs in mixed precision, multi-scale resize and
+# crops, 4 GPUs x 4 images. Recipes set lr, weight_decay and decay_rate.
 _base_ = [
     'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py',
     './default_runtime.py'

@@ -1,4 +1,4 @@
-# The same with masks.
+# coco_sgd-1x with masks.
 _base_ = [
     'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py',
     './default_runtime.py'

@@ -1,4 +1,4 @@
-# COCO boxes, 12 epochs, AdamW. Ours: RDNet was published with 3x schedules only.
+# COCO boxes, 12 epochs of AdamW. RDNet was published with 3x schedules only.
 _base_ = './coco_sgd-1x.py'
 
 optim_wrapper = dict(

@@ -1,11 +1,11 @@
-# COCO boxes, 12 epochs of SGD, 8 GPUs x 2 images: mmdet's recipe for ResNet-50. Ours for the families
-# that use it: untried on COCO.
+# COCO boxes, 12 epochs of SGD, 8 GPUs x 2 images: mmdet's recipe for ResNet-50, not tuned for these
+# backbones.
 _base_ = [
     'mmdet::_base_/datasets/coco_detection.py', 'mmdet::_base_/schedules/schedule_1x.py',
     './default_runtime.py'
 ]
 
-# Flips merged by NMS, for tools/test.py --tta.
+# For tools/test.py --tta: predictions with and without flip are merged by NMS.
 tta_model = dict(
     type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))
 tta_pipeline = [

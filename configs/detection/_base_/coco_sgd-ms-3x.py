@@ -1,4 +1,4 @@
-# 36 epochs, shorter sides of 640 to 800 pixels.
+# 36 epochs, shorter side from 640 to 800 pixels.
 _base_ = './coco_sgd-1x.py'
 
 train_pipeline = [

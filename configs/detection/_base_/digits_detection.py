@@ -1,4 +1,4 @@
-# Boxes on the digits that tools/make_demo_dataset.py makes, at their own size of 192 x 192.
+# Boxes around digits, on the 192 x 192 images of tools/make_demo_dataset.py.
 dataset_type = 'CocoDataset'
 data_root = 'data/digits/'
 metainfo = dict(

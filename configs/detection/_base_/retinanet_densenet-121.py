@@ -1,6 +1,6 @@
 _base_ = 'mmdet::_base_/models/retinanet_r50_fpn.py'
 
-# The pyramid begins at stride 8.
+# The FPN starts at stride 8.
 model = dict(
     backbone=dict(
         _delete_=True,

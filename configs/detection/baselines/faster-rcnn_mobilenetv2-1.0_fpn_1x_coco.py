@@ -1,7 +1,7 @@
-# The published comparison's "MobileNet 1.0x" of 300 M multiply-adds; V1 of that width has 569 M.
+# "MobileNet 1.0x" of the published comparison has 300 M MACs, as MobileNetV2 does; V1 has 569 M.
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_sgd-1x.py']
 
-# Frozen: what the map of stride 4 is made of.
+# Frozen: the stages up to stride 4.
 model = dict(
     backbone=dict(
         _delete_=True,

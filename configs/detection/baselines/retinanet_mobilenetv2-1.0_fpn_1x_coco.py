@@ -1,6 +1,6 @@
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_sgd-1x.py']
 
-# The pyramid begins at stride 8. Frozen: what the map of stride 4 is made of.
+# The FPN starts at stride 8. Frozen: the stages up to stride 4.
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -12,5 +12,5 @@ model = dict(
         init_cfg=dict(type='Pretrained', checkpoint='timm://mobilenetv2_100.ra_in1k')),
     neck=dict(in_channels=[32, 96, 320], start_level=0))
 
-# Half of the rate, as mmdet's RetinaNet.
+# Half of the learning rate, as in mmdet's RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=0.01))

@@ -1,6 +1,6 @@
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_sgd-1x.py']
 
-# The pyramid begins at stride 8. Frozen: what the map of stride 4 is made of.
+# The FPN starts at stride 8. Frozen: the stages up to stride 4.
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -13,5 +13,5 @@ model = dict(
             type='Pretrained', checkpoint='torchvision://shufflenet_v2_x1_5.imagenet1k_v1')),
     neck=dict(in_channels=[176, 352, 704], start_level=0))
 
-# Half of the rate, as mmdet's RetinaNet.
+# Half of the learning rate, as in mmdet's RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=0.01))

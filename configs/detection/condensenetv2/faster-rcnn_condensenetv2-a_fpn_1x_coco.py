@@ -1,6 +1,6 @@
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_sgd-1x.py']
 
-# Frozen: what the map of stride 4 is made of. Condensed, since of A and B nothing else was released.
+# Frozen: the stages up to stride 4. Condensed: the only released form of A and B.
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,9 +1,8 @@
-# An example of scheduled pruning, untried on COCO: a detector learns which connections to keep during
-# the first half of its training. No unpruned weights were released: those of your own, of form
-# 'learned', go into init_cfg.
+# Scheduled pruning: the detector learns which connections to keep during the first half of training.
+# No unpruned weights were released; put your own (form='learned') into init_cfg.
 _base_ = ['mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/coco_sgd-ms-3x.py']
 
-# From scratch, batch norms learn their statistics, and two images per GPU are too few for them.
+# Trained from scratch, batch norms need more than two images per GPU.
 model = dict(
     backbone=dict(
         _delete_=True,

@@ -1,4 +1,4 @@
-# A narrow CondenseNetV2 of four blocks that is pruned to a quarter of its connections on the way.
+# A narrow CondenseNetV2 of four blocks, pruned to a quarter of its connections during training.
 _base_ = './faster-rcnn_rdnet-nano_fpn_8e_digits.py'
 
 model = dict(

@@ -1,4 +1,4 @@
-# DenseNet-121 in narrow: three blocks, a third of the growth rate, half of the layers.
+# A narrow DenseNet-121: three blocks, a third of the growth rate, half of the layers.
 _base_ = './faster-rcnn_rdnet-nano_fpn_8e_digits.py'
 
 model = dict(

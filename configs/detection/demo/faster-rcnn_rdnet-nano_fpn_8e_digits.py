@@ -1,5 +1,5 @@
-# A small detector that trains in minutes on two CPU cores. Everything is narrow: the backbone, the
-# FPN, the heads, and the number of proposals, since 192 x 192 images hold 2 to 6 digits.
+# A small detector that trains in minutes on two CPU cores. Backbone, FPN and heads are narrow, and
+# there are few proposals, since the 192 x 192 images contain 2 to 6 digits.
 _base_ = [
     'mmdet::_base_/models/faster-rcnn_r50_fpn.py', '../_base_/digits_detection.py',
     '../_base_/default_runtime.py'

@@ -1,4 +1,4 @@
-# ReXNet of half the width, without its last stage.
+# ReXNet with width 0.5, without its last stage.
 _base_ = './faster-rcnn_rdnet-nano_fpn_8e_digits.py'
 
 model = dict(

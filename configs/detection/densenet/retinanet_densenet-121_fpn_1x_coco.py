@@ -1,4 +1,4 @@
 _base_ = ['../_base_/retinanet_densenet-121.py', '../_base_/coco_sgd-1x.py']
 
-# Half of the rate, as mmdet's RetinaNet.
+# Half of the learning rate, as in mmdet's RetinaNet.
 optim_wrapper = dict(optimizer=dict(lr=0.01))

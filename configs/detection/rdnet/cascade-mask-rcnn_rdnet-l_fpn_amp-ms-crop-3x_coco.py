@@ -1,4 +1,4 @@
-# Ours: no detector of this size was published. B's recipe, except that layer decay is exact.
+# No detector of this size was published: B's recipe with exact layer decay.
 _base_ = './cascade-mask-rcnn_rdnet-b_fpn_amp-ms-crop-3x_coco.py'
 
 model = dict(

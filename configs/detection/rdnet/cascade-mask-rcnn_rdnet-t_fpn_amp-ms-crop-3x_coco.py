@@ -27,8 +27,8 @@ model = dict(
             for head in _base_.model.roi_head.bbox_head
         ]))
 
-# The released scales of the rates, for all sizes: they count 7 stages, and the heads beyond the
-# last depth. Heads get 0.8 ** -2 = 1.56 times lr here.
+# The released learning rate scales: they count 7 stages for every size and put the heads after the
+# last depth, so that heads get 0.8 ** -2 = 1.56 times lr here.
 optim_wrapper = dict(
     optimizer=dict(lr=8e-5, weight_decay=0.05),
     paramwise_cfg=dict(decay_rate=0.8, mode='published'))

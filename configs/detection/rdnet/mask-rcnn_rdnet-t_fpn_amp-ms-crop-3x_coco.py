@@ -11,7 +11,7 @@ model = dict(
     neck=dict(
         in_channels=[256, 440, 744, 1040], norm_cfg=dict(type='SyncBN', requires_grad=True)))
 
-# The released scales of the rates: heads get 0.95 ** -2 = 1.11 times lr.
+# The released learning rate scales: heads get 0.95 ** -2 = 1.11 times lr.
 optim_wrapper = dict(
     optimizer=dict(lr=3e-4, weight_decay=0.05),
     paramwise_cfg=dict(decay_rate=0.95, mode='published'))

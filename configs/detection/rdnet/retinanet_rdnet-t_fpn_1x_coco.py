@@ -1,6 +1,6 @@
 _base_ = ['mmdet::_base_/models/retinanet_r50_fpn.py', '../_base_/coco_adamw-1x.py']
 
-# The pyramid begins at stride 8: map 0 would be normed for nobody, which DDP refuses.
+# The FPN starts at stride 8. Output 0 is left out: DDP fails on its unused norm.
 model = dict(
     backbone=dict(
         _delete_=True,

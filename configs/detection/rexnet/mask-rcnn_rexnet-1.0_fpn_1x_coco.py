@@ -1,6 +1,6 @@
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', '../_base_/coco-instance_sgd-1x.py']
 
-# Frozen: what the map of stride 4 is made of.
+# Frozen: the stages up to stride 4.
 model = dict(
     backbone=dict(
         _delete_=True,

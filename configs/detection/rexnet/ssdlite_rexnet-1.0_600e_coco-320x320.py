@@ -1,5 +1,5 @@
-# mmdet's six levels for MobileNetV2 and its schedule (120 epochs of the data set five times over); the
-# first two levels are ReXNet's stride 16 and its last convolution.
+# mmdet's SSDLite for MobileNetV2: six levels, of which the first two are ReXNet's stride 16 and its
+# last convolution, and its schedule (120 epochs over five copies of the data set).
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 
 custom_imports = dict(imports=['mmdense'])

@@ -1,5 +1,4 @@
-# ADE20K: 150 classes; the data set class itself has label 0, none of them, ignored. Crops of
-# 512 x 512, 4 GPUs x 4 images.
+# ADE20K: 150 classes; the data set class ignores label 0. Crops of 512 x 512, 4 GPUs x 4 images.
 dataset_type = 'ADE20KDataset'
 data_root = 'data/ade/ADEChallengeData2016/'
 crop_size = (512, 512)
@@ -13,14 +12,14 @@ train_pipeline = [
     dict(type='PhotoMetricDistortion'),
     dict(type='PackSegInputs')
 ]
-# The truth is loaded after the resize: predictions are compared at the image's own size.
+# Labels are loaded after Resize: predictions are evaluated at the original size.
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(2048, 512), keep_ratio=True),
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
-# Ratios of 2048 x 512, as published; mmseg's own tta_pipeline takes them of each image's own size.
+# Ratios of 2048 x 512, as published; mmseg's tta_pipeline uses ratios of each image's size.
 tta_model = dict(type='SegTTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,4 +1,4 @@
-# mmseg's own bases cannot be inherited with the maintained distribution.
+# The bases of mmseg cannot be inherited with the maintained distribution.
 custom_imports = dict(imports=['mmdense'])
 
 default_scope = 'mmseg'

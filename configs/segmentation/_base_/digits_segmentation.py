@@ -1,5 +1,5 @@
-# Digits against background, from the images of tools/make_demo_dataset.py at their own size of
-# 192 x 192. The folder semantic/ beside foreground/ tells all ten digits apart.
+# Digits against background, on the 192 x 192 images of tools/make_demo_dataset.py. The folder
+# semantic/ next to foreground/ has label maps with all ten digits.
 dataset_type = 'BaseSegDataset'
 data_root = 'data/digits/'
 metainfo = dict(classes=('background', 'digit'), palette=[(0, 0, 0), (255, 225, 25)])
@@ -15,7 +15,7 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs')
 ]
-# Mirrored digits are other signs: scales alone.
+# No flips: mirrored digits are different symbols.
 tta_model = dict(type='SegTTAModel')
 tta_pipeline = [
     dict(type='LoadImageFromFile'),

@@ -1,4 +1,4 @@
-# NYU Depth V2 as mmseg prepares it: depths in millimetres, read as metres. Crops of 480 x 480.
+# NYU Depth V2 as mmseg prepares it: depth in millimetres, loaded as metres. Crops of 480 x 480.
 dataset_type = 'NYUDataset'
 data_root = 'data/nyu/'
 meta_keys = ('img_path', 'depth_map_path', 'ori_shape', 'img_shape', 'pad_shape', 'scale_factor',

@@ -1,5 +1,5 @@
-# 160,000 iterations of SGD, polynomial decay: mmseg's recipe for ResNet. Ours for the families that use
-# it: untried on ADE20K.
+# 160,000 iterations of SGD with polynomial decay: mmseg's recipe for ResNet, not tuned for these
+# backbones.
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=0.0005))

@@ -16,5 +16,5 @@ model = dict(
         type='mmdense.ReXUNetHead', in_channels=[16, 27, 50, 72, 140, 1280], num_classes=150),
     train_cfg=dict(),
     test_cfg=dict(mode='whole'))
-# Gates normalise one value per image: statistics come from the images of all GPUs.
+# Squeeze-excite norms see one value per image: SyncBN uses the images of all GPUs.
 sync_bn = 'torch'

@@ -1,6 +1,6 @@
-# A small segmentor that trains in minutes on two CPU cores: everything is narrow. It tells digits
-# from background; which digit a pixel belongs to, a network of this size does not learn from
-# scratch in that time (docs/decisions.md).
+# A small, narrow segmentor that trains in minutes on two CPU cores. It separates digits from
+# background; in that time, networks of this size don't learn the ten digits from scratch
+# (docs/decisions.md).
 _base_ = [
     '../_base_/upernet_rdnet-t.py', '../_base_/digits_segmentation.py',
     '../_base_/default_runtime.py'
@@ -26,7 +26,7 @@ model = dict(
 optim_wrapper = dict(
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
-    # Digits cover 7 % of the pixels: the classifier's bias has a long way to go.
+    # Digits cover 7 % of the pixels: the classifier's bias needs a high learning rate.
     paramwise_cfg=dict(
         flat_decay_mult=0.0, custom_keys=dict(conv_seg=dict(lr_mult=10.0, decay_mult=0.0))),
     clip_grad=dict(max_norm=10.0))

@@ -1,4 +1,4 @@
-# Ours: no segmentor of this size was published. B's recipe, except that layer decay is exact.
+# No segmentor of this size was published: B's recipe with exact layer decay.
 _base_ = './upernet_rdnet-b_amp-160k_ade20k-512x512.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# The backbone has no dilated convolutions, so pyramid pooling reads stride 32, with half of the usual
-# dilations for stride 16.
+# ReXNet has no dilated convolutions: ASPP reads stride 32, with half of the dilations used for
+# stride 16.
 _base_ = [
     '../_base_/upernet_rdnet-t.py', '../_base_/ade20k_512x512.py', '../_base_/sgd_160k.py',
     '../_base_/default_runtime.py'
@@ -28,5 +28,5 @@ model = dict(
         align_corners=False,
         loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0)),
     auxiliary_head=dict(in_channels=128))
-# Gates normalise one value per image: statistics come from the images of all GPUs.
+# Squeeze-excite norms see one value per image: SyncBN uses the images of all GPUs.
 sync_bn = 'torch'

@@ -1,4 +1,4 @@
-# Depth: one channel, metres up to ten. Ours: the published network came without a recipe.
+# Depth in metres, up to ten. The network was published without a recipe; this one is mmdense's.
 _base_ = [
     '../_base_/unet_rexnet-1.0.py', '../_base_/nyu_480x480.py', '../_base_/default_runtime.py'
 ]
