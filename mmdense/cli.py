@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, ParamSpec
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.logging import MMLogger
 
 from mmdense.config.explain import explain
 from mmdense.config.read import load_config
@@ -18,12 +22,14 @@ from mmdense.errors import UserError, printable
 
 __all__ = [
     'add_cfg_options',
+    'add_device',
     'add_min_loaded',
     'config_parser',
     'example',
     'parse_config',
     'report_errors',
     'share',
+    'silence_libraries',
 ]
 
 P = ParamSpec('P')
@@ -93,6 +99,14 @@ def add_cfg_options(parser: argparse.ArgumentParser) -> None:
         action=_Settings,
         metavar='KEY=VALUE',
         help='override settings of the config; data_root=FOLDER moves all data sets',
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option for the device that is measured."""
+    default = 'cuda' if torch.cuda.is_available() else 'cpu'
+    parser.add_argument(
+        '--device', choices=('cpu', 'cuda'), default=default, help='to measure on (%(default)s)'
     )
 
 
@@ -175,6 +189,13 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
             sys.exit(_fail(str(explanation)))
 
     return wrapped
+
+
+def silence_libraries() -> None:
+    """Silence warnings and logs of libraries that a measurement would repeat for every model."""
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs each start and stop
+    MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
+    warnings.simplefilter('ignore', UserWarning)  # mmseg recommends losses
 
 
 def _fail(message: str) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dev.benchmark.networks import NETWORKS
-from mmdense.benchmark.timing import timed
+from mmdense.benchmark.timing import seconds_of
 from mmdense.errors import UserError
 
 __all__ = ['Contender', 'Setting', 'compare', 'contenders', 'peak_memory']
@@ -281,7 +281,7 @@ def _error(
 def _seconds(run: Callable[[], Any], device: str) -> float:
     """Time a run, after one that refills the caches."""
     run()
-    return timed(run, device)
+    return seconds_of(run, device)
 
 
 def _interval(ratios: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
-"""Costs of whole models; times and memory of several models' runs, in interleaved rounds.
+"""Times and memory of several models in interleaved rounds, and the costs of complete models.
 
-What the machine does meanwhile falls on all of them, and each run follows one of the same kind that
-is not timed.
+Interleaving spreads whatever else the machine does over all models. Each timed run follows an
+untimed one of the same model.
 """
 
 from __future__ import annotations
@@ -39,18 +39,28 @@ from mmdense.errors import one_line
 from mmdense.flops import model_costs
 from mmdense.models.deploy import deploy
 
-__all__ = ['Run', 'inference', 'machine', 'measure', 'measure_configs', 'timed', 'training']
+__all__ = [
+    'Run',
+    'inference_run',
+    'machine',
+    'measure',
+    'measure_configs',
+    'seconds_of',
+    'training_run',
+]
+
+Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is timed.
+    """A run of a model that can be timed.
 
     Attributes:
-        model: What has to be on the device; elsewhere it stays on the CPU.
-        prepare: Gets the number of the round; returns what a run takes, which the run may change.
-        run: A run of it.
-        images: Number of images in one.
+        model: Moved to the device for the run, and back to the CPU afterwards.
+        prepare: Returns the input of a round, by its number; a run may change the input.
+        run: Runs on the input.
+        images: Number of images in the input.
     """
 
     model: nn.Module
@@ -58,67 +68,97 @@ class Run:
     run: Callable[[Any], Any]
     images: int
 
+    def __call__(self, number: int) -> Callable[[], Any]:
+        """Return a function that runs on the input of a round."""
+        return partial(self.run, self.prepare(number))
+
+
+def inference_run(model: nn.Module, prepare: Callable[[int], dict]) -> Run:
+    """Return the inference of a model on one image, with its post-processing.
+
+    Args:
+        model: A detector or segmentor in evaluation mode.
+        prepare: Returns a batch of one image, by the number of the round.
+    """
+
+    def unlabelled(number: int) -> dict[str, list]:
+        batch = prepare(number)
+        samples = [type(sample)(metainfo=sample.metainfo) for sample in batch['data_samples']]
+        return dict(inputs=list(batch['inputs']), data_samples=samples)
+
+    return Run(model, unlabelled, torch.no_grad()(model.test_step), 1)
+
+
+def training_run(cfg: Config, batch: dict[str, list]) -> Run:
+    """Return the training step of a model with random weights: forward and backward, no update.
+
+    Args:
+        cfg: The complete config.
+        batch: The same in all rounds.
+    """
+    if not torch.cuda.is_available():
+        cfg = copy.deepcopy(cfg)
+        drop_amp(cfg)
+    model, wrapper = build_training(cfg, 'cpu')
+    step = partial(training_step, model, wrapper)
+    return Run(model, lambda number: copy.deepcopy(batch), step, len(batch['inputs']))
+
 
 def measure(
     runs: Mapping[str, Run],
     *,
     rounds: int,
     device: str,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
-    """Return for each run what it takes.
+    """Return times and memory of each run.
 
     Args:
-        runs: By their names.
+        runs: By name.
         rounds: Timed runs of each.
         device: 'cpu' or 'cuda'.
-        progress: Is told what goes on.
+        progress: Called with a description of each step.
 
     Returns:
-        For each its ``p50`` and ``p95`` (seconds), ``throughput`` (images per second, at the
-        median), ``ratio`` (the median over the rounds of the fastest one's time over its own),
-        ``memory`` (bytes of weights and all else, at the peak); or ``error``, one line.
+        By name ``p50`` and ``p95`` (seconds), ``throughput`` (images per second, at the median),
+        ``ratio`` (speed relative to the fastest: the median over the rounds), ``memory`` (bytes of
+        weights and everything else, at the peak); or ``error``, one line.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {}
     for name, run in runs.items():
         progress(f'memory of {name}')
         try:
             run.model.to(device)
-            if device != 'cpu':  # what libraries allocate once and keep is nobody's
-                run.run(run.prepare(0))
+            if device != 'cpu':  # libraries allocate workspaces in the first run and keep them
+                run(0)()
                 run.model.zero_grad(set_to_none=True)
-            data = run.prepare(0)
-            held = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
-            memory = held + peak_bytes(lambda run=run, data=data: run.run(data), device)
-        except Exception as error:  # of whatever library: it costs the others nothing
-            found[name] = dict(error=one_line(error))
-            continue
+            weights = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
+            results[name] = dict(memory=weights + peak_bytes(run(0), device))
+            seconds[name] = []
+        except Exception as error:  # from any library; the other models are still measured
+            results[name] = dict(error=one_line(error))
         finally:
             _park(run, device)
-        found[name] = dict(memory=memory)
-        seconds[name] = []
     for number in range(rounds):
         progress(f'round {number + 1} of {rounds}')
         for name in random.sample(list(seconds), len(seconds)):
             run = runs[name]
             run.model.to(device)
-            run.run(run.prepare(number))
-            data = run.prepare(number)
-            seconds[name].append(timed(lambda run=run, data=data: run.run(data), device))
+            run(number)()
+            seconds[name].append(seconds_of(run(number), device))
             _park(run, device)
     if rounds and seconds:
-        fastest = min(seconds, key=lambda name: statistics.median(seconds[name]))
+        fastest = min(seconds.values(), key=statistics.median)
         for name, times in seconds.items():
             median = statistics.median(times)
-            ratios = [a / b for a, b in zip(seconds[fastest], times, strict=True)]
-            found[name] |= dict(
+            results[name] |= dict(
                 p50=median,
                 p95=statistics.quantiles([*times, *times], n=20, method='inclusive')[-1],
                 throughput=runs[name].images / median,
-                ratio=statistics.median(ratios),
+                ratio=statistics.median(a / b for a, b in zip(fastest, times, strict=True)),
             )
-    return found
+    return results
 
 
 def _park(run: Run, device: str) -> None:
@@ -126,40 +166,6 @@ def _park(run: Run, device: str) -> None:
     run.model.zero_grad(set_to_none=True)
     if device != 'cpu':
         run.model.to('cpu')
-
-
-def inference(model: nn.Module, data: Callable[[int], dict]) -> Run:
-    """Return the run that predicts on one image, post-processing included.
-
-    Args:
-        model: A detector or segmentor in evaluation mode.
-        data: Gets the number of the round; returns a batch of one image.
-    """
-    return Run(model, lambda i: _unlabelled(data(i)), torch.no_grad()(model.test_step), 1)
-
-
-def training(cfg: Config, data: Callable[[nn.Module], dict], images: int) -> Run:
-    """Return the run of a training step without its update: forward and backward.
-
-    Args:
-        cfg: A whole config, whose model is built with random weights.
-        data: Gets the model; returns a batch, which is the same in all rounds.
-        images: Number of images in it.
-    """
-    if not torch.cuda.is_available():
-        cfg = copy.deepcopy(cfg)
-        drop_amp(cfg)
-    model, wrapper = build_training(cfg, 'cpu')
-    batch = data(model)
-    return Run(
-        model, lambda i: copy.deepcopy(batch), partial(training_step, model, wrapper), images
-    )
-
-
-def _unlabelled(batch: Mapping[str, list]) -> dict[str, list]:
-    """Return a batch whose samples know no truth."""
-    samples = [type(sample)(metainfo=sample.metainfo) for sample in batch['data_samples']]
-    return dict(inputs=list(batch['inputs']), data_samples=samples)
 
 
 def measure_configs(
@@ -170,69 +176,63 @@ def measure_configs(
     rounds: int = 10,
     deployed: bool = False,
     device: str = 'cpu',
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Return what whole models cost, of random weights on random images.
+    """Return the costs of complete models with random weights on random images.
 
     Args:
-        cfgs: By their names; left alone.
-        size: Height and width of the images in pixels; by default of each config's largest.
-        batch: Of a training step.
-        rounds: Timed runs of each; 0 leaves times and memory out.
-        deployed: Predict with the backbones' fastest form where they have one.
+        cfgs: By name. They are not changed.
+        size: Height and width of the images in pixels; by default each config's largest.
+        batch: Images in a training step.
+        rounds: Timed runs of each; 0 leaves out times and memory.
+        deployed: Run inference with the backbones' deployed form where they have one.
         device: 'cpu' or 'cuda'.
-        progress: Is told what goes on.
+        progress: Called with a description of each step.
 
     Returns:
         For each config its ``config``, ``size``, ``parts`` (name -> parameters, macs, activations),
         ``form`` ('deployed' or 'trained'), ``infer`` and ``train`` (as :func:`measure` returns
-        them, or None), or ``error``.
+        them, or None); ``error`` if it failed.
     """
     rows: dict[str, dict[str, Any]] = {}
     infers, steps = {}, {}
     for name, cfg in cfgs.items():
         progress(f'building {name}')
-        row = rows[name] = dict(config=name, size=size, parts={}, infer=None, train=None)
-        row['form'] = 'trained'
+        row = rows[name] = dict(
+            config=name, size=size, parts={}, form='trained', infer=None, train=None
+        )
         try:
-            row['size'] = own = size or training_size(cfg)
-            model = build_part(cfg.model, cfg.get('default_scope'))
-            row['parts'] = {
-                part: asdict(cost)
-                for part, cost in model_costs(model.to('meta').eval(), own).items()
-            }
-            if rounds:
-                cfg = copy.deepcopy(cfg)
-                without_weights(cfg.model)
-                if 'size' in cfg.model.get('data_preprocessor', {}):  # mmseg's pads images to it
-                    cfg.model.data_preprocessor.size = own
-                steps[name] = training(cfg, partial(_random, cfg, batch, own), batch)
-                steps[name].model.init_weights()  # heads expect few objects
-                model = copy.deepcopy(steps[name].model).eval()
-                if deployed and hasattr(model.backbone, 'switch_to_deploy'):
-                    deploy(model)
-                    row['form'] = 'deployed'
-                infers[name] = inference(model, partial(_one, _random(cfg, 1, own, model)))
-        except Exception as error:  # of whatever library: it costs the others nothing
+            row['size'] = shape = size or training_size(cfg)
+            model = build_part(cfg.model, cfg.get('default_scope')).to('meta').eval()
+            row['parts'] = {part: asdict(c) for part, c in model_costs(model, shape).items()}
+            if not rounds:
+                continue
+            cfg = copy.deepcopy(cfg)
+            without_weights(cfg.model)
+            if 'size' in cfg.model.get('data_preprocessor', {}):  # mmseg's pads images to it
+                cfg.model.data_preprocessor.size = shape
+            segmentation = cfg.get('default_scope') == 'mmseg'
+            data = random_batch(batch, shape, segmentation=segmentation)
+            steps[name] = training_run(cfg, data)
+            steps[name].model.init_weights()  # heads expect few objects
+            model = copy.deepcopy(steps[name].model).eval()
+            if deployed and hasattr(model.backbone, 'switch_to_deploy'):
+                deploy(model)
+                row['form'] = 'deployed'
+            one = {key: values[:1] for key, values in data.items()}
+            infers[name] = inference_run(model, lambda number, one=one: one)
+        except Exception as error:  # from any library; the other models are still measured
             row['error'] = one_line(error)
     for kind, runs in dict(infer=infers, train=steps).items():
-        for name, found in measure(runs, rounds=rounds, device=device, progress=progress).items():
-            if 'error' in found:
-                rows[name]['error'] = found['error']
+        for name, figures in measure(runs, rounds=rounds, device=device, progress=progress).items():
+            if 'error' in figures:
+                rows[name]['error'] = figures['error']
             else:
-                rows[name][kind] = found
+                rows[name][kind] = figures
     return list(rows.values())
 
 
-def _random(cfg: Config, batch: int, size: tuple[int, int], model: nn.Module) -> dict[str, list]:
-    return random_batch(model, batch, size, segments=cfg.get('default_scope') == 'mmseg')
-
-
-def _one(batch: dict[str, list], number: int) -> dict[str, list]:
-    return batch
-
-
-def timed(run: Callable[[], Any], device: str) -> float:
+def seconds_of(run: Callable[[], Any], device: str) -> float:
     """Return the seconds that a run takes, on a GPU by its own clock."""
     if device == 'cuda':
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -247,11 +247,15 @@ def timed(run: Callable[[], Any], device: str) -> float:
 
 
 def machine(device: str = 'cpu') -> dict[str, Any]:
-    """Return what a record says of where it was made."""
+    """Return date, hardware and versions, for the record of a measurement."""
     if device == 'cuda':
         hardware = torch.cuda.get_device_name()
     else:
-        hardware = f'{_cpu()}, {torch.get_num_threads()} threads'
+        info = Path('/proc/cpuinfo')
+        lines = info.read_text().splitlines() if info.is_file() else []
+        names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
+        cpu = next(names, platform.processor() or platform.machine())
+        hardware = f'{cpu}, {torch.get_num_threads()} threads'
     return dict(
         date=datetime.date.today().isoformat(),
         device=hardware,
@@ -263,10 +267,3 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
         ),
         omp_wait_policy=os.environ.get('OMP_WAIT_POLICY', 'unset'),
     )
-
-
-def _cpu() -> str:
-    listed = Path('/proc/cpuinfo')
-    lines = listed.read_text().splitlines() if listed.is_file() else []
-    names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-    return next(names, platform.processor() or platform.machine())

@@ -55,7 +55,7 @@ def _advice(cfg: Config, loader: str, error: Exception) -> str:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
             ways.append('--amp-dtype bfloat16')
         if 'backbone' in cfg.model:
-            ways.append(f'what `python tools/benchmark.py memory {cfg.filename}` says would fit')
+            ways.append(f'what `python tools/plan_memory.py {cfg.filename}` says would fit')
     elif batch > 1:
         ways.append(f'--cfg-options test_dataloader.batch_size={batch // 2}')
     ways.append('smaller images')

@@ -1,6 +1,7 @@
-"""Sweeps: schedules, runs that go on, fail or are killed, and one from beginning to end."""
+"""Sweeps: lengths of schedules, runs that continue, fail or are killed, and complete ones."""
 
 import csv
+import fcntl
 import json
 import os
 import signal
@@ -11,15 +12,15 @@ import time
 import pytest
 from mmengine.config import Config
 
-from mmdense.benchmark.backbones import named_backbone
-from mmdense.benchmark.sweep import Sweep, _error_of, _locked, set_length
+from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.sweep import Sweep, set_length
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
 
 TOOL = ROOT / 'tools/benchmark.py'
 NAMES = [str(DEMOS['detection']), 'timm:resnet18']
-# In place of training: one epoch is logged; of rdnet-nano's two starts the first one fails.
+# Instead of training: logs one epoch; the first of rdnet-nano's two starts fails.
 STAND_IN = """
 import json, pathlib, sys
 assert sys.argv[2:] == ['--resume']
@@ -36,7 +37,7 @@ logs.mkdir(parents=True)
 records = [dict(loss=2.0, step=1), {'coco/bbox_mAP': 0.25, 'step': 1}]
 (logs / 'scalars.json').write_text('\\n'.join(map(json.dumps, records)))
 """
-# In place of testing.
+# Instead of testing.
 TESTED = """
 import json, pathlib, sys
 config, checkpoint, option, folder = sys.argv[1:]
@@ -58,7 +59,7 @@ def stand_in(tmp_path):
 
 def sweep_of(folder, names=NAMES, **options):
     cfg = load_config(str(DEMOS['detection']), options=options)
-    backbones = [named_backbone(name, pretrained=False) for name in names]
+    backbones = [find_backbone(name, pretrained=False) for name in names]
     return Sweep(cfg, backbones, folder, command='sweep', pretrained=False)
 
 
@@ -70,27 +71,29 @@ def results_of(folder):
 
 def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
     folder = tmp_path / 'sweep'
-    told = []
+    updates = []
     sweep = sweep_of(folder)
-    sweep.train(*stand_in, progress=told.append)
+    sweep.train(*stand_in, progress=updates.append)
     assert [sweep.state(b.name)['status'] for b in sweep.backbones] == ['failed', 'done']
-    assert (told[-1].name, told[-1].state, told[-1].share) == ('timm:resnet18', 'done', 1)
+    assert (updates[-1].name, updates[-1].state, updates[-1].share) == ('timm:resnet18', 'done', 1)
     rows = results_of(folder)
     assert rows['rdnet-nano']['error'] == 'torch.OutOfMemoryError: out of memory'
     assert rows['rdnet-nano']['metrics'] == {}
     assert rows['timm:resnet18']['metrics'] == {'box AP': 0.25}
     assert rows['timm:resnet18']['losses'] == [[1, 2.0]]
     assert 'out of memory' in (folder / 'report.html').read_text()
-    spent = sweep.state('rdnet-nano')['seconds']
+    seconds = sweep.state('rdnet-nano')['seconds']
     again = sweep_of(folder)
     again.train(*stand_in)
     assert [again.state(b.name)['status'] for b in again.backbones] == ['done', 'done']
-    assert again.state('rdnet-nano')['seconds'] > spent
+    assert again.state('rdnet-nano')['seconds'] > seconds
     assert (folder / 'runs/rdnet-nano/starts').read_text() == '..'
-    assert (folder / 'runs/timm-resnet18/starts').read_text() == '.', 'what is done is left alone'
+    assert (folder / 'runs/timm-resnet18/starts').read_text() == '.', (
+        'a finished run is not repeated'
+    )
 
 
-def test_what_was_killed_before_its_validation_is_tested(tmp_path, stand_in):
+def test_a_run_killed_before_its_validation_is_tested(tmp_path, stand_in):
     sweep = sweep_of(tmp_path, names=NAMES[1:])
     log = tmp_path / 'runs/timm-resnet18/2/vis_data/scalars.json'  # of a later start
     log.parent.mkdir(parents=True)
@@ -102,77 +105,70 @@ def test_what_was_killed_before_its_validation_is_tested(tmp_path, stand_in):
     assert row['validations'] == [{'iter': 1, 'box AP': 0.25}]
 
 
-def test_a_report_names_its_config_as_the_working_folder_does(tmp_path, monkeypatch):
-    for here, said in (
-        (ROOT, DEMOS['detection'].relative_to(ROOT)),
-        (tmp_path, DEMOS['detection']),
-    ):
-        monkeypatch.chdir(here)
-        sweep_of(tmp_path / 'sweep').report()
-        assert json.loads((tmp_path / 'sweep/results.json').read_text())['config'] == str(said)
+def test_the_config_is_relative_to_the_working_folder(tmp_path, monkeypatch):
+    sweep = sweep_of(tmp_path / 'sweep', names=NAMES[1:])
+    config = DEMOS['detection']
+    for folder, path in ((ROOT, config.relative_to(ROOT)), (tmp_path, config)):
+        monkeypatch.chdir(folder)
+        sweep.report()
+        assert json.loads((tmp_path / 'sweep/results.json').read_text())['config'] == str(path)
 
 
-def test_other_settings_are_for_another_folder(tmp_path):
-    sweep_of(tmp_path)
-    sweep_of(tmp_path, names=[*NAMES, str(CONDENSED)])  # one more is none
-    with pytest.raises(
-        UserError, match=r'rdnet-nano.py is of a sweep with other settings: .*--out'
-    ):
-        sweep_of(tmp_path, **{'train_cfg.max_epochs': 9})
+def test_other_settings_need_another_folder(tmp_path):
+    sweep_of(tmp_path, names=NAMES[1:])
+    sweep_of(tmp_path, names=[*NAMES[1:], str(CONDENSED)])  # a further backbone does not
     cfg = load_config(str(DEMOS['detection']))
-    backbones = [named_backbone(NAMES[0], pretrained=False)]
-    with pytest.raises(UserError, match='other settings'):
+    backbones = [find_backbone(NAMES[1], pretrained=False)]
+    message = r'timm-resnet18.py belongs to a sweep with other settings: .*--out'
+    with pytest.raises(UserError, match=message):
         Sweep(cfg, backbones, tmp_path, command='', pretrained=False, gpus=2)
+    cfg.train_cfg.max_epochs = 9
+    with pytest.raises(UserError, match=message):
+        Sweep(cfg, backbones, tmp_path, command='', pretrained=False)
 
 
-def test_configs_are_whole_and_train_what_was_named(tmp_path):
-    sweep_of(tmp_path, names=[*NAMES, str(CONDENSED)])
-    cfgs = {f.stem: load_config(str(f)) for f in tmp_path.glob('configs/*.py')}
+def test_configs(tmp_path):
+    """They are complete, and only CondenseNetV2 is pruned."""
+    cfg = load_config(str(CONDENSED))
+    backbones = [find_backbone(name, pretrained=False) for name in [*NAMES, str(CONDENSED)]]
+    Sweep(cfg, backbones, tmp_path, command='', pretrained=False)
+    cfgs = {file.stem: load_config(str(file)) for file in tmp_path.glob('configs/*.py')}
     assert cfgs.keys() == {'rdnet-nano', 'timm-resnet18', 'condensenetv2-nano'}
     assert cfgs['timm-resnet18'].model.neck.in_channels == [64, 128, 256]
     assert cfgs['timm-resnet18'].work_dir == str(tmp_path / 'runs/timm-resnet18')
-    hooks = {name: [h['type'] for h in cfg.custom_hooks] for name, cfg in cfgs.items()}
-    assert hooks['timm-resnet18'] == ['mmdense.ChannelsLastHook']
+    hooks = {name: [hook['type'] for hook in cfg.custom_hooks] for name, cfg in cfgs.items()}
+    assert hooks['timm-resnet18'] == hooks['rdnet-nano'] == ['mmdense.ChannelsLastHook']
     assert hooks['condensenetv2-nano'] == [*hooks['rdnet-nano'], 'mmdense.CondenseScheduleHook']
 
 
-def test_only_condensenetv2_is_pruned(tmp_path):
-    cfg = load_config(str(CONDENSED))
-    backbones = [named_backbone(name, pretrained=False) for name in [*NAMES, str(CONDENSED)]]
-    configs = Sweep(cfg, backbones, tmp_path, command='', pretrained=False).configs
-    pruned = [
-        [hook['type'] for hook in own.custom_hooks].count('mmdense.CondenseScheduleHook')
-        for own in configs.values()
-    ]
-    assert pruned == [0, 0, 1]
-
-
-def test_learning_rates_of_rdnet_alone_are_refused_at_once(tmp_path):
+def test_learning_rates_for_rdnet_are_refused_for_others(tmp_path):
     recipe = 'configs/detection/rdnet/mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco.py'
     cfg = load_config(str(ROOT / recipe))
-    rdnet, rexnet = (named_backbone(n, pretrained=True) for n in ('rdnet-t', 'rexnet-1.0'))
+    rdnet, rexnet = (find_backbone(n, pretrained=True) for n in ('rdnet-t', 'rexnet-1.0'))
     Sweep(cfg, [rdnet], tmp_path / 'a', command='', pretrained=True)
     with pytest.raises(UserError, match='not for rexnet-1.0: add --cfg-options .*mode=exact'):
         Sweep(cfg, [rdnet, rexnet], tmp_path / 'b', command='', pretrained=True)
 
 
-def test_timm_networks_see_the_pixels_that_they_were_trained_on(tmp_path):
+def test_timm_networks_get_the_pixels_that_they_were_trained_on(tmp_path):
     cfg = load_config(str(DEMOS['detection']))
     networks = ('timm:tf_efficientnetv2_s.in1k', 'timm:resnet18')
-    named = [named_backbone(name, pretrained=True) for name in networks]
-    sweep = Sweep(cfg, named, tmp_path, command='', pretrained=True)
+    backbones = [find_backbone(name, pretrained=True) for name in networks]
+    sweep = Sweep(cfg, backbones, tmp_path, command='', pretrained=True)
     means = [sweep.configs[name].model.data_preprocessor.mean for name in networks]
     assert means == [[127.5] * 3, pytest.approx([123.675, 116.28, 103.53])]
 
 
-def test_a_training_that_still_runs_is_not_started_twice(tmp_path, stand_in):
+def test_a_running_training_is_not_started_twice(tmp_path, stand_in):
+    """A training inherits the lock and keeps it when its sweep is gone."""
     folder = tmp_path / 'sweep'
     sweep = sweep_of(folder, names=NAMES[1:])
     sleeper = [sys.executable, '-c', 'import time; time.sleep(60)']
-    with _locked(folder / 'runs/timm-resnet18') as lock:
-        orphan = subprocess.Popen(sleeper, pass_fds=[lock])
+    with (folder / 'runs/timm-resnet18/lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        orphan = subprocess.Popen(sleeper, pass_fds=[lock.fileno()])
     try:
-        with pytest.raises(UserError, match='timm-resnet18 still runs'):
+        with pytest.raises(UserError, match='timm-resnet18 is still running'):
             sweep.train(*stand_in)
     finally:
         orphan.kill()
@@ -182,22 +178,26 @@ def test_a_training_that_still_runs_is_not_started_twice(tmp_path, stand_in):
 
 
 @pytest.mark.parametrize(
-    ('log', 'status', 'said'),
+    ('log', 'end', 'message'),
     [
-        ('error: no such file\n', 2, 'no such file'),
-        ('[rank1]: Traceback\n[rank1]: ValueError: 7 of 9\na.b.ChildFailedError:\n', 1, '7 of 9'),
-        ('Traceback\ntorch.OutOfMemoryError: 9 GB\n  [hint]\n', 1, 'OutOfMemoryError: 9 GB'),
-        ('Killed\n', -9, 'killed by signal 9'),
-        ('', 3, 'ended with status 3'),
+        ('error: no such file', 'sys.exit(2)', 'no such file'),
+        ('[rank1]: Traceback\n[rank1]: ValueError: 7 of 9\na.b.ChildFailedError:', '', '7 of 9'),
+        ('Traceback\ntorch.OutOfMemoryError: 9 GB\n  [hint]', '', 'OutOfMemoryError: 9 GB'),
+        ('Killed', 'os.kill(os.getpid(), 9)', 'killed by signal 9'),
+        ('', 'sys.exit(3)', 'ended with status 3'),
     ],
 )
-def test_why_a_training_ended(tmp_path, log, status, said):
-    (tmp_path / 'log').write_text(log)
-    assert said in _error_of(tmp_path / 'log', status)
+def test_why_a_training_failed(tmp_path, log, end, message):
+    code = f'import os, sys; print({log!r}, flush=True); {end or "sys.exit(1)"}'
+    sweep = sweep_of(tmp_path, names=NAMES[1:])
+    sweep.train([sys.executable, '-c', code], [])
+    assert message in sweep.state('timm:resnet18')['error']
 
 
-def test_two_of_a_name(tmp_path):
-    with pytest.raises(UserError, match='two backbones of one name: timm:resnet18, timm:resnet18'):
+def test_two_backbones_with_the_same_name(tmp_path):
+    with pytest.raises(
+        UserError, match='two backbones have the same name: timm:resnet18, timm:resnet18'
+    ):
         sweep_of(tmp_path, names=['timm:resnet18'] * 2)
 
 
@@ -214,7 +214,7 @@ def test_epochs_are_stretched_and_warm_up_is_not():
     warm_up, cosine = cfg.param_scheduler
     assert warm_up.end == 100
     assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 3)
-    set_length(cfg, epochs=1)  # too short for what begins behind the warm-up
+    set_length(cfg, epochs=1)  # too short for the schedule after the warm-up
     assert [s.type for s in cfg.param_scheduler] == ['LinearLR']
     loop = dict(max_epochs=4)
     steps = Config(dict(train_cfg=loop, param_scheduler=dict(milestones=[2, 3])))
@@ -222,7 +222,7 @@ def test_epochs_are_stretched_and_warm_up_is_not():
     assert [s.milestones for s in steps.param_scheduler] == [[6, 9]]
 
 
-def test_iterations_are_stretched_all():
+def test_iterations_are_stretched():
     cfg = load_config(str(DEMOS['segmentation']))
     set_length(cfg, iters=40)
     assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (40, 40)
@@ -230,36 +230,36 @@ def test_iterations_are_stretched_all():
 
 
 @pytest.mark.parametrize(
-    ('task', 'length', 'said'),
+    ('task', 'length', 'message'),
     [
         ('detection', dict(iters=3), 'counts epochs: give --epochs'),
         ('segmentation', dict(epochs=3), 'counts iters: give --iters'),
         ('detection', dict(epochs=0), '--epochs is 0, must be at least 1'),
     ],
 )
-def test_lengths_that_do_not_fit(task, length, said):
-    with pytest.raises(UserError, match=said):
+def test_lengths_that_do_not_fit(task, length, message):
+    with pytest.raises(UserError, match=message):
         set_length(load_config(str(DEMOS[task])), **length)
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'said'),
+    ('arguments', 'message'),
     [
         (['--backbones', 'rdnet-q'], "unknown backbone 'rdnet-q'; did you mean 'rdnet-"),
         (['--backbones', 'rdnet-t', '--config', 'configs/x.py'], 'no config configs/x.py'),
         (['--backbones', 'rdnet-t', '--out', '/proc/nowhere'], 'cannot write /proc/nowhere'),
     ],
 )
-def test_plain_errors(run_tool, arguments, said):
-    status, output = run_tool(sys.executable, TOOL, 'sweep', *arguments)
+def test_errors_are_one_line(call_tool, arguments, message):
+    status, _, output = call_tool('benchmark', 'sweep', *arguments)
     assert status == 2
-    assert output.splitlines()[-1].startswith(f'error: {said}')
+    assert output.splitlines()[-1].startswith(f'error: {message}')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', DEMOS)
-def test_a_sweep_that_is_killed_goes_on(project, run_tool, task):
-    """Two narrow networks on a few images, one of them killed on the way."""
+def test_a_killed_sweep_continues(project, run_tool, task):
+    """Two narrow networks on a few images; the training of the first one is killed."""
     folder = project / f'sweep-{task}'
     length = dict(detection=['--epochs', '2'], segmentation=['--iters', '4'])[task]
     command = [sys.executable, TOOL, 'sweep', '--config', DEMOS[task], '--out', folder, *length]

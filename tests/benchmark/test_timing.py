@@ -1,4 +1,7 @@
-"""Runs in rounds, and the costs of whole models."""
+"""Interleaved rounds, and the costs of complete models."""
+
+import json
+import re
 
 import pytest
 import torch
@@ -14,40 +17,40 @@ from support import DEMOS, ROOT
 WITHOUT = ROOT / 'configs/detection/rexnet/retinanet_rexnet-1.0_fpn_1x_coco.py'
 
 
-def run_of(seen, name, fails=False):
+def make_run(calls, name, fails=False):
     net = nn.Linear(1000, 1000)
 
-    def run(x):
-        seen.append((name, x))
+    def run(number):
+        calls.append((name, number))
         if fails:
             raise RuntimeError('out of order\nand more')
         return net(torch.zeros(64, 1000))
 
-    return Run(net, lambda i: i, run, 4)
+    return Run(net, lambda number: number, run, 4)
 
 
-def test_rounds_are_interleaved_and_what_fails_is_left_out():
-    seen = []
-    runs = {name: run_of(seen, name, fails=name == 'c') for name in 'abc'}
-    found = measure(runs, rounds=8, device='cpu')
-    assert found['c'] == dict(error='RuntimeError: out of order')
-    assert [name for name, _ in seen[:3]] == ['a', 'b', 'c']  # for their memory
-    timed = seen[3:]
+def test_rounds_are_interleaved_and_a_failing_run_is_left_out():
+    calls = []
+    runs = {name: make_run(calls, name, fails=name == 'c') for name in 'abc'}
+    results = measure(runs, rounds=8, device='cpu')
+    assert results['c'] == dict(error='RuntimeError: out of order')
+    assert [name for name, _ in calls[:3]] == ['a', 'b', 'c']  # for their memory
+    timed = calls[3:]
     assert len(timed) == 2 * 2 * 8
     for number in range(8):
         names = [name for name, i in timed[4 * number : 4 * number + 4] if i == number]
         assert names in (['a', 'a', 'b', 'b'], ['b', 'b', 'a', 'a'])
     for name in 'ab':
-        row = found[name]
+        row = results[name]
         assert 0 < row['p50'] <= row['p95']
         assert row['throughput'] == pytest.approx(4 / row['p50'])
         assert row['memory'] == 4 * (1000 * 1000 + 1000 + 64 * 1000 + 64 * 1000)
-    fastest = min(found['a']['p50'], found['b']['p50'])
-    assert [found[name]['ratio'] for name in 'ab' if found[name]['p50'] == fastest] == [1]
+    fastest = min(results[name]['p50'] for name in 'ab')
+    assert [results[n]['ratio'] for n in 'ab' if results[n]['p50'] == fastest] == [1]
 
 
 @pytest.mark.parametrize('task', DEMOS)
-def test_whole_models(task):
+def test_complete_models(task):
     cfg = load_config(str(DEMOS[task]))
     plain, deployed = (
         measure_configs({'demo': cfg}, size=(64, 96), rounds=2, deployed=deployed)[0]
@@ -55,13 +58,13 @@ def test_whole_models(task):
     )
     assert 'error' not in plain
     model, _ = build_training(cfg, 'cpu')
-    whole = sum(part['parameters'] for part in plain['parts'].values())
-    assert whole == count_parameters(model)
+    total = sum(part['parameters'] for part in plain['parts'].values())
+    assert total == count_parameters(model)
     assert plain['parts'] == deployed['parts']
     assert plain['parts']['backbone']['activations'] > 0
     for kind, images in (('infer', 1), ('train', 2)):
         assert plain[kind]['throughput'] == pytest.approx(images / plain[kind]['p50'])
-    assert plain['train']['memory'] > plain['infer']['memory'] > 4 * whole
+    assert plain['train']['memory'] > plain['infer']['memory'] > 4 * total
 
 
 def test_a_recipe_in_mixed_precision_is_measured_without_a_gpu():
@@ -70,7 +73,7 @@ def test_a_recipe_in_mixed_precision_is_measured_without_a_gpu():
     (row,) = measure_configs({'demo': cfg}, size=(64, 64), batch=1, rounds=1)
     assert 'error' not in row
     assert row['train']['p50'] > 0
-    assert cfg.optim_wrapper.type == 'AmpOptimWrapper', 'the config is left alone'
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper', 'the config is not changed'
 
 
 def test_counts_alone_need_no_weights_and_no_size():
@@ -87,3 +90,19 @@ def test_a_config_that_fails_is_a_row():
     rows = measure_configs(dict(bad=bad, good=good), size=(64, 64), rounds=0)
     assert "unknown arch 'tinny'" in rows[0]['error']
     assert rows[1]['parts']
+
+
+def test_get_flops(call_tool, tmp_path):
+    file = tmp_path / 'costs/x.json'
+    arguments = [DEMOS['segmentation'], '--size', 64, 96, '--json', file, '--device', 'cpu']
+    status, output, _ = call_tool('get_flops', *arguments, '--rounds', 1, '--deploy')
+    assert status == 0
+    assert 'upernet_rdnet-nano_400i_digits-192x192 at 64 x 96' in output
+    assert 'MACs (G)' in output
+    assert re.search(r'^training, batch 2: median \d+ ms, p95 \d+ ms,', output, re.MULTILINE)
+    (row,) = json.loads(file.read_text())['rows']
+    assert row['form'] == 'deployed'
+    wrong = ['--cfg-options', 'model.backbone.arch=tinny']
+    status, output, _ = call_tool('get_flops', *arguments, '--rounds', 0, *wrong)
+    assert status == 1
+    assert re.search("^error: .*unknown arch 'tinny'", output, re.MULTILINE)
