@@ -5,13 +5,5 @@ from mmdense.patches import apply_patches
 
 apply_patches()  # first: OpenCV reads its limit when it is imported
 
-from mmdense.models.backbones import (  # noqa: E402
-    CondenseNetV2,
-    DenseNet,
-    RDNet,
-    ReXNet,
-    ShuffleNetV2,
-    TimmBackbone,
-)
-
-__all__ = ['CondenseNetV2', 'DenseNet', 'RDNet', 'ReXNet', 'ShuffleNetV2', 'TimmBackbone']
+from mmdense.models.backbones import *  # noqa: E402, F403
+from mmdense.models.backbones import __all__  # noqa: E402, F401
