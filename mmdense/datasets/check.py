@@ -177,7 +177,7 @@ def _decode(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Pr
         (width, height) as training reads it, or None if it cannot; and the problems.
     """
     if not os.path.isfile(file):
-        return None, [('missing file', 'no such file')]
+        return None, [('missing file', 'no such image')]
     if not os.path.getsize(file):
         return None, [('empty file', 'empty file')]
     with warnings.catch_warnings():
