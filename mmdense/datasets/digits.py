@@ -39,9 +39,7 @@ FOREGROUND_PALETTE = ((0, 0, 0), (255, 225, 25))
 SPLITS = ('train', 'val')
 MARKER = 'demo.json'
 GENERATOR = 'mmdense.datasets.make_digits'
-VERSION = (
-    3  # raise it when the same arguments give different files: older folders are then replaced
-)
+VERSION = 3  # raise it when the same arguments give other files, to replace older folders
 
 MIN_SIZE = 64
 VAL_SHARE = 0.2  # of each class's scans, which only validation images show
