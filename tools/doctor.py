@@ -226,9 +226,13 @@ def probe_import(name: str) -> str:
 
 
 def probe_operators() -> str:
-    importlib.import_module('mmcv.ops')
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        importlib.import_module('mmcv.ops')
     ops = importlib.import_module('mmdense.ops')
-    return f'mmcv.ops: {ops.backend()} (MMDENSE_OPS={os.environ.get(ops.VARIABLE, "auto")})'
+    text = f'mmcv.ops: {ops.backend()} (MMDENSE_OPS={os.environ.get(ops.VARIABLE, "auto")})'
+    reasons = [str(w.message) for w in caught if 'compiled extension' in str(w.message)]
+    return '; '.join([text, *reasons])
 
 
 def probe_gpu() -> dict[str, Any]:

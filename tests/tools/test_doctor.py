@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -135,11 +136,20 @@ def test_an_import_that_never_ends_and_an_empty_folder(stand_ins, monkeypatch, t
     assert results['hangs']['error'] == 'no result within 2 seconds'
 
 
-def test_an_unknown_choice_of_operators(examine, monkeypatch):
-    monkeypatch.setenv('MMDENSE_OPS', 'tensorrt')
-    _, rows = examine()
-    assert "MMDENSE_OPS='tensorrt' is unknown" in rows['operators']['message']
+def test_operators(examine, monkeypatch):
+    def import_module(name):
+        if name == 'mmcv.ops':
+            warnings.warn("mmcv's compiled extension is not used")
+        return SimpleNamespace(backend=lambda: 'torchvision', VARIABLE='MMDENSE_OPS')
+
+    monkeypatch.setattr(doctor, 'check_requirements', tuple)
+    monkeypatch.setenv('MMDENSE_OPS', 'compiled')
+    _, rows = examine({'mmcv/_ext.py': "raise ImportError('undefined symbol: _ZN2at')"})
+    assert 'undefined symbol' in rows['operators']['message']
     assert rows['operators']['fix'] == 'unset MMDENSE_OPS'
+    monkeypatch.setattr(doctor.importlib, 'import_module', import_module)
+    text = doctor.probe_operators()
+    assert text.startswith('mmcv.ops: torchvision (MMDENSE_OPS=compiled); mmcv')
 
 
 # Of the MM distribution that is not installed.
