@@ -108,14 +108,12 @@ def _read_torch(file: Path, map_location: Any) -> Any:
             # As a stream: torch would go by the file's name.
             return torch.load(stream, map_location=map_location, weights_only=not trusted)
     except pickle.UnpicklingError as error:  # its first words advise to load unsafely
-        refused = re.search(r'(?:GLOBAL|global|class) \W*([a-z_][\w.]+)', str(error))
-        if refused is None:
+        name = re.search(r'(?:GLOBAL|global|class) \W*([a-z_][\w.]+)', str(error))
+        if name is None:
             reason = re.search(r'WeightsUnpickler error: (.+)', str(error))
-            raise UserError(
-                f'{file} is damaged, or not a checkpoint ({reason[1] if reason else "no pickle"})'
-            ) from error
+            raise ValueError(reason[1] if reason else 'no pickle') from error
         raise UserError(
-            f'{file} holds more than weights ({refused[1]}), and reading that could run any code. '
+            f'{file} holds more than weights ({name[1]}), and reading that could run any code. '
             f'If you trust its source, set {TRUST}=1 once, and save its state_dict alone'
         ) from error
     except RuntimeError as error:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +77,13 @@ class LoadReport:
     def table(self) -> str:
         """Return the numbers of tensors by outcome, with the first names that were not loaded."""
         lines = [f'{"":13}{"parameters":>10}{"buffers":>9}']
-        shown = dict(loaded=(), missing=self.missing, wrong_shape=_with_shapes(self.wrong_shape))
-        for outcome, names in shown.items():
-            buffers = sum(name in self.buffers for name in getattr(self, outcome))
-            parameters = len(getattr(self, outcome)) - buffers
-            line = f'{outcome.replace("_", " "):13}{parameters:10}{buffers:9}  {_first(names)}'
-            lines.append(line.rstrip())
-        for outcome in ('unexpected', 'dropped'):
+        for outcome in ('loaded', 'missing', 'wrong_shape', 'unexpected', 'dropped'):
             names = getattr(self, outcome)
-            lines.append(f'{outcome:13}{len(names):10}{"":9}  {_first(names)}'.rstrip())
+            buffers = sum(name in self.buffers for name in names)
+            numbers = f'{len(names) - buffers:10}'
+            numbers += f'{buffers:9}' if outcome not in ('unexpected', 'dropped') else f'{"":9}'
+            shown = _first(names) if outcome != 'loaded' else ''
+            lines.append(f'{outcome.replace("_", " "):13}{numbers}  {shown}'.rstrip())
         return '\n'.join(lines)
 
     def require(self, min_loaded: float | None, *, source: str, part: str = '') -> None:
@@ -108,11 +107,11 @@ class LoadReport:
         if enough or not total:
             return
         lists = {
-            'missing': [name for name in self.missing if name.startswith(part)],
-            'wrong shape': [n for n in _with_shapes(self.wrong_shape) if n.startswith(part)],
-            'in the file instead': self.unexpected,
+            'missing': _first(self.missing, part),
+            'wrong shape': _first(self.wrong_shape, part),
+            'in the file instead': _first(self.unexpected),
         }
-        faults = [f'{outcome}: {_first(names)}' for outcome, names in lists.items() if names]
+        faults = [f'{outcome}: {names}' for outcome, names in lists.items() if names]
         if self.format:
             faults.append(f'its keys are those of {self.format.about}')
         if self.hint:
@@ -123,20 +122,17 @@ class LoadReport:
         )
 
 
-def _with_shapes(names: Mapping[str, str]) -> list[str]:
-    return [f'{name} {shapes}' for name, shapes in names.items()]
-
-
-def _first(names: Sequence[str]) -> str:
-    return ', '.join([*names[:SHOWN], *(['...'] if len(names) > SHOWN else [])])
+def _first(names: Collection[str], part: str = '') -> str:
+    """Return the first names with a prefix; of a mapping, with their values."""
+    names_of_part = [name for name in names if name.startswith(part)]
+    shown = names_of_part[:SHOWN]
+    if isinstance(names, Mapping):
+        shown = [f'{name} {names[name]}' for name in shown]
+    return ', '.join(shown + ['...'] * (len(names_of_part) > SHOWN))
 
 
 def load_into(
-    module: nn.Module,
-    checkpoint: Any,
-    *,
-    prefix: str | None = None,
-    fix: str = FIX,
+    module: nn.Module, checkpoint: Any, *, prefix: str | None = None, fix: str = FIX
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Load the tensors of a checkpoint of any known format that fit a model.
 
@@ -217,10 +213,8 @@ def load_checked(
         module: A backbone or a complete model.
         checkpoint: Content of a checkpoint file.
         source: Name of the checkpoint, for the messages.
-        min_loaded: As in :meth:`LoadReport.require`; 0 only reports.
-        part: Prefix of the model's names that count.
-        prefix: As in :func:`load_into`.
-        fix: As in :func:`load_into`.
+        min_loaded: As in :meth:`LoadReport.require`; 0 only reports. So is ``part``.
+        prefix: As in :func:`load_into`, and so is ``fix``.
 
     Returns:
         The weights with the model's names.
@@ -312,32 +306,26 @@ def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict, list,
 
 
 def _hint(state_dict: Mapping[str, Tensor], expected: Iterable[str], matched: int, fix: str) -> str:
-    """Return the prefix to remove, or to add, for the most tensors to match; '' if none helps."""
-    best, hint = matched, ''
+    """Return the prefix to remove, or to add, for more tensors to match; '' if none helps."""
     names = {name for name in expected if not name.endswith(COUNTER)}
+    hints = {matched: ''}
     for prefix, number in [('', len(state_dict)), *_prefixes(state_dict)]:
-        if number <= best:
-            break
-        try:
-            weights = _map_keys(_below(prefix, state_dict), names)[0]
-        except ValueError:
-            continue
-        matches = len(weights.keys() & names)
-        if matches > best:
-            best, hint = matches, f'{matches} would match without a prefix'
-            if prefix:
-                hint = f"{matches} would match without the prefix '{prefix}': "
-                hint += fix.format(prefix=prefix)
+        if number > matched:
+            with suppress(ValueError):
+                weights = _map_keys(_below(prefix, state_dict), names)[0]
+                text = f"without the prefix '{prefix}': {fix.format(prefix=prefix)}"
+                hints.setdefault(
+                    len(weights.keys() & names), text if prefix else 'without a prefix'
+                )
     weights = _map_keys(state_dict, ())[0]
     for prefix, number in _prefixes(names):
-        if number <= best:
-            break
-        matches = len({prefix + name for name in weights} & names)
-        if matches > best:
-            best, hint = matches, f"{matches} would match with the prefix '{prefix}'"
+        if number > matched:
+            text = f"with the prefix '{prefix}'"
             if prefix == 'backbone.':
-                hint += ': name the file in model.backbone.init_cfg.checkpoint'
-    return hint
+                text += ': name the file in model.backbone.init_cfg.checkpoint'
+            hints.setdefault(len({prefix + name for name in weights} & names), text)
+    best = max(hints)
+    return hints[best] and f'{best} would match {hints[best]}'
 
 
 def _prefixes(names: Iterable[str]) -> list[tuple[str, int]]:

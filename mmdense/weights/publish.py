@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.hub import HASH_REGEX
 
 from mmdense.errors import UserError
 from mmdense.files import atomic_write, sha256_of
@@ -33,8 +32,7 @@ class Published:
         after: Size of the file, in bytes.
         tensors: Number of tensors in it.
         left_out: Entries of the checkpoint that are not in it.
-        weights: The moving average, the weights as trained, or the only ones of a checkpoint
-            without an average.
+        weights: The moving average, the weights as trained, or the only ones there are.
         halves: Number of float16 tensors.
         overflowing: Names of tensors that stay float32, as float16 cannot hold their values.
     """
@@ -71,7 +69,6 @@ def publish(
             EMAHook's; there is no average to leave out; or the target cannot be written.
     """
     source, target = Path(source).expanduser(), check_target(target, new=False)
-    _check_name(target)
     checkpoint = read_checkpoint(source)
     weights, meta, left_out = _split(checkpoint, source)
     kind: Literal['average', 'trained', 'only'] = 'only'
@@ -86,7 +83,7 @@ def publish(
         weights, overflowing = _halve(weights)
     content = serialize(target, weights, meta)
     digest = hashlib.sha256(content).hexdigest()
-    file = _named(target, digest[:DIGITS])
+    file = target.with_name(f'{target.stem}-{digest[:DIGITS]}{target.suffix}')
     existed = file.exists()
     if not existed:
         atomic_write(file, content)
@@ -103,20 +100,6 @@ def publish(
         halves=sum(v.dtype == torch.float16 for v in weights.values()),
         overflowing=overflowing,
     )
-
-
-def _check_name(target: Path) -> None:
-    digits = '0' * DIGITS
-    match = HASH_REGEX.search(_named(target, digits).name)
-    if match[1] != digits:  # torch.hub takes the first match in the name
-        raise UserError(
-            f"torch.hub would take '{match[1]}' in {target.name} for its checksum: choose a name "
-            f'without {match[0]}'
-        )
-
-
-def _named(target: Path, digits: str) -> Path:
-    return target.with_name(f'{target.stem}-{digits}{target.suffix}')
 
 
 def _split(

@@ -180,10 +180,6 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
     hub's files in a folder NAME), or else from the Hugging Face hub: its cache, or the network
     unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely.
 
-    Args:
-        filename: Such as ``timm://rdnet_tiny.nv_in1k``.
-        map_location: Device of the tensors; the CPU by default.
-
     Raises:
         UserError: timm has no such weights, none of these has them, or they don't fit.
     """
@@ -222,15 +218,8 @@ def _published_by_timm(name: str) -> tuple[Any, Path | None]:
 def load_from_condensenetv2(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Return the weights of a released CondenseNetV2 in a local file, ``condensenetv2://PATH``.
 
-    If PATH doesn't exist, the file of that name in the ``MMDENSE_WEIGHTS`` folder is read.
-
-    The released models A, B and C in their converted form are for ``CondenseNetV2(arch='a', 'b' or
-    'c', form='condensed')``; the C as it was trained is for ``form='learned'``, which
-    ``condense()`` or ``switch_to_deploy()`` then converts.
-
-    Args:
-        filename: Such as ``condensenetv2://weights/condensenetv2_a.pth.tar``.
-        map_location: Device of the tensors; the CPU by default.
+    If PATH doesn't exist, the file of that name in the ``MMDENSE_WEIGHTS`` folder is read. Models
+    that were converted (A, B, C) are for ``form='condensed'``, trained ones (C) for ``'learned'``.
 
     Raises:
         UserError: There is no such file, or it holds no released CondenseNetV2.

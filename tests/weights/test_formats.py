@@ -79,6 +79,15 @@ def features(net, x):
     return net(x)[-4:]
 
 
+def outputs(net, x):
+    return net(x)
+
+
+def last_stage(net, x):
+    """mmpretrain's other feature maps are those after transitions."""
+    return [None, None, None, net(x)]
+
+
 def torchvision_blocks(net, x):
     blocks = {}
     for number in (1, 2, 3):
@@ -149,36 +158,17 @@ SAMPLES = dict(
     ),
     torchvision=Sample('densenet', torchvision.models.densenet121, DenseNet, torchvision_blocks),
     torchvision_2017=Sample(
-        'densenet',
-        torchvision.models.densenet121,
-        DenseNet,
-        torchvision_blocks,
-        named_as_in_2017,
+        'densenet', torchvision.models.densenet121, DenseNet, torchvision_blocks, named_as_in_2017
     ),
-    mmpretrain=Sample(
-        'densenet-mmpretrain',
-        published.MMPretrainDenseNet,
-        DenseNet,
-        lambda net, x: [None, None, None, net(x)],  # its others are those after transitions
-    ),
+    mmpretrain=Sample('densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage),
     mmpretrain_backbone=Sample(
-        'densenet-mmpretrain',
-        published.MMPretrainDenseNet,
-        DenseNet,
-        lambda net, x: [None, None, None, net(x)],
-        without_backbone,
+        'densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage, without_backbone
     ),
     condensenetv2_learned=Sample(
-        'condensenetv2',
-        released_condensenetv2('learned'),
-        condensenetv2('learned'),
-        lambda net, x: net(x),
+        'condensenetv2', released_condensenetv2('learned'), condensenetv2('learned'), outputs
     ),
     condensenetv2_condensed=Sample(
-        'condensenetv2',
-        released_condensenetv2('condensed'),
-        condensenetv2('condensed'),
-        lambda net, x: net(x),
+        'condensenetv2', released_condensenetv2('condensed'), condensenetv2('condensed'), outputs
     ),
     rexnet=Sample(
         'rexnet',
@@ -188,12 +178,9 @@ SAMPLES = dict(
     ),
     rexnet_features=Sample('rexnet', from_timm('rexnet_100', features_only=True), ReXNet, features),
     clovaai=Sample(
-        'rexnet-clovaai',
-        published.ClovaaiReXNet,
-        lambda: ReXNet(out_indices=range(6)),
-        lambda net, x: net(x),
+        'rexnet-clovaai', published.ClovaaiReXNet, lambda: ReXNet(out_indices=range(6)), outputs
     ),
-    unet=Sample('rexnet-unet', published.ReXUNet, unet, lambda net, x: net(x)),
+    unet=Sample('rexnet-unet', published.ReXUNet, unet, outputs),
 )
 CLASSIFIER = re.compile(r'(?:head|output|fc|classifier|features\.(?:norm|se)_last)\.')
 every_sample = pytest.mark.parametrize('sample', SAMPLES)
@@ -235,8 +222,8 @@ def randomised(net):
 
 
 @torch.no_grad()
-def check_feature_maps(outputs, expected):
-    for ours, theirs in zip(outputs, expected, strict=True):
+def check_feature_maps(feature_maps, expected):
+    for ours, theirs in zip(feature_maps, expected, strict=True):
         if theirs is not None:
             assert ours.shape == theirs.shape
             assert theirs.std() > 0
@@ -255,8 +242,8 @@ def test_feature_maps_are_equal(sample):
     assert list(report.dropped) == [key for key in state if CLASSIFIER.match(key)]
     ours.double().eval()
     x = torch.randn(2, 3, 64, 96).double()
-    outputs = ours['decode_head'](ours['backbone'](x)) if sample == 'unet' else ours(x)
-    check_feature_maps(outputs, kind.run(theirs, x))
+    feature_maps = ours['decode_head'](ours['backbone'](x)) if sample == 'unet' else ours(x)
+    check_feature_maps(feature_maps, kind.run(theirs, x))
 
 
 def test_descriptions():

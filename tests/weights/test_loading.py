@@ -428,8 +428,8 @@ def condensed_weights():
 
 
 OTHER_FORM = (
-    "the weights are those of a CondenseNetV2 of form='condensed', the network is of "
-    "form='learned': build it with the other one"
+    "these are CondenseNetV2 weights of form='condensed', the network is of form='learned': "
+    "build it with form='condensed'"
 )
 
 

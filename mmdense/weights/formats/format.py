@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -19,8 +19,7 @@ AFFINE = r'(?:weight|bias)'
 NORM = r'(?:weight|bias|running_mean|running_var|num_batches_tracked)'
 
 
-@dataclass(frozen=True)
-class Mapped:
+class Mapped(NamedTuple):
     """A state dict with mmdense's keys.
 
     Attributes:
