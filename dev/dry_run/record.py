@@ -95,7 +95,7 @@ class Record(TorchDispatchMode):
         outputs = func(*args, **kwargs)
         results = list(_tensors(outputs))
         if not on_gpu and not any(x.is_cuda for x in results):
-            if name not in FREE:
+            if results and name not in FREE:
                 self.on_cpu.append((name, _place()))
             return outputs
         if name in FREE or _is_view(func):

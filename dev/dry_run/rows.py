@@ -155,7 +155,7 @@ def _rows() -> dict[str, Callable[..., Record]]:
                     rows[f'{family} {memory} {next(iter(option))}'] = partial(
                         train, partial(build, **option), 'float32', 'bfloat16', 'NHWC'
                     )
-            if family != 'rdnet':  # it has no batch norm
+            if family not in ('rdnet', 'timm'):  # no batch norm; timm's own conversion
                 rows[f'{family} {memory} SyncBN'] = partial(
                     train, partial(_synchronized, build), 'float32', 'bfloat16', 'NHWC'
                 )

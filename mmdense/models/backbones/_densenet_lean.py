@@ -147,8 +147,10 @@ class _LeanBlock(torch.autograd.Function):
                 else:
                     used = _used(norm, statistics)
                     weight = lean.as_wide(norm.weight, used[0])
+                    # CUDA's channels-last kernel asserts saved statistics, and ignores empty ones.
+                    empty = used[0].new_empty(0)
                     d, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                        d, x, weight, *used, None, None, False, eps, [True, True, True]
+                        d, x, weight, *used, empty, empty, False, eps, [True, True, True]
                     )
                     if statistics is not None:
                         scale = (used[1] + eps).rsqrt()

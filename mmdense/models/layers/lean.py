@@ -98,16 +98,16 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
     unused = x.new_zeros(x.shape[1], dtype=wide), x.new_ones(x.shape[1], dtype=wide)
     mean, var = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
     count = x.numel() // x.shape[1]
-    if group is not None:
-        local = torch.cat([mean, var, mean.new_tensor([count])])
+    if group is not None:  # every process has a value: there are two or more
+        local = torch.cat([mean, var, mean.new_full((1,), count)])
         every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, local, group=group)
         means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], 1)
         shares = counts / counts.sum()
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean).square())).sum(0)
-        count = int(counts.sum())
-    if count < 2:
+        count = counts.sum()  # stays on the device: reading it would wait
+    elif count < 2:
         raise ValueError(f'Expected more than 1 value per channel when training, got {x.shape}')
     return Statistics(mean, var, count, group)
 
@@ -119,7 +119,7 @@ def record(norm: _BatchNorm, statistics: Statistics) -> None:
     norm.num_batches_tracked.add_(1)
     share = norm.momentum
     if share is None:
-        share = 1 / int(norm.num_batches_tracked)
+        share = norm.num_batches_tracked.to(norm.running_mean).reciprocal()
     mean, var, count, _ = statistics
     norm.running_mean.lerp_(mean.to(norm.running_mean), share)
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var), share)
