@@ -66,6 +66,7 @@ class Recipe:
         cfg: The config.
         row: What published.yml has for it, or nothing.
         source: Where that was published.
+        top1: Published accuracy of its ImageNet weights in percent, and where; or None.
     """
 
     family: str
@@ -73,6 +74,7 @@ class Recipe:
     cfg: Config
     row: dict[str, Any]
     source: str
+    top1: tuple[float, str] | None
 
     @property
     def file(self) -> str:
@@ -179,24 +181,28 @@ class Recipe:
 
 def read_recipes(published: dict[str, Any]) -> list[Recipe]:
     """Return all recipes: by family, task, head and size."""
+    top1 = {
+        row['weights']: (row['top-1'], part['source'])
+        for figures in published.values()
+        for part in figures['classifiers']
+        for row in part['rows']
+        if 'weights' in row
+    }
     recipes = []
     for family, figures in published.items():
         for task in SIZES:
             part = figures.get(task, {})
             rows = {row['config']: row for row in part.get('rows', [])}
             folder = ROOT / 'configs' / task / figures.get('folder', family.lower())
-            group = [
-                Recipe(
-                    family,
-                    path,
-                    Config.fromfile(path),
-                    rows.get(path.stem, {}),
-                    part.get('source', ''),
-                )
-                for path in folder.glob(f'*_{family.lower()}-*.py')
-            ]
-            kind = f'mmdense.{figures.get("type", family)}'
-            assert all(recipe.cfg.model.backbone.type == kind for recipe in group), folder
+            group = []
+            for path in folder.glob(f'*_{family.lower()}-*.py'):
+                cfg = Config.fromfile(path)
+                backbone = cfg.model.backbone
+                assert backbone.type == f'mmdense.{figures.get("type", family)}', path
+                weights = backbone.get('init_cfg', {}).get('checkpoint', '').split('://')[-1]
+                row = rows.get(path.stem, {})
+                source = part.get('source', '')
+                group.append(Recipe(family, path, cfg, row, source, top1.get(weights)))
             recipes += sorted(group, key=lambda r: (r.head, r.params, r.path.stem))
     return recipes
 

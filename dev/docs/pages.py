@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os.path
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,7 +15,6 @@ import yaml
 from dev.benchmark.report import best_result, markdown, training_results
 from dev.docs.counts import (
     ROOT,
-    SIZES,
     Recipe,
     classifier,
     named_networks,
@@ -68,7 +68,6 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters['table'] = table
 
 
 def files() -> Iterator[tuple[str, str]]:
@@ -83,18 +82,18 @@ def files() -> Iterator[tuple[str, str]]:
         yield f'{folder}/README.md', family_readme(published, folder, group)
     index = sorted(f'{folder}/metafile.yml' for folder in folders)
     yield 'model-index.yml', GENERATED + to_yaml({'Import': index})
-    yield REPRODUCTION, reproduction(published, recipes)
+    page = TEMPLATES.get_template('reproduction.md')
+    yield REPRODUCTION, page.render(families=published, recipes=recipes)
     yield MODEL_ZOO, model_zoo(published, recipes)
     rows = [network_row(f, *network) for f, group in networks.items() for network in group]
     yield fill('docs/backbones.md', 'backbones', table(rows))
-    records = [
-        json.loads(file.read_text(encoding='utf-8'))
+    records = {
+        file.stem: json.loads(file.read_text(encoding='utf-8'))
         for file in sorted(ROOT.glob('dev/benchmark/results/*.json'))
-    ]
-    yield fill('docs/performance.md', 'measurements', markdown(records))
-    (cpu,) = (record for record in records if record['device'] != 'cuda')
+    }
+    yield fill('docs/performance.md', 'measurements', markdown(list(records.values())))
     rows = [
-        family_row(family, [net for _, net in group], published[family], cpu)
+        family_row(family, [net for _, net in group], published[family], records['cpu'])
         for family, group in networks.items()
         if group
     ]
@@ -158,18 +157,24 @@ def reasons_of(row: dict) -> str:
     return '; '.join(f'{names[key]}: {why}' for key, why in row.get('why', {}).items())
 
 
-def classifier_row(family: str, kind: str, row: dict, classes: int) -> dict[str, str]:
-    name = str(row.get('name', row['arch']))
-    costs_only = ('arch', 'name', 'weights', 'size', 'why', 'params', 'macs')
-    return {
-        'network': name,
-        'image': f'{row["size"]}x{row["size"]}' if 'size' in row else '',
-        **costs(f'{family} {name}', row, classifier(family, kind, row, classes)),
-        'published accuracy (%)': ', '.join(
-            f'{key} {value}' for key, value in row.items() if key not in costs_only
-        ),
-        'reason for the difference': reasons_of(row),
-    }
+def classifier_rows(family: str, kind: str, part: dict) -> list[dict[str, str]]:
+    rows = []
+    for row in part['rows']:
+        name = str(row.get('name', row['arch']))
+        counts = classifier(family, kind, row, part.get('classes', 1000))
+        accuracies = [
+            f'{key} {value}' for key, value in row.items() if re.search('top-|error', key)
+        ]
+        rows.append(
+            {
+                'network': name,
+                'image': f'{row["size"]}x{row["size"]}' if 'size' in row else '',
+                **costs(f'{family} {name}', row, counts),
+                'published accuracy (%)': ', '.join(accuracies),
+                'reason for the difference': reasons_of(row),
+            }
+        )
+    return rows
 
 
 def recipe_row(recipe: Recipe) -> dict[str, str]:
@@ -192,17 +197,20 @@ def recipe_row(recipe: Recipe) -> dict[str, str]:
     }
 
 
-def settings_row(recipe: Recipe, common: dict) -> dict[str, str]:
-    published = {**common, **recipe.row['recipe']}
-    settings = recipe.settings()
-    assert set(settings) == set(published), set(settings) ^ set(published)
-    return {
-        'recipe': link(f'{recipe.head}, {recipe.backbone}', recipe.file, 'docs/reproduction.md'),
-        **{
+def settings_rows(recipes: list[Recipe], figures: dict) -> list[dict[str, str]]:
+    rows = []
+    for recipe in recipes:
+        published, settings = (
+            figures[recipe.task]['recipe'] | recipe.row['recipe'],
+            recipe.settings(),
+        )
+        assert set(settings) == set(published), set(settings) ^ set(published)
+        cells = {
             name: f'{value}' + ('' if value == published[name] else f' [{published[name]}]')
             for name, value in settings.items()
-        },
-    }
+        }
+        rows.append({'recipe': link(recipe.title, recipe.file, REPRODUCTION), **cells})
+    return rows
 
 
 def rate_rows(recipes: list[Recipe]) -> list[dict[str, str]]:
@@ -221,51 +229,7 @@ def rate_rows(recipes: list[Recipe]) -> list[dict[str, str]]:
     ]
 
 
-def reproduction(published: dict, recipes: list[Recipe]) -> str:
-    families = []
-    for name, figures in published.items():
-        own = [recipe for recipe in recipes if recipe.family == name]
-        kind = figures.get('type', name)
-        with_settings = [recipe for recipe in own if 'recipe' in recipe.row]
-        families.append(
-            dict(
-                figures,
-                name=name,
-                classifiers=[
-                    dict(
-                        part,
-                        rows=[
-                            classifier_row(name, kind, row, part.get('classes', 1000))
-                            for row in part['rows']
-                        ],
-                    )
-                    for part in figures['classifiers']
-                ],
-                tasks={
-                    task: [recipe_row(r) for r in own if r.task == task and r.row]
-                    for task in SIZES
-                    if task in figures
-                },
-                others=[recipe_row(recipe) for recipe in own if not recipe.row],
-                settings=[settings_row(r, figures[r.task]['recipe']) for r in with_settings],
-                rates=rate_rows([r for r in own if r.rates]) if with_settings else [],
-            )
-        )
-    return TEMPLATES.get_template('reproduction.md').render(families=families)
-
-
 # ---------------------------------------------------------------------------- metafiles
-
-
-def top1_of(published: dict) -> dict[str, tuple[float, str]]:
-    """Return top-1 and its source by the name of ImageNet weights."""
-    return {
-        row['weights']: (row['top-1'], part['source'])
-        for figures in published.values()
-        for part in figures['classifiers']
-        for row in part['rows']
-        if 'weights' in row
-    }
 
 
 def metafile(published: dict, recipes: list[Recipe]) -> dict[str, list]:
@@ -282,11 +246,10 @@ def metafile(published: dict, recipes: list[Recipe]) -> dict[str, list]:
                 'README': str(PurePosixPath(recipes[0].file).with_name('README.md')),
             }
         )
-    top1 = top1_of(published)
-    return {'Collections': collections, 'Models': [metafile_entry(r, top1) for r in recipes]}
+    return {'Collections': collections, 'Models': [metafile_entry(r) for r in recipes]}
 
 
-def metafile_entry(recipe: Recipe, top1: dict) -> dict[str, Any]:
+def metafile_entry(recipe: Recipe) -> dict[str, Any]:
     train = recipe.cfg.train_cfg
     metadata = {
         'Architecture': [recipe.head, recipe.backbone],
@@ -303,8 +266,8 @@ def metafile_entry(recipe: Recipe, top1: dict) -> dict[str, Any]:
     }
     if recipe.weights:
         metadata['ImageNet weights'] = recipe.weights
-        if (name := recipe.weights.split('://')[1]) in top1:
-            metadata['Top-1 of the ImageNet weights'] = top1[name][0]
+    if recipe.top1:
+        metadata['Top-1 of the ImageNet weights'] = recipe.top1[0]
     entry = {
         'Name': recipe.path.stem,
         'In Collection': f'{recipe.family} {recipe.task}',
@@ -327,7 +290,7 @@ def metafile_entry(recipe: Recipe, top1: dict) -> dict[str, Any]:
 # ---------------------------------------------------------------------------- model zoo
 
 
-def zoo_row(recipe: Recipe, page: str, top1: dict) -> dict[str, str]:
+def zoo_row(recipe: Recipe, page: str) -> dict[str, str]:
     height, width = recipe.sizes[0]
     giga = recipe.macs[0] / 1e9
     row = {
@@ -338,12 +301,11 @@ def zoo_row(recipe: Recipe, page: str, top1: dict) -> dict[str, str]:
         'params (M)': f'{recipe.params / 1e6:.2f}',
         'GMACs': f'{giga:.{1 if giga >= 10 else 2}f}',
         'ImageNet weights': 'none',
-        'top-1': '',
+        'top-1': '[{}]({})'.format(*recipe.top1) if recipe.top1 else '',
     }
     if recipe.weights:
         scheme, name = recipe.weights.split('://')
         row['ImageNet weights'] = f'[{PurePosixPath(name).name}]({PAGES[scheme].format(name)})'
-        row['top-1'] = '[{}]({})'.format(*top1[name]) if name in top1 else ''
     results = recipe.row.get('results', {})
     for title, names in COLUMNS[recipe.data].items():
         values = [results[name][0] for name in names if name in results]
@@ -356,7 +318,7 @@ def by_cost(recipe: Recipe) -> tuple:
 
 
 def model_zoo(published: dict, recipes: list[Recipe]) -> str:
-    page, top1 = MODEL_ZOO, top1_of(published)
+    page = MODEL_ZOO
     families = []
     for name, figures in published.items():
         folders = {r.task: r.path.with_name('README.md') for r in recipes if r.family == name}
@@ -365,7 +327,7 @@ def model_zoo(published: dict, recipes: list[Recipe]) -> str:
         families.append(dict(family=name, paper=paper, recipes=', '.join(links)))
     sections: dict[str, dict[str, list]] = {title: {} for title in SECTIONS.values()}
     for recipe in sorted(recipes, key=lambda recipe: (recipe.head, *by_cost(recipe))):
-        row = zoo_row(recipe, page, top1)
+        row = zoo_row(recipe, page)
         sections[SECTIONS[recipe.data]].setdefault(row.pop('head'), []).append(row)
     template = TEMPLATES.get_template('model_zoo.md')
     return template.render(families=families, sections=sections)
@@ -373,10 +335,10 @@ def model_zoo(published: dict, recipes: list[Recipe]) -> str:
 
 def family_readme(published: dict, folder: PurePosixPath, recipes: list[Recipe]) -> str:
     """Return the README of a folder of configs."""
-    page, top1 = str(folder / 'README.md'), top1_of(published)
+    page = str(folder / 'README.md')
     sections: dict[str, list] = {}
     for recipe in sorted(recipes, key=lambda recipe: (recipe.head, *by_cost(recipe))):
-        sections.setdefault(SECTIONS[recipe.data], []).append(zoo_row(recipe, page, top1))
+        sections.setdefault(SECTIONS[recipe.data], []).append(zoo_row(recipe, page))
     names = list(dict.fromkeys(recipe.family for recipe in recipes))
     example = min(recipes, key=lambda r: (not r.row, list(SECTIONS).index(r.data), r.macs))
     return TEMPLATES.get_template('family.md').render(
@@ -442,3 +404,7 @@ def family_row(family: str, networks: list[Backbone], figures: dict, cpu: dict) 
         'inference speed': ', '.join(speeds) or '-',
         'training memory': ', '.join(memory) or '-',
     }
+
+
+TEMPLATES.filters.update(table=table, recipe_row=recipe_row, rate_rows=rate_rows)
+TEMPLATES.globals.update(classifier_rows=classifier_rows, settings_rows=settings_rows)
