@@ -1,4 +1,4 @@
-"""What the command lines have in common."""
+"""What all commands share: parsers, --cfg-options and errors in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 
-from mmdense.config.explain import explain
+from mmdense.config.parts import build_error
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, printable
 
@@ -60,10 +60,10 @@ class _Settings(DictAction):
 
 
 def example(arguments: str) -> dict[str, Any]:
-    """Return what makes a parser's help end in an example, and keep its lines as they are.
+    """Return parser settings: an example at the end of the help, whose line breaks are kept.
 
     Args:
-        arguments: The command line behind ``python``.
+        arguments: The command line after ``python``.
     """
     return dict(
         epilog=f'example:\n  python {arguments}',
@@ -72,21 +72,21 @@ def example(arguments: str) -> dict[str, Any]:
 
 
 def config_parser(description: str | None, arguments: str) -> argparse.ArgumentParser:
-    """Return a parser for a command on a config file; the command adds its own arguments.
+    """Return a parser for a command on a config file, without the command's own options.
 
     Args:
-        description: What the command does.
-        arguments: Of an :func:`example`.
+        description: One sentence about the command.
+        arguments: As for :func:`example`.
     """
     parser = argparse.ArgumentParser(description=description, **example(arguments))
     parser.add_argument('config', help='config file')
-    parser.add_argument('--work-dir', help='logs and checkpoints (work_dirs/<config>)')
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints (work_dirs/CONFIG)')
     add_cfg_options(parser)
     parser.add_argument(
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
         default='none',
-        help='how the processes were started (%(default)s)',
+        help='how the processes are started (%(default)s)',
     )
     return parser
 
@@ -111,7 +111,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add the option for weights that fill a model in part."""
+    """Add the option to accept weights that fill only a part of the model."""
     parser.add_argument(
         '--min-loaded',
         type=share,
@@ -172,21 +172,19 @@ def parse_config(
 def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Make a command's ``main(argv=None)`` end a user's mistake with one line and status 2.
 
-    That is a :class:`.UserError`, or an error of building from a config that
-    :func:`mmdense.config.explain.explain` knows. All others keep their traceback.
+    That is a :class:`.UserError` or a :func:`.build_error`. Other errors keep their traceback.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
             main(*args, **kwargs)
-        except UserError as error:
-            sys.exit(_fail(str(error)))
         except Exception as error:
-            explanation = explain(error)
-            if explanation is None:
+            message = str(error) if isinstance(error, UserError) else build_error(error)
+            if message is None:
                 raise
-            sys.exit(_fail(str(explanation)))
+            sys.stderr.write(f'error: {printable(message)}\n')
+            sys.exit(2)
 
     return wrapped
 
@@ -196,8 +194,3 @@ def silence_libraries() -> None:
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # the profiler logs each start and stop
     MMLogger.get_current_instance().setLevel('WARNING')  # optimizers list their settings
     warnings.simplefilter('ignore', UserWarning)  # mmseg recommends losses
-
-
-def _fail(message: str) -> int:
-    sys.stderr.write(f'error: {printable(message)}\n')
-    return 2

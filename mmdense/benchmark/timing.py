@@ -32,7 +32,7 @@ from mmdense.benchmark.memory import (
     tensor_bytes,
     training_step,
 )
-from mmdense.config.channels import build_part, without_weights
+from mmdense.config.channels import build_part, remove_weights
 from mmdense.config.edit import drop_amp
 from mmdense.config.image_size import training_size
 from mmdense.errors import one_line
@@ -208,7 +208,7 @@ def measure_configs(
             if not rounds:
                 continue
             cfg = copy.deepcopy(cfg)
-            without_weights(cfg.model)
+            remove_weights(cfg.model)
             if 'size' in cfg.model.get('data_preprocessor', {}):  # mmseg's pads images to it
                 cfg.model.data_preprocessor.size = shape
             segmentation = cfg.get('default_scope') == 'mmseg'

@@ -1,6 +1,6 @@
-"""What a config's parts must agree on: the maps of its backbone, and what reads their channels.
+"""Channels of a backbone's feature maps, and the necks and heads of a config that read them.
 
-C_i channels and stride s_i of the i-th map.
+C_i and s_i are the channels and the stride of the i-th feature map.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS
 from torch import nn
 
-from mmdense.config.explain import explained
-from mmdense.errors import UserError
+from mmdense.config.parts import check_part, dicts
+from mmdense.errors import UserError, one_line
 
 __all__ = [
     'AUTO',
@@ -26,25 +26,25 @@ __all__ = [
     'fill_channels',
     'put_backbone',
     'readers',
-    'without_weights',
+    'remove_weights',
 ]
 
 AUTO = 'auto'
 SSD_NECK = 'SSDNeck'
-READ_ALL = ('mmdense.ReXUNetHead', 'mmdense.ReXUNetDepthHead')  # unless in_index says otherwise
+READ_ALL = ('mmdense.ReXUNetHead', 'mmdense.ReXUNetDepthHead')  # read all maps by default
 PROBE = 256  # pixels
 FREEZING = ('frozen_stages', 'norm_eval')
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A place in a model's config that names channels of the backbone's maps.
+    """A neck or head that reads the backbone's feature maps, in a model's config.
 
     Attributes:
-        name: Such as 'neck' or 'decode_head'.
-        node: The part's config.
-        key: In it, such as 'in_channels'.
-        channels: Those that the backbone gives: of all maps that are read, or of the one.
+        name: 'neck', 'decode_head' or 'auxiliary_head'.
+        node: Its config.
+        key: The key that states the channels, such as 'in_channels'.
+        channels: The channels of the feature maps that it reads, or of the only one.
     """
 
     name: str
@@ -54,24 +54,24 @@ class Reader:
 
     @property
     def fits(self) -> bool:
-        """Whether the config says what the backbone gives, or leaves it open."""
-        said = self.node.get(self.key)
-        if isinstance(said, tuple):
-            said = list(said)
-        if self.name == 'neck':  # a single number, or coarse to fine, is the habit of some
-            return not isinstance(said, list) or said in (self.channels, self.channels[::-1])
-        return said is None or said == self.channels
+        """Whether the config states these channels, or none."""
+        stated = self.node.get(self.key)
+        if isinstance(stated, tuple):
+            stated = list(stated)
+        if self.name == 'neck':  # some read the last map only, or coarse to fine
+            return not isinstance(stated, list) or stated in (self.channels, self.channels[::-1])
+        return stated is None or stated == self.channels
 
 
 def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reader]:
-    """Yield whatever in a model's config reads the backbone.
+    """Yield the necks and heads of a model's config that read the backbone.
 
     Args:
         model: The config of a detector or segmentor.
-        channels: C_i of the backbone's maps.
+        channels: C_i of the backbone.
 
     Raises:
-        UserError: A head that reads a map which isn't there.
+        UserError: A head reads a feature map that does not exist.
     """
     if model.get('neck'):
         neck = model['neck']  # further necks read the first one
@@ -81,36 +81,35 @@ def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reade
     for name in ('decode_head', 'auxiliary_head'):
         nodes = model.get(name) or []
         for node in nodes if isinstance(nodes, list | tuple) else [nodes]:
-            said = node.get('in_channels')
-            if isinstance(said, list | tuple) or node.get('type') in READ_ALL:
-                own = list(range(len(channels) if said == AUTO else len(said)))
-            else:
-                own = -1
-            index = node.get('in_index', own)
-            many = isinstance(index, list | tuple)
-            if max(index if many else [index]) >= len(channels):
+            stated = node.get('in_channels')
+            index = -1
+            if isinstance(stated, list | tuple) or node.get('type') in READ_ALL:
+                index = list(range(len(channels) if stated == AUTO else len(stated)))
+            index = node.get('in_index', index)
+            several = isinstance(index, list | tuple)
+            if max(index if several else [index]) >= len(channels):
                 raise UserError(
-                    f'{name}.in_index is {index}, but the backbone returns {len(channels)} maps, '
-                    'counted from 0'
+                    f'{name}.in_index is {index}, but the backbone returns {len(channels)} feature '
+                    'maps, counted from 0'
                 )
-            given = [channels[i] for i in index] if many else channels[index]
-            yield Reader(name, node, 'in_channels', given)
-            if 'c1_in_channels' in node:  # of DeepLabV3+, from the finest map
+            read = [channels[i] for i in index] if several else channels[index]
+            yield Reader(name, node, 'in_channels', read)
+            if 'c1_in_channels' in node:  # of DeepLabV3+, for the finest map
                 yield Reader(name, node, 'c1_in_channels', channels[0])
 
 
 def fill_channels(cfg: Config) -> None:
-    """Write the backbone's channels wherever a neck or head says ``in_channels='auto'``.
+    """Replace ``in_channels='auto'`` by the backbone's channels.
 
-    It may stand in what reads the backbone: the (first) neck, or the heads of a segmentor without
-    one, whose ``in_index`` counts. With mmdet's SSDNeck the first ``out_channels`` follow, and
-    ``in_channels='auto'`` of the head is what the neck puts out.
+    It may be used in the (first) neck, or in the heads of a segmentor without one, where
+    ``in_index`` counts. With mmdet's SSDNeck the first ``out_channels`` become the backbone's, and
+    ``in_channels='auto'`` of the bbox head becomes the neck's ``out_channels``.
 
     Args:
         cfg: A whole config; changed in place.
 
     Raises:
-        UserError: 'auto' where nothing is known to fill in, or a backbone that can't be built.
+        UserError: 'auto' is used elsewhere, or the backbone cannot be built.
     """
     if not _has_auto(cfg.model):
         return
@@ -125,31 +124,29 @@ def fill_channels(cfg: Config) -> None:
             cfg.model.bbox_head.in_channels = neck.out_channels
     if _has_auto(cfg.model):
         raise UserError(
-            f"{cfg.filename}: in_channels='auto' is for what reads the backbone: the first neck, "
-            'or the heads of a segmentor without one'
+            f"{cfg.filename}: in_channels='auto' works in parts that read the backbone: the first "
+            'neck, or the heads of a segmentor without one'
         )
 
 
-def _has_auto(node: Any) -> bool:
-    if isinstance(node, dict):
-        here = any(node.get(key) == AUTO for key in ('in_channels', 'c1_in_channels'))
-        return here or any(map(_has_auto, node.values()))
-    return isinstance(node, list | tuple) and any(map(_has_auto, node))
+def _has_auto(model: Mapping[str, Any]) -> bool:
+    keys = ('in_channels', 'c1_in_channels')
+    return any(node.get(key) == AUTO for node in dicts(model) for key in keys)
 
 
 def backbone_maps(
     backbone: Mapping[str, Any], scope: str | None
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return C_i and s_i of the maps that a backbone returns, fine to coarse.
+    """Return C_i and s_i of the feature maps that a backbone returns, fine to coarse.
 
-    Ours announce them; of others they are found by running one image of 256 x 256 pixels.
+    A backbone that has no ``out_channels`` and ``out_strides`` runs once, on 256 x 256 pixels.
 
     Args:
         backbone: Its config.
         scope: The config's ``default_scope``.
 
     Raises:
-        UserError: It can't be built.
+        UserError: It cannot be built.
     """
     return _maps(build_part(backbone, scope), backbone.get('in_channels', 3))
 
@@ -158,58 +155,53 @@ def _maps(net: nn.Module, in_channels: int) -> tuple[tuple[int, ...], tuple[int,
     if hasattr(net, 'out_strides'):
         return tuple(net.out_channels), tuple(net.out_strides)
     image = torch.empty(1, in_channels, PROBE, PROBE, device=next(net.parameters()).device)
-    net.eval()  # those of mmdet return nothing
+    net.eval()  # returns None in some of mmdet
     with torch.no_grad():
         maps = net(image)
     return tuple(x.shape[1] for x in maps), tuple(PROBE // x.shape[2] for x in maps)
 
 
 def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
-    """Build a model or a part of one without its weights, on the meta device where it can be.
+    """Build a model or a part of one without its weights, on the meta device if possible.
 
     Raises:
-        UserError: It can't be built; with the reason.
+        UserError: It cannot be built; with the reason.
     """
-    node = without_weights(copy.deepcopy(dict(node)))
+    node = ConfigDict(copy.deepcopy(node))
+    remove_weights(node)
+    check_part(node, scope=scope, place=str(node.get('type')))
     with MODELS.switch_scope_and_registry(scope) as registry:
         try:
-            with explained():
-                try:
-                    with torch.device('meta'):
-                        return registry.build(ConfigDict(node))
-                except (RuntimeError, NotImplementedError):  # reads a value at once (Swin)
-                    return registry.build(ConfigDict(node))
-        except (ValueError, TypeError, KeyError, AssertionError) as error:
-            raise UserError(f'cannot build {node.get("type")}: {error.args[0]}') from error
+            try:
+                with torch.device('meta'):
+                    return registry.build(node)
+            except (RuntimeError, NotImplementedError):  # Swin's constructor reads a value
+                return registry.build(node)
+        except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f'cannot build {node.get("type")}: {one_line(error)}') from error
 
 
-def without_weights(node: Any) -> Any:
-    """Return a config in which nothing asks for pretrained weights."""
-    if isinstance(node, dict):
-        node.pop('pretrained', None)
-        if 'Pretrained' in str(node.get('init_cfg')):
-            node.pop('init_cfg')
-        for child in node.values():
-            without_weights(child)
-    elif isinstance(node, list | tuple):
-        for child in node:
-            without_weights(child)
-    return node
+def remove_weights(node: Any) -> None:
+    """Remove everything that asks for pretrained weights from a config or a part of it."""
+    for part in dicts(node):
+        part.pop('pretrained', None)
+        if 'Pretrained' in str(part.get('init_cfg')):
+            part.pop('init_cfg')
 
 
 def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
-    """Replace the backbone of a config by one with maps of the same strides, and fill in channels.
+    """Replace the backbone of a config, keeping the strides of its feature maps.
 
-    What of the old one is frozen stays frozen, the stages up to the same stride and the statistics
-    of norms, unless the new one begins with random weights: then nothing is.
+    Frozen stages and norm statistics stay frozen, up to the same stride, unless the new backbone
+    starts from random weights: then nothing is frozen.
 
     Args:
-        cfg: A whole config; changed in place.
-        backbone: The config of one of mmdense's backbones; of the maps that it returns those of
-            the strides that are needed are taken. What it says of freezing is not.
+        cfg: A whole config; changed in place, with the channels of necks and heads.
+        backbone: The config of one of mmdense's backbones. Its ``out_indices`` and what it freezes
+            are replaced.
 
     Raises:
-        UserError: It has no map of a stride that is needed.
+        UserError: It has no feature map at one of the strides.
     """
     scope, old = cfg.get('default_scope'), cfg.model.backbone
     new = ConfigDict({k: v for k, v in backbone.items() if k not in FREEZING})
@@ -220,8 +212,8 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     missing = {*strides} - {*indices}
     if missing or len({*strides}) < len(strides):
         raise UserError(
-            f'{cfg.filename} reads maps at strides {_listed(strides)}, but {new.type} has them at '
-            f'{_listed(indices)}'
+            f'{cfg.filename} reads feature maps at strides {_listed(strides)}, but {new.type} has '
+            f'them at {_listed(indices)}'
         )
     new.out_indices = [indices[stride] for stride in strides]
     if new.get('init_cfg'):
@@ -241,16 +233,16 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
 
 
 def _all_indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:
-    """Return :func:`_indices_of` of all maps, whichever the config returns."""
-    own = ('out_indices', *FREEZING)
+    """Return :func:`_indices_of` all feature maps, not only those that the config asks for."""
+    left_out = ('out_indices', *FREEZING)
     try:
-        return _indices_of({k: v for k, v in backbone.items() if k not in own}, scope)
-    except UserError:  # a network that has not all that are usual
+        return _indices_of({k: v for k, v in backbone.items() if k not in left_out}, scope)
+    except UserError:  # the default indices do not exist in this network
         return _indices_of(backbone, scope)
 
 
 def _indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:
-    """Return the strides -> indices of the maps that a backbone returns."""
+    """Return the strides -> indices of the feature maps that a backbone returns."""
     net = build_part(backbone, scope)
     _, strides = _maps(net, backbone.get('in_channels', 3))
     return dict(zip(strides, getattr(net, 'out_indices', range(len(strides))), strict=True))

@@ -1,4 +1,4 @@
-"""Reading a config file, and the changes that command-line options make to it."""
+"""Changes that the options of train.py and test.py make to a config, in place."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Train in mixed precision.
 
     Args:
-        cfg: Changed in place.
-        dtype: 'bfloat16', on a CPU too; 'float16', with the config's own or dynamic loss scaling;
-            None leaves it to the config, and is float16 where that trains in plain precision.
+        cfg: A whole config.
+        dtype: 'bfloat16', which a CPU supports too; 'float16', with the config's loss scale or a
+            dynamic one; None for the config's type, or float16 if it trains in float32.
 
     Raises:
         UserError: The config has an optimizer wrapper of another kind.
@@ -54,13 +54,13 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
 
 
 def drop_amp(cfg: Config) -> None:
-    """Replace mixed by plain precision, with a warning: mmengine's AMP refuses to run on a CPU."""
+    """Replace float16 by float32, with a warning: mmengine's AMP does not run on a CPU."""
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None or wrapper.get('type') != AMP:
         return
     if is_main_process():
         print_log(
-            'no GPU: this run uses float32 in place of mixed precision (a CPU can do '
+            'no GPU: training in float32 in place of mixed precision (a CPU supports '
             '--amp-dtype bfloat16)',
             logger='current',
             level=logging.WARNING,
@@ -75,7 +75,7 @@ def _pop_amp_options(wrapper: ConfigDict) -> None:
 
 
 def use_channels_last(cfg: Config) -> None:
-    """Run the model in channels-last memory format."""
+    """Use the channels-last memory format."""
     _use_hook(cfg, 'mmdense.ChannelsLastHook')
 
 
@@ -83,21 +83,21 @@ def use_compiled_backbone(cfg: Config) -> None:
     """Compile the backbone for training.
 
     Raises:
-        UserError: The config compiles the whole model.
+        UserError: The config compiles the complete model.
     """
     if cfg.get('compile'):
         raise UserError(
-            f'{cfg.filename} compiles the whole model: --compile-backbone needs '
+            f'{cfg.filename} compiles the complete model: --compile-backbone needs '
             '--cfg-options compile=False'
         )
     _use_hook(cfg, 'mmdense.CompileBackboneHook')
 
 
 def use_tensorboard(cfg: Config) -> None:
-    """Log to TensorBoard as well, in the work dir.
+    """Log to TensorBoard too, in the work dir.
 
     Raises:
-        UserError: It isn't installed, or the config has no visualizer.
+        UserError: TensorBoard is not installed, or the config has no visualizer.
     """
     if find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs a package: pip install tensorboard')
@@ -110,17 +110,17 @@ def use_tensorboard(cfg: Config) -> None:
 
 
 def _use_hook(cfg: Config, kind: str) -> None:
-    """Add the hook in front of the others, unless the config has it."""
+    """Add a hook before all others, unless the config has it."""
     hooks = cfg.get('custom_hooks') or []
     if not any(isinstance(hook, dict) and hook['type'] == kind for hook in hooks):
         cfg.custom_hooks = [dict(type=kind), *hooks]
 
 
 def use_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate by the real over the config's base batch size.
+    """Scale the learning rate by the actual over the base batch size.
 
     Raises:
-        UserError: The config doesn't say its base batch size.
+        UserError: The config has no base batch size.
     """
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UserError(f'{cfg.filename} has no auto_scale_lr.base_batch_size to scale from')
@@ -128,7 +128,7 @@ def use_auto_scale_lr(cfg: Config) -> None:
 
 
 def use_tta(cfg: Config) -> None:
-    """Test with the augmentations of the config's ``tta_model`` and ``tta_pipeline``.
+    """Test with the config's ``tta_model`` and ``tta_pipeline``.
 
     Raises:
         UserError: The config has none.
@@ -147,7 +147,7 @@ def write_predictions(cfg: Config, out: str) -> None:
     """Write test predictions: one .pkl file (detection) or a folder of label maps (segmentation).
 
     Raises:
-        UserError: A detector's file doesn't end in .pkl.
+        UserError: The file of a detector does not end in .pkl.
     """
     metrics = cfg.test_evaluator
     metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
@@ -161,17 +161,17 @@ def write_predictions(cfg: Config, out: str) -> None:
 
 
 def use_show_dir(cfg: Config, folder: str) -> None:
-    """Save pictures of the test predictions in ``folder``.
+    """Save images of the test predictions in ``folder``.
 
     Raises:
         UserError: The config has no visualization hook.
     """
     if 'visualization' not in cfg.get('default_hooks', {}):
         raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
-    folder = str(Path(folder).resolve())  # mmdet would put a relative one below its work dir
+    folder = str(Path(folder).resolve())  # mmdet would add a relative path to its work dir
     cfg.default_hooks.visualization.draw = True
     if cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = folder
-        cfg.default_hooks.visualization.interval = 1  # the original mmseg would draw each 50th
+        cfg.default_hooks.visualization.interval = 1  # the original mmseg draws every 50th
     else:
         cfg.default_hooks.visualization.test_out_dir = folder

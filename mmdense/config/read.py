@@ -1,18 +1,17 @@
-"""Reading a config file, and saying in one line why it can't be read.
+"""Reading a config file, with an error in one line if it cannot be read.
 
-A .py config is a program and runs as one; a .json or .yaml config is data, and nothing in it runs.
+Python and YAML configs are executed: only run configs you trust.
 """
 
 from __future__ import annotations
 
+import ast
 import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import yaml
 from mmengine.config import Config
 
 from mmdense.config.channels import fill_channels
@@ -21,15 +20,15 @@ from mmdense.errors import UserError, one_line, suggest_file
 
 __all__ = ['load_config', 'read_config']
 
-# What of mmengine reads a config by its own name, not that of a copy.
-NAMING = ('_file2dict', '_is_lazy_import', '_parse_lazy_import')
+PARSERS = {'.py': ast.parse, '.json': json.loads}
 
 
 def read_config(path: str) -> Config:
-    """Return a config as its file and its bases have it.
+    """Return a config as its file and its bases define it.
 
     Raises:
-        UserError: No such file or base, or one that isn't a config; with the line, if it is Python.
+        UserError: The file or a base does not exist, or is not a config; with the line, if it is
+            Python.
     """
     file = Path(path)
     if not file.is_file():
@@ -37,40 +36,53 @@ def read_config(path: str) -> Config:
     try:
         return Config.fromfile(file)
     except Exception as error:
-        told = _reason(error, path)
-        if told is None:
+        if isinstance(error, SyntaxError | ValueError | OSError | RecursionError):
+            _check_files(file.resolve())
+        reason = _reason(error, path)
+        if reason is None:
             raise
-        raise UserError(told) from error
+        raise UserError(reason) from error
+
+
+def _check_files(file: Path, heirs: tuple[Path, ...] = ()) -> None:
+    """Find the file that mmengine could not read, which its error does not name.
+
+    Args:
+        file: A config.
+        heirs: The configs that inherit it.
+    """
+    if file in heirs:
+        raise UserError(f'{file} inherits itself')
+    if not file.is_file():
+        raise UserError(f'{heirs[-1]} inherits a config that does not exist: {file}')
+    try:
+        tree = PARSERS.get(file.suffix, str)(file.read_text(encoding='utf-8'))
+    except (SyntaxError, ValueError) as error:
+        line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
+        raise UserError(f'{file}{line}: {one_line(error)}') from error
+    for node in getattr(tree, 'body', ()):
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
+            try:
+                bases = ast.literal_eval(node.value)
+            except ValueError:  # an expression
+                continue
+            for base in [bases] if isinstance(bases, str) else bases:
+                if '::' not in base:  # else it is in another package
+                    _check_files((file.parent / base).resolve(), (*heirs, file))
 
 
 def _reason(error: Exception, path: str) -> str | None:
-    """Return why a config can't be read, or None where the fault isn't the config's."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    readers = [frame for frame, _ in frames if _module(frame).startswith('mmengine.config')]
-    last, line = frames[-1]
-    files = [f.f_locals['filename'] for f in readers if f.f_code.co_name in NAMING]
-    file = files[-1] if files else path
-    if isinstance(error, FileNotFoundError):
-        return f'{path} inherits a config that does not exist: {error}'
-    if isinstance(error, RecursionError):
-        return f'{path} inherits itself, or is nested too deeply'
-    if isinstance(error, SyntaxError):
-        return f'{file}, line {error.lineno}: {error.msg}'
-    if isinstance(error, UnicodeDecodeError | json.JSONDecodeError | yaml.YAMLError):
-        return f'{file} is no config ({one_line(error)})'
-    if isinstance(error, ImportError) and readers and 'custom' in str(error):
-        cause = error.__cause__ or error
-        return f'{path}: custom_imports names what cannot be imported ({one_line(cause)})'
-    programs = [f.f_code.co_filename for f, _ in frames if f.f_code.co_name == '<module>']
-    if last.f_code.co_filename in programs and readers:
-        return f'{last.f_code.co_filename}, line {line}: {one_line(error)}'
-    if readers and readers[-1] is last:  # mmengine's own rules for configs
-        return f'{file}: {one_line(error)}'
+    """Return why a config cannot be read, or None if the error is not the config's."""
+    calls = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, ImportError) and 'custom' in str(error):
+        reason = one_line(error.__cause__ or error)
+        return f'{path}: custom_imports names a module that cannot be imported ({reason})'
+    if calls[-1].filename in [call.filename for call in calls if call.name == '<module>']:
+        return f'{calls[-1].filename}, line {calls[-1].lineno}: {one_line(error)}'
+    (*_, (last, _)) = traceback.walk_tb(error.__traceback__)
+    if last.f_globals.get('__name__', '').startswith(('mmengine.', 'yaml.')):
+        return f'{path}: {one_line(error)}'
     return None
-
-
-def _module(frame: FrameType) -> str:
-    return frame.f_globals.get('__name__', '')
 
 
 def load_config(
@@ -80,18 +92,18 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = 'none',
 ) -> Config:
-    """Read a config file and apply the options that every tool has.
+    """Read a config file and apply the options that all tools share.
 
     Args:
         path: The config file.
-        options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's own
-            ``data_root`` wherever it stands: in data sets, annotation files and metrics.
-        work_dir: Where logs and checkpoints go; otherwise the config's own or ``work_dirs/<name>``.
+        options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's
+            ``data_root`` everywhere: in data sets, annotation files and metrics.
+        work_dir: Folder of logs and checkpoints; by default the config's, or ``work_dirs/<name>``.
         launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
 
     Raises:
-        UserError: As :func:`.read_config`, :func:`.check_sections` and :func:`.check_options`, a
-            config without a model, or ``in_channels='auto'`` where nothing is known to fill in.
+        UserError: As :func:`read_config`, :func:`.check_sections`, :func:`.check_options` and
+            :func:`.fill_channels`, or the config has no model.
     """
     cfg = read_config(path)
     check_sections(cfg, path)
@@ -99,7 +111,7 @@ def load_config(
     if 'data_root' in options:
         old, new = (str(c.get('data_root') or '').rstrip('/') for c in (cfg, options))
         if not old:
-            raise UserError(f'{path} has no data_root: set each data set by its own option')
+            raise UserError(f'{path} has no data_root: override that of each data set')
         if not new:
             raise UserError('data_root is empty: name the folder that holds the data')
         for key, child in list(cfg.items()):
@@ -108,10 +120,10 @@ def load_config(
     check_options(cfg, options)
     try:
         cfg.merge_from_dict(options)
-    except (KeyError, TypeError) as error:  # it merges, and nothing else
+    except (KeyError, TypeError) as error:
         raise UserError(f'--cfg-options: {error.args[0]}') from error
     if 'model' not in cfg:
-        raise UserError(f'{path} names no model: choose a config outside _base_')
+        raise UserError(f'{path} has no model: choose a config outside _base_')
     if not isinstance(cfg.model, dict):
         raise UserError(f'model must be a dict, but is {cfg.model!r}')
     fill_channels(cfg)
@@ -121,7 +133,7 @@ def load_config(
 
 
 def _move_data(node: Any, old: str, new: str) -> Any:
-    """Return ``node`` with the folder ``old`` replaced by ``new`` at the head of every path."""
+    """Return a part with the folder ``old`` replaced by ``new`` at the start of every path."""
     if isinstance(node, str) and (node == old or node.startswith(f'{old}/')):
         return new + node[len(old) :]
     if isinstance(node, list | tuple):

@@ -1,4 +1,4 @@
-"""Mistakes in a config, found before a run starts, each as one line with the way out."""
+"""Validating a config: each mistake is one line that says how to fix it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,55 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from importlib import import_module
-from importlib.util import find_spec
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mmengine.registry
 from mmengine.config import Config
-from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.registry import DATASETS, HOOKS, METRICS, Registry
+from mmengine.registry import DATASETS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
 from mmdense.config.channels import readers
-from mmdense.config.explain import arguments, check_keys, find
+from mmdense.config.parts import arguments, find
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, suggest_name
 
 __all__ = [
-    'SECTIONS',
     'check_channels',
     'check_classes',
-    'check_data',
-    'check_keys_of',
+    'check_data_files',
     'check_neck',
     'check_options',
     'check_sections',
 ]
 
-# What somebody reads at the top of a config: mmengine's runners, their methods, and the tools.
+# All that mmengine's runners, their methods and mmdense's tools read at the top of a config.
 SECTIONS = sorted(
     {*inspect.signature(Runner).parameters, *inspect.signature(FlexibleRunner).parameters} - {'cfg'}
     | {'activation_checkpointing', 'efficient_conv_bn_eval', 'find_unused_parameters'}
     | {'custom_imports', 'model_wrapper_cfg', 'runner_type', 'sync_bn'}
     | {'data_root', 'tta_model', 'tta_pipeline'}
 )
-# Common names of variables that are like those of sections.
-VARIABLES = ('data_root', 'tta_pipeline')
-TYPES = ('type', 'runner_type', 'constructor')  # keys whose values are looked up
+# Sections with names like those of common variables (data_roots, tta_pipelines).
+LIKE_VARIABLES = ('data_root', 'tta_pipeline')
+# Parts that read all feature maps of a detector's neck -> the attribute with their channels.
+NECK_READERS = {
+    re.compile(r'rpn_head|bbox_head'): 'in_channels',
+    re.compile(r'roi_head\.(bbox|mask)_roi_extractor(\.\d+)?'): 'out_channels',
+}
+
+
+# Before anything is built
 
 
 def check_sections(cfg: Config, path: str) -> None:
-    """Look for a section whose name is misspelt, which nothing would read.
+    """Find a misspelt section, which nothing would read.
 
     Raises:
-        UserError: A name that isn't, but almost is, that of a section.
+        UserError: The name of a dict is close to that of a section.
     """
-    names = [name for name in SECTIONS if name not in VARIABLES]
+    names = [name for name in SECTIONS if name not in LIKE_VARIABLES]
     for name, value in cfg.items():
         items = value if isinstance(value, list | tuple) else [value]
         if name in SECTIONS or not items or not all(isinstance(item, dict) for item in items):
@@ -61,44 +62,41 @@ def check_sections(cfg: Config, path: str) -> None:
         if close := difflib.get_close_matches(name, names, n=1, cutoff=0.88):
             raise UserError(
                 f'{path}: nothing reads {name!r}; did you mean {close[0]!r}? (If it is a variable '
-                'of your own, give it another name.)'
+                'of yours, give it another name.)'
             )
 
 
 def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Refuse options that nothing would read, or that would run what no registry knows.
+    """Refuse options that would have no effect.
 
     Args:
         cfg: The config before the options.
         options: Dotted keys -> values, as ``--cfg-options`` gives them.
 
     Raises:
-        UserError: An option whose key nothing reads, as far as that can be told before building,
-            or a type that isn't registered.
+        UserError: Nothing reads the key, as far as can be told before building.
     """
-    for key, value in options.items():
+    for key in options:
         section, *_ = names = key.split('.')
         if section == 'custom_imports':
             raise UserError(
-                f'--cfg-options {key}: modules are imported while a config is read: name them in a '
-                'config file of your own'
+                f'--cfg-options {key}: modules are imported while the config is read, so they must '
+                'be named in a config file'
             )
         if section not in SECTIONS:
             if section in cfg:
                 raise UserError(
                     f'--cfg-options {key}: {section!r} is a variable of {cfg.filename}, which has '
-                    'used it already: set what it is used for'
+                    'used it already: override the settings that it is used for'
                 )
             raise UserError(
                 f'--cfg-options {key}: nothing reads {section!r}{suggest_name(section, SECTIONS)}'
             )
         _check_key(cfg, key, names)
-        for kind in _types(names[-1], value):
-            _check_type(cfg, key, kind)
 
 
-def _check_key(cfg: Mapping[str, Any], key: str, names: Iterable[str]) -> None:
-    """Compare a new key with those beside it; what has a type has a constructor that does so."""
+def _check_key(cfg: Mapping[str, Any], key: str, names: Sequence[str]) -> None:
+    """Compare a new key with its siblings, unless they are arguments, which are checked later."""
     node = cfg
     for name in names:
         if isinstance(node, list | tuple) and name.isdigit() and int(name) < len(node):
@@ -116,86 +114,48 @@ def _check_key(cfg: Mapping[str, Any], key: str, names: Iterable[str]) -> None:
         node = node[name]
 
 
-def _types(key: str, value: Any) -> Iterator[str]:
-    if key in TYPES and isinstance(value, str):
-        yield value
-    if isinstance(value, dict):
-        for name, child in value.items():
-            yield from _types(name, child)
-    elif isinstance(value, list | tuple):
-        for child in value:
-            yield from _types('', child)
-
-
-def _check_type(cfg: Config, key: str, name: str) -> None:
-    """Let through what is registered, and words that cannot be imported or evaluated.
-
-    mmengine imports any other name and calls what it finds, and mmcv evaluates an operator's.
-    """
-    scope, _, short = name.rpartition('.')
-    known = _registered(scope, cfg.get('default_scope'))
-    if short in known or (name.isidentifier() and find_spec(name) is None):
-        return
-    close = difflib.get_close_matches(short, known, n=1)
-    hint = f'; did you mean {name.removesuffix(short)}{close[0]}?' if close else ''
-    raise UserError(
-        f'--cfg-options {key}={name}: nothing is registered under that name{hint} (What is not '
-        'registered can be named in a config file alone.)'
-    )
-
-
-def _registered(scope: str, default_scope: str | None) -> set[str]:
-    """Return the names of every registry of a scope, or of all scopes."""
-    for package in {scope, default_scope} & {*MODULE2PACKAGE, 'mmdense'}:
-        import_module(f'{package}.registry')
-    names = set()
-    for root in vars(mmengine.registry).values():
-        if isinstance(root, Registry):
-            for registry in (root, *root.children.values()):
-                if scope in ('', registry.scope):
-                    registry.import_from_location()
-                    names |= registry.module_dict.keys()
-    return names
-
-
-# What reads all maps of a detector's neck alike, and the attribute that says how many channels.
-BEHIND_NECK = {
-    re.compile(r'rpn_head|bbox_head'): 'in_channels',
-    re.compile(r'roi_head\.(bbox|mask)_roi_extractor(\.\d+)?'): 'out_channels',
-}
-
-
-def check_data(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Look whether the annotation files and folders of data sets are there.
+def check_data_files(cfg: Config, loaders: Sequence[str]) -> None:
+    """Check that the annotation files and folders of data sets exist.
 
     Args:
         cfg: As :func:`.load_config` returns it.
         loaders: Whose data sets: of 'train', 'val' and 'test'.
 
     Raises:
-        UserError: One is not.
+        UserError: One does not.
     """
     for loader in loaders:
         place = f'{loader}_dataloader'
-        for where, data in iter_dataset_configs(cfg.get(place), place):
-            root = data.get('data_root') or ''
-            prefixes = [p for p in (data.get('data_prefix') or {}).values() if isinstance(p, str)]
-            for name in [data.get('ann_file'), *prefixes]:
+        for where, dataset in iter_dataset_configs(cfg.get(place), place):
+            root = dataset.get('data_root') or ''
+            prefixes = (dataset.get('data_prefix') or {}).values()
+            for name in [dataset.get('ann_file'), *(p for p in prefixes if isinstance(p, str))]:
                 path = Path(root, name or '')
                 if '://' in root or '://' in str(name) or path.exists():
                     continue
                 raise UserError(
-                    f'{path} not found (wanted by {where}): if the data are elsewhere, add '
+                    f'{path} not found (for {where}): if the data are elsewhere, add '
                     '--cfg-options data_root=FOLDER'
                 )
 
 
+# After the model is built
+
+
 def check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
-    """Compare what the backbone announces with what the config says of those that read it."""
-    announced = getattr(getattr(model, 'backbone', None), 'out_channels', None)
-    if not isinstance(announced, tuple):  # not a backbone of ours
+    """Compare the channels of the backbone's feature maps with those that the config states.
+
+    Args:
+        model: A detector or segmentor.
+        cfg: The config of the model.
+
+    Raises:
+        UserError: A neck or head expects others.
+    """
+    channels = getattr(getattr(model, 'backbone', None), 'out_channels', None)
+    if not isinstance(channels, tuple):  # not one of mmdense's backbones
         return
-    for reader in readers(cfg, announced):
+    for reader in readers(cfg, channels):
         if not reader.fits:
             raise UserError(
                 f'{reader.name} expects {reader.node[reader.key]} channels, but the backbone gives '
@@ -204,15 +164,19 @@ def check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
 
 
 def check_neck(model: nn.Module) -> None:
-    """Compare what a detector's neck puts out with what the heads that read it were built for."""
+    """Compare the output channels of a detector's neck with those that its heads expect.
+
+    Raises:
+        UserError: They differ.
+    """
     given = _channels(getattr(model, 'neck', None), 'out_channels')
     for name, part in model.named_modules():
-        key = next((key for places, key in BEHIND_NECK.items() if places.fullmatch(name)), '')
-        wanted = _channels(part, key)
-        if given and wanted and given != wanted:
+        key = next((key for places, key in NECK_READERS.items() if places.fullmatch(name)), '')
+        expected = _channels(part, key)
+        if given and expected and given != expected:
             raise UserError(
-                f'model.{name}.{key} is {wanted}, but the neck puts out {given}: '
-                'make one fit the other (model.neck.out_channels)'
+                f'model.{name}.{key} is {expected}, but the neck gives {given}: make them equal '
+                '(model.neck.out_channels)'
             )
 
 
@@ -221,57 +185,70 @@ def _channels(part: nn.Module | None, key: str) -> int | list[int] | None:
     return list(channels) if isinstance(channels, list | tuple) else channels
 
 
-def check_keys_of(cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Compare keys with arguments where they would be handed on, and read late or never."""
-    evaluators = [cfg.get(f'{loader}_evaluator') for loader in loaders]
-    hooks = [*(cfg.get('default_hooks') or {}).values(), cfg.get('custom_hooks')]
-    for registry, parts in ((METRICS, evaluators), (HOOKS, hooks)):
-        for part in parts:
-            for node in part if isinstance(part, list | tuple) else [part]:
-                if isinstance(node, dict) and 'type' in node:
-                    check_keys(node, registry)
+def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None:
+    """Compare the heads' numbers of classes with the data sets', before any file is read.
 
+    Args:
+        model: A detector or segmentor.
+        cfg: The whole config.
+        loaders: Whose data sets: of 'train', 'val' and 'test'.
 
-def check_classes(model: nn.Module, cfg: Config, loaders: tuple[str, ...]) -> None:
-    """Compare the heads' numbers of classes with the data sets', before these read their files."""
+    Raises:
+        UserError: They differ.
+    """
     for loader in loaders:
         place = f'{loader}_dataloader'
         for where, node in iter_dataset_configs(cfg.get(place), place):
-            if 'lazy_init' in arguments(find(node, DATASETS)):  # or it would read its files
-                data = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
-                _compare_classes(model, data.metainfo, where)
+            kind = find(node['type'], [DATASETS], node.get('_scope_', cfg.get('default_scope')))
+            if kind and 'lazy_init' in arguments(kind):  # any other would read its files
+                dataset = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
+                compare_classes(model, dataset.metainfo, where)
 
 
-def _compare_classes(model: nn.Module, meta: Mapping[str, Any], where: str) -> None:
-    classes = meta.get('classes')
+def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -> None:
+    """Compare the heads' numbers of classes with those of one data set.
+
+    Args:
+        model: A detector or segmentor.
+        metainfo: Of the data set.
+        where: Its place in the config, for messages.
+
+    Raises:
+        UserError: They differ.
+    """
+    classes = metainfo.get('classes')
     if isinstance(classes, str):
-        raise UserError(
-            f'{where}: classes is a text: for a class of that name write ({classes!r},)'
-        )
+        raise UserError(f'{where}: classes must be a tuple: for one class write ({classes!r},)')
     if classes is None or hasattr(model, 'language_model'):  # whose classes are words
         return
-    things = meta.get('thing_classes', classes)
     for name, head in model.named_modules():
-        if {'', 'backbone', 'rpn_head'} & {*name.split('.')}:  # ImageNet's, objects or none
+        if {'', 'backbone', 'rpn_head'} & {*name.split('.')}:  # ImageNet's, objectness or none
             continue
-        said = {
-            key: getattr(head, key, None)
-            for key in ('num_things_classes', 'num_stuff_classes', 'num_classes')
-        }
-        if said['num_things_classes'] is None:
-            wanted = dict(num_classes=len(things))
-        elif 'thing_classes' in meta:
-            wanted = dict(num_things_classes=len(things))
-            wanted['num_stuff_classes'] = len(meta['stuff_classes'])
-        else:  # a panoptic head on other data
-            said['num_classes'] = said['num_things_classes'] + said['num_stuff_classes']
-            wanted = dict(num_classes=len(classes))
-        if said['num_classes'] == 1 == getattr(head, 'out_channels', None):  # depth
+        if type(head).__name__ == 'FusedSemanticHead':  # HTC's predicts COCO stuff
             continue
-        for key, number in wanted.items():
-            known = isinstance(said[key], int) and type(head).__name__ != 'FusedSemanticHead'
-            if known and said[key] != number:  # (HTC's has classes of its own)
+        for key, (number, expected) in _numbers_of_classes(head, metainfo).items():
+            if isinstance(number, int) and number != expected:
                 raise UserError(
-                    f'model.{name}.{key} is {said[key]}, but {where} has {number} such classes: '
-                    "make one fit the other (the data set's are in its metainfo.classes)"
+                    f'model.{name}.{key} is {number}, but {where} has {expected} such classes: '
+                    'make them equal (the classes are in its metainfo.classes)'
                 )
+
+
+def _numbers_of_classes(
+    head: nn.Module, metainfo: Mapping[str, Any]
+) -> dict[str, tuple[int | None, int]]:
+    """Return the attributes of a head -> (its number of classes, the data set's)."""
+    classes = metainfo['classes']
+    things, stuff, number = (
+        getattr(head, f'num_{kind}classes', None) for kind in ('things_', 'stuff_', '')
+    )
+    if number == 1 == getattr(head, 'out_channels', None):  # depth
+        return {}
+    if things is None:
+        return dict(num_classes=(number, len(metainfo.get('thing_classes', classes))))
+    if 'thing_classes' not in metainfo:  # a panoptic head on other data
+        return dict(num_classes=(things + stuff, len(classes)))
+    return dict(
+        num_things_classes=(things, len(metainfo['thing_classes'])),
+        num_stuff_classes=(stuff, len(metainfo['stuff_classes'])),
+    )

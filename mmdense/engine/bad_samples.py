@@ -1,14 +1,14 @@
-"""Naming the image or annotation file that stopped a run."""
+"""Runners that name the image or annotation file that stops them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
-from mmengine.dataset import BaseDataset
-from mmengine.runner import Runner
+import mmengine.runner
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.structures import BaseDataElement
+from torch.utils.data import DataLoader
 
 from mmdense.datasets.check import ERROR, Finding, ReadOptions, Sample, check_sample
 from mmdense.datasets.files import (
@@ -21,44 +21,99 @@ from mmdense.datasets.files import (
 )
 from mmdense.errors import UserError, one_line
 
-__all__ = ['name_bad_samples']
+__all__ = ['FlexibleRunner', 'Runner']
 
-EXTREME = 'extreme shape'  # which transforms may fail at
-WAY_OUT = 'tools/check_dataset.py CONFIG finds all that is wrong'
-
-
-# During training
+EXTREME = 'extreme shape'  # an error only if a transform fails
+HINT = 'tools/check_dataset.py CONFIG finds all that is wrong'
 
 
-def name_bad_samples(runner: Runner) -> None:
-    """Make a runner say which file is to blame when it cannot build or read a data set.
+class NamedPipeline(Compose):
+    """A data set's pipeline that names the sample it fails on, in worker processes too.
 
-    An error in a sample's pipeline, in a worker or not, is looked into by the checks of
-    :mod:`mmdense.datasets.check`. If they find something wrong, one line says it; otherwise the
-    error and its traceback stay, with the sample's name. A label that is no class is an error in
-    place of one of the device, which wouldn't name it.
+    When a transform fails, :mod:`mmdense.datasets.check` looks at the sample: its first error is
+    raised in one line. If it finds none, the transform's error is raised with the image's name. A
+    label outside the classes is an error here, because on the device it would have no name.
+
+    Args:
+        pipeline: The pipeline.
+        options: How the data set reads files.
     """
-    build = runner.build_dataloader
 
-    def build_named(dataloader: Any, *args: Any, **options: Any) -> Any:
+    def __init__(self, pipeline: Compose, options: ReadOptions) -> None:
+        super().__init__(None)
+        self.transforms = pipeline.transforms
+        self.options = options
+
+    def __call__(self, info: dict) -> dict | None:
+        """Run the transforms on a sample, as the data set lists it.
+
+        Raises:
+            UserError: The sample's files are at fault.
+            RuntimeError: A transform is.
+        """
+        if 'img_path' not in info:  # not one image
+            return super().__call__(info)
+        sample = to_sample(info)
         try:
-            loader = build(dataloader, *args, **options)
+            data = super().__call__(info)
+        except UserError:
+            raise
+        except Exception as error:  # each transform raises its own
+            _raise_first(check_sample(sample, self.options), error)
+            raise RuntimeError(f'{sample.image}: a transform failed ({one_line(error)})') from error
+        packed = data.get('data_samples') if isinstance(data, dict) else None
+        if self.options.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
+            self._check_labels(packed, sample)
+        return data
+
+    def _check_labels(self, packed: BaseDataElement, sample: Sample) -> None:
+        """Refuse labels outside the classes, and a label map of another size than its image."""
+        labels = packed.gt_sem_seg.data
+        classes = self.options.classes
+        unknown = ((labels < 0) | (labels >= classes)) & (labels != self.options.ignored)
+        # Resized with the image, or not.
+        shapes = [tuple(packed.get(key, ()))[:2] for key in ('img_shape', 'ori_shape')]
+        if unknown.any() or tuple(labels.shape[-2:]) not in shapes:
+            _raise_first(check_sample(sample, self.options))
+        if unknown.any():
+            raise UserError(
+                f'{sample.label_map}: after the pipeline it has labels outside the {classes} '
+                'classes'
+            )
+
+
+class _NamingRunner:
+    @staticmethod
+    def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
+        """Build a data loader whose errors name the file at fault.
+
+        Raises:
+            UserError: An annotation file is at fault.
+        """
+        try:
+            loader = mmengine.runner.Runner.build_dataloader(dataloader, *args, **kwargs)
         except Exception as error:  # pycocotools, mmdet and numpy each raise their own
-            _blame_annotations(dataloader, error)
+            _check_annotations(dataloader, error)
             raise
         for dataset in _leaves(loader.dataset):
-            if is_coco_dataset(dataset) and len(dataset.cat_ids) != len(
-                dataset.metainfo['classes']
-            ):
-                _blame_annotations(dataloader)
-            dataset.prepare_data = partial(_prepare, dataset, read_options_of(dataset))
+            classes = dataset.metainfo.get('classes')
+            if is_coco_dataset(dataset) and len(dataset.cat_ids) != len(classes):
+                _check_annotations(dataloader)
+            if type(dataset.pipeline) is Compose:
+                dataset.pipeline = NamedPipeline(dataset.pipeline, read_options_of(dataset))
         return loader
 
-    runner.build_dataloader = build_named
+
+class Runner(_NamingRunner, mmengine.runner.Runner):
+    """mmengine's runner; an error while reading data names the file."""
+
+
+class FlexibleRunner(_NamingRunner, mmengine.runner.FlexibleRunner):
+    """mmengine's runner with strategies; an error while reading data names the file."""
 
 
 def _leaves(dataset: Any) -> Iterator[BaseDataset]:
-    """Yield the data sets inside of wrappers."""
+    """Yield the data sets inside wrappers."""
     if isinstance(dataset, BaseDataset):
         yield dataset
     for name in ('dataset', '_dataset', 'datasets'):
@@ -67,49 +122,16 @@ def _leaves(dataset: Any) -> Iterator[BaseDataset]:
             yield from _leaves(child)
 
 
-def _blame_annotations(dataloader: Any, error: Exception | None = None) -> None:
-    """Raise the first error that a loader's annotations have."""
+def _check_annotations(dataloader: Any, error: Exception | None = None) -> None:
     for where, node in iter_dataset_configs(dataloader, 'dataloader'):
         try:
             dataset = build_dataset(node, where)
-        except UserError:  # then it isn't the annotations
+        except UserError:  # not because of its annotations
             continue
-        _blame(check_annotations(dataset)[0], error)
+        _raise_first(check_annotations(dataset)[0], error)
 
 
-def _blame(found: Sequence[Finding], error: Exception | None = None) -> None:
-    for finding in found:
+def _raise_first(findings: Sequence[Finding], error: Exception | None = None) -> None:
+    for finding in findings:
         if finding.severity == ERROR or (error and finding.kind == EXTREME):
-            raise UserError(f'{finding}: {finding.fix} ({WAY_OUT})') from error
-
-
-def _prepare(dataset: BaseDataset, options: ReadOptions, index: int) -> Any:
-    """Do what the data set's ``prepare_data`` does."""
-    info = dataset.get_data_info(index)
-    sample = to_sample(info)
-    try:
-        data = dataset.pipeline(info)
-    except UserError:
-        raise
-    except Exception as error:  # each transform raises its own
-        _blame(check_sample(sample, options), error)
-        raise RuntimeError(f'{sample.image}: cannot be prepared ({one_line(error)})') from error
-    packed = data.get('data_samples') if isinstance(data, dict) else None
-    if options.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
-        _check_labels(packed, sample, options)
-    return data
-
-
-def _check_labels(packed: BaseDataElement, sample: Sample, options: ReadOptions) -> None:
-    """Refuse labels that are no class, and a map that is laid over another image's pixels."""
-    labels = packed.gt_sem_seg.data
-    unknown = ((labels < 0) | (labels >= options.classes)) & (labels != options.ignored)
-    # Resized with the image, or not.
-    shapes = [tuple(packed.get(key, ()))[:2] for key in ('img_shape', 'ori_shape')]
-    if unknown.any() or tuple(labels.shape[-2:]) not in shapes:
-        _blame(check_sample(sample, options))
-    if unknown.any():
-        raise UserError(
-            f'{sample.label_map}: the pipeline makes labels of it that are none of the '
-            f'{options.classes} classes'
-        )
+            raise UserError(f'{finding}: {finding.fix} ({HINT})') from error

@@ -1,0 +1,204 @@
+"""The parts of a config: dicts with a ``type``, which mmengine calls with their other keys.
+
+They are compared with the registries and with signatures before anything is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from mmengine import registry
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from mmengine.registry import Registry
+from mmengine.runner import LogProcessor
+from torch.utils.data import DataLoader
+
+from mmdense.errors import UserError, one_line, suggest_name
+
+__all__ = ['arguments', 'build_error', 'check_part', 'check_parts', 'dicts', 'find']
+
+LIBRARIES = ('mmcv', 'mmdense', 'mmdet', 'mmengine', 'mmseg', 'torch')
+LOADERS = ('train', 'val', 'test')
+MODEL = (registry.MODELS, registry.TASK_UTILS, registry.WEIGHT_INITIALIZERS)
+DATA = (registry.DATASETS, registry.TRANSFORMS, registry.DATA_SAMPLERS, registry.FUNCTIONS)
+# Section -> the registries of its parts.
+REGISTRIES = dict(
+    model=MODEL,
+    optim_wrapper=(registry.OPTIM_WRAPPERS, registry.OPTIMIZERS),
+    param_scheduler=(registry.PARAM_SCHEDULERS,),
+    default_hooks=(registry.HOOKS,),
+    custom_hooks=(registry.HOOKS, registry.TRANSFORMS),
+    visualizer=(registry.VISUALIZERS, registry.VISBACKENDS),
+    log_processor=(registry.LOG_PROCESSORS,),
+    **{f'{loader}_dataloader': DATA for loader in LOADERS},
+    **{f'{loader}_cfg': (registry.LOOPS,) for loader in LOADERS},
+    **{f'{loader}_evaluator': (registry.METRICS,) for loader in LOADERS},
+)
+# Section -> what is built without a type.
+DEFAULTS = dict(
+    optim_wrapper=OptimWrapper,
+    log_processor=LogProcessor,
+    **{f'{loader}_dataloader': DataLoader for loader in LOADERS},
+)
+# The parts that must have a type.
+TYPED = re.compile(
+    r'model(\.(backbone|neck|\w+_head))?|default_hooks\.\w+|(custom_hooks|param_scheduler)\.\d+|'
+    r'optim_wrapper\.optimizer|\w+_dataloader\.(dataset|sampler)|.+\.pipeline\.\d+'
+)
+# Unknown names this close to a known one are refused. No correct name in the configs of mmdet 3.3
+# and mmseg 1.2 is that close to another, but for `deformable_groups`.
+CUTOFF = 0.85
+NO_ARGUMENTS = ('type', '_scope_', 'deformable_groups')
+
+
+def dicts(node: Any) -> Iterator[dict]:
+    """Yield every dict of a config or a part of it, each before those inside it."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, list | tuple):
+        for child in node:
+            yield from dicts(child)
+
+
+def check_parts(cfg: Config) -> None:
+    """Check the types and arguments of all parts that a runner builds.
+
+    Raises:
+        UserError: As :func:`check_part`.
+    """
+    for section, registries in REGISTRIES.items():
+        check_part(cfg.get(section), registries, cfg.get('default_scope'), section)
+
+
+def check_part(
+    node: Any,
+    registries: Sequence[Registry] = MODEL,
+    scope: str | None = None,
+    place: str = 'model',
+) -> None:
+    """Check the types and arguments of a part and of those inside it.
+
+    Names that are close to a known one are refused. All others are left to Python, because the
+    code that builds a part may remove keys first, as mmcv does with ``norm_cfg.requires_grad``. So
+    may the classes of other packages, so the parts inside those are not checked.
+
+    Args:
+        node: The part, or a list of parts.
+        registries: Where its type and those of the parts inside it may be registered.
+        scope: The config's ``default_scope``.
+        place: For messages, such as 'model.neck'.
+
+    Raises:
+        UserError: A misspelt type or argument, or a part without a type.
+    """
+    built = DEFAULTS.get(place)
+    if isinstance(node, dict):
+        scope = node.get('_scope_', scope)
+        if 'type' in node:
+            built = find(node['type'], registries, scope)
+            if built is None:
+                _refuse_misspelt_type(node['type'], registries, scope, place)
+                return
+        elif TYPED.fullmatch(place):
+            raise UserError(f'{place} has no type, but only {[*node]}; is its name misspelt?')
+        if built is not None:
+            if (getattr(built, '__module__', None) or '').partition('.')[0] not in LIBRARIES:
+                return
+            known = arguments(built)
+            for key in [key for key in node if key not in (*known, *NO_ARGUMENTS)]:
+                if difflib.get_close_matches(key, known, n=1, cutoff=CUTOFF):
+                    name = getattr(built, '__name__', built)
+                    hint = suggest_name(key, known)
+                    raise UserError(f'{place}: {name} has no argument {key!r}{hint}')
+    children = node.items() if isinstance(node, dict) else enumerate(node or ())
+    for key, child in children:
+        if isinstance(child, dict | list | tuple):
+            check_part(child, registries, scope, f'{place}.{key}')
+
+
+def arguments(built: Callable) -> list[str]:
+    """Return the arguments of a class or function, and those that it passes on to base classes."""
+    is_class = isinstance(built, type)
+    functions = [built]
+    if is_class:
+        functions = [base.__init__ for base in built.__mro__ if '__init__' in vars(base)]
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    names: dict[str, None] = {}
+    for function in functions:
+        parameters = [*inspect.signature(function).parameters.values()][is_class:]  # without self
+        names |= {p.name: None for p in parameters if p.kind in named}
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def find(kind: Any, registries: Sequence[Registry], scope: str | None) -> Callable | None:
+    """Return what is registered under a name, or None.
+
+    Args:
+        kind: The name; a class or function is returned as it is.
+        registries: Where to look, in this order.
+        scope: Where to look first, such as 'mmdet'.
+    """
+    if not isinstance(kind, str):
+        return kind if callable(kind) else None
+    if scope:
+        with suppress(ImportError):
+            import_module(f'{scope}.registry')
+    for root in registries:
+        with suppress(RuntimeError):  # nothing is registered
+            if callable(built := root.children.get(scope, root).get(kind)):
+                return built
+    return None
+
+
+def _refuse_misspelt_type(
+    kind: str, registries: Sequence[Registry], scope: str | None, place: str
+) -> None:
+    names = set()
+    for root in registries:
+        for child in (root, *root.children.values()):
+            child.import_from_location()
+            scoped = {f'{child.scope}.{name}' for name in child.module_dict}
+            names |= {name for name in scoped if '.' in kind or name.endswith(f'.{kind}')}
+            if '.' not in kind and child.scope in (root.scope, scope):
+                names |= child.module_dict.keys()
+    elsewhere = [name for name in sorted(names) if name.endswith(f'.{kind}')]
+    if close := elsewhere or difflib.get_close_matches(kind, names, n=1, cutoff=CUTOFF):
+        raise UserError(
+            f'{place}.type: nothing is registered as {kind!r}; did you mean {close[0]!r}?'
+        )
+
+
+def build_error(error: Exception) -> str | None:
+    """Return in one line why something could not be built from a config, or None for a bug.
+
+    The config is at fault if the registry finds nothing, if a constructor of mmdense, an MM package
+    or torch refuses its arguments, or if mmdense refuses a value (``ValueError``) in a build.
+    """
+    calls = list(traceback.walk_tb(error.__traceback__))
+    modules = [frame.f_globals.get('__name__', '') for frame, _ in calls]
+    builds = [i for i, module in enumerate(modules) if module.startswith('mmengine.registry')]
+    if not builds or isinstance(error, UserError):
+        return None
+    refused = isinstance(error, AssertionError | KeyError | TypeError | ValueError) and all(
+        frame.f_code.co_name.startswith(('__init__', 'build')) and module.startswith(LIBRARIES)
+        for (frame, _), module in [*zip(calls, modules, strict=True)][builds[-1] + 1 :]
+    )
+    missing = builds[-1] == len(calls) - 1 and isinstance(error, RuntimeError)
+    invalid = modules[-1].startswith('mmdense.') and type(error) is ValueError
+    if not (refused or missing or invalid):
+        return None
+    reason = one_line(error)
+    if not str(error):  # a bare assertion: its source
+        reason = traceback.extract_tb(error.__traceback__)[-1].line
+    return f'cannot build from the config: {reason} ({modules[-1]})'
