@@ -199,9 +199,11 @@ def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None
     for loader in loaders:
         place = f'{loader}_dataloader'
         for where, node in iter_dataset_configs(cfg.get(place), place):
-            kind = find(node['type'], [DATASETS], node.get('_scope_', cfg.get('default_scope')))
+            scope = node.get('_scope_', cfg.get('default_scope'))
+            kind = find(node['type'], [DATASETS], scope)
             if kind and 'lazy_init' in arguments(kind):  # any other would read its files
-                dataset = DATASETS.build({**copy.deepcopy(node), 'lazy_init': True})
+                with DATASETS.switch_scope_and_registry(scope) as registry:
+                    dataset = registry.build({**copy.deepcopy(node), 'lazy_init': True})
                 compare_classes(model, dataset.metainfo, where)
 
 

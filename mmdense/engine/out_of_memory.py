@@ -1,81 +1,69 @@
-"""What to do when memory runs out, said in one line."""
+"""Advice in one line when memory runs out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 
+from mmdense.config.image_size import training_size
+from mmdense.config.parts import find
 from mmdense.errors import UserError, one_line
 
 __all__ = ['explain_out_of_memory']
 
-# What torch's allocator for CPUs, CUDA's libraries and CUDA itself say in a plain RuntimeError.
+# In the plain RuntimeErrors of torch's CPU allocator, of CUDA's libraries and of CUDA.
 SIGNS = ('DefaultCPUAllocator', 'STATUS_ALLOC_FAILED', 'CUDA error: out of memory')
 
 
 @contextmanager
 def explain_out_of_memory(cfg: Config, loader: str) -> Iterator[None]:
-    """Turn running out of memory, of a GPU or a CPU, into a line that says how to need less.
+    """Replace the error of a full GPU or CPU memory by a line that says how to need less.
 
     Args:
-        cfg: What runs inside.
-        loader: Whose batches it takes: of 'train' or 'test'.
+        cfg: The config that runs inside.
+        loader: The loader of the batches: 'train' or 'test'.
 
     Raises:
-        UserError: In place of the error.
+        UserError: Memory ran out.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
+        if not known and not any(sign in str(error) for sign in SIGNS):
             raise
         raise UserError(_advice(cfg, loader, error)) from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, MemoryError | torch.cuda.OutOfMemoryError)
-    return known or any(sign in str(error) for sign in SIGNS)
-
-
 def _advice(cfg: Config, loader: str, error: Exception) -> str:
     batch = (cfg.get(f'{loader}_dataloader') or {}).get('batch_size', 1)
-    said = f'out of memory with {loader}_dataloader.batch_size={batch}'
+    fault = f'out of memory with {loader}_dataloader.batch_size={batch}'
     ways = []
     if loader == 'train':
-        if size := _training_size(cfg):
-            said += f' and images of up to {size[0]} x {size[1]}'
-        if mode := _thriftier(cfg):
+        with suppress(UserError):  # the config does not state it
+            fault += ' and images of up to {} x {}'.format(*training_size(cfg))
+        if mode := _leaner_mode(cfg):
             ways.append(f'--cfg-options model.backbone.memory={mode}')
         if batch > 1:
             ways.append(f'train_dataloader.batch_size={batch // 2} with --auto-scale-lr')
         if cfg.optim_wrapper.get('type', 'OptimWrapper') == 'OptimWrapper':
             ways.append('--amp-dtype bfloat16')
         if 'backbone' in cfg.model:
-            ways.append(f'what `python tools/plan_memory.py {cfg.filename}` says would fit')
+            ways.append(f'what `python tools/plan_memory.py {cfg.filename}` recommends')
     elif batch > 1:
         ways.append(f'--cfg-options test_dataloader.batch_size={batch // 2}')
     ways.append('smaller images')
-    return f'{said}. Try {", then ".join(ways)}. ({one_line(error)})'
+    return f'{fault}. Try {", then ".join(ways)}. ({one_line(error)})'
 
 
-def _training_size(cfg: Config) -> tuple[int, int] | None:
-    from mmdense.config.image_size import training_size
-
-    try:
-        return training_size(cfg)
-    except UserError:
-        return None
-
-
-def _thriftier(cfg: Config) -> str | None:
-    """Return the memory mode of the config's backbone that needs less than its own."""
+def _leaner_mode(cfg: Config) -> str | None:
+    """Return the next leaner memory mode of the config's backbone."""
     backbone = cfg.model.get('backbone') or {}
-    with MODELS.switch_scope_and_registry(cfg.get('default_scope')) as registry:
-        kind = registry.get(backbone['type']) if 'type' in backbone else None
+    kind = find(backbone.get('type'), [MODELS], cfg.get('default_scope'))
     modes = getattr(kind, 'memory_modes', ())
-    own = 'recompute' if backbone.get('with_cp') else backbone.get('memory', 'plain')
-    return next(iter(modes[modes.index(own) + 1 :]), None) if own in modes else None
+    mode = 'recompute' if backbone.get('with_cp') else backbone.get('memory', 'plain')
+    return next(iter(modes[modes.index(mode) + 1 :]), None) if mode in modes else None

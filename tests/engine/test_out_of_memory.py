@@ -1,10 +1,10 @@
-"""What is said when memory runs out."""
+"""Advice when memory runs out."""
 
 import numpy as np
 import pytest
 import torch
 
-from mmdense.config import read
+from mmdense.config.read import load_config
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -13,8 +13,8 @@ RECIPE = str(ROOT / 'configs/detection/rdnet/cascade-mask-rcnn_rdnet-t_fpn_amp-m
 
 
 def advice(path, loader='train', **options):
-    """Return what is said when a CPU has run out of memory for real."""
-    cfg = read.load_config(path, options=options)
+    """Return the message after a CPU has run out of memory for real."""
+    cfg = load_config(path, options=options)
     with pytest.raises(UserError) as caught, explain_out_of_memory(cfg, loader):
         torch.empty(1 << 60)
     (line,) = str(caught.value).splitlines()
@@ -22,7 +22,7 @@ def advice(path, loader='train', **options):
     return line
 
 
-def test_what_is_in_use_is_not_advised():
+def test_options_in_use_are_not_advised():
     line = advice(RECIPE)
     assert 'train_dataloader.batch_size=4 and images of up to 800 x 1344. ' in line
     assert 'model.backbone.memory=lean, then train_dataloader.batch_size=2 with' in line
@@ -35,36 +35,36 @@ def test_what_is_in_use_is_not_advised():
     assert 'with test_dataloader.batch_size=1. Try smaller images. (' in line
 
 
-def test_backbones_without_modes_and_images_of_unknown_size():
+def test_a_backbone_without_memory_modes_and_images_of_unknown_size():
     options = {'model.backbone.type': 'ResNet', 'train_dataloader.dataset.pipeline': []}
     line = advice(str(DEMOS['detection']), **options)
     assert 'batch_size=8. Try train_dataloader.batch_size=4 with' in line
 
 
+def raise_(error):
+    raise error
+
+
 @pytest.mark.parametrize(
-    ('error', 'said'),
+    ('fail', 'reason'),
     [
-        (MemoryError(), 'MemoryError'),
-        (torch.cuda.OutOfMemoryError('CUDA is full.\nBy 1 GiB.'), 'OutOfMemoryError: CUDA is full'),
-        (RuntimeError('CUDNN_STATUS_ALLOC_FAILED'), '.*ALLOC_FAILED'),
-        (RuntimeError('CUDA error: out of memory'), '.*CUDA error: out of memory'),
+        (lambda: np.empty(1 << 57), '.*Unable to allocate.*'),
+        (lambda: raise_(MemoryError()), 'MemoryError'),
+        (
+            lambda: raise_(torch.cuda.OutOfMemoryError('CUDA is full.\nBy 1 GiB.')),
+            'OutOfMemoryError: CUDA is full',
+        ),
+        (lambda: raise_(RuntimeError('CUDNN_STATUS_ALLOC_FAILED')), '.*ALLOC_FAILED'),
+        (lambda: raise_(RuntimeError('CUDA error: out of memory')), '.*CUDA error: out of memory'),
     ],
 )
-def test_errors_of_python_and_of_gpus(error, said):
-    cfg = read.load_config(str(DEMOS['detection']))
-    with pytest.raises(UserError, match=rf' \({said}\)$'), explain_out_of_memory(cfg, 'train'):
-        raise error
-
-
-def test_memory_of_numpy():
-    cfg = read.load_config(str(DEMOS['detection']))
-    with pytest.raises(UserError, match='Unable to allocate'), explain_out_of_memory(cfg, 'train'):
-        np.empty(1 << 57)
+def test_errors_of_memory(fail, reason):
+    cfg = load_config(str(DEMOS['detection']))
+    with pytest.raises(UserError, match=rf' \({reason}\)$'), explain_out_of_memory(cfg, 'train'):
+        fail()
 
 
 def test_other_errors_pass():
-    cfg = read.load_config(str(DEMOS['detection']))
+    cfg = load_config(str(DEMOS['detection']))
     with pytest.raises(RuntimeError, match='shapes'), explain_out_of_memory(cfg, 'train'):
         raise RuntimeError('shapes do not match')
-    with explain_out_of_memory(cfg, 'train'):
-        pass

@@ -6,9 +6,13 @@ import re
 import pytest
 import torch
 
+from mmdense.config.read import load_config
 from mmdense.engine import resume
-from mmdense.engine.resume import find_training, read_training
+from mmdense.engine.resume import find_training, read_training, use_checkpoint
 from mmdense.errors import UserError
+from support import ROOT
+
+COCO = str(ROOT / 'configs/detection/rdnet/faster-rcnn_rdnet-t_fpn_1x_coco.py')
 
 
 def training(file, iteration=1, **more):
@@ -66,11 +70,11 @@ def test_a_damaged_checkpoint_is_skipped_for_the_newest_intact_one(harm, log, tm
     harm(tmp_path / 'last.pth')
     assert find_training(tmp_path)[0] == str(tmp_path / 'newer.pth')
     assert len(log) == 1
-    assert re.search(r'last\.pth.*: going on from \S+newer\.pth', log[0]), log
+    assert re.search(r'last\.pth.*: resuming from \S+newer\.pth', log[0]), log
     damage(tmp_path / 'newer.pth')
     assert find_training(tmp_path)[0] == str(tmp_path / 'old.pth')
     damage(tmp_path / 'old.pth')
-    with pytest.raises(UserError, match='is whole: .*last.pth.*; .*newer.pth is damaged'):
+    with pytest.raises(UserError, match='is intact: .*last.pth.*; .*newer.pth is damaged'):
         find_training(tmp_path)
 
 
@@ -82,7 +86,7 @@ def test_without_a_name_the_newest_is_used(name, log, tmp_path):
     training(tmp_path / 'a.pth', 1)
     newest = training(tmp_path / 'b.pth', 2)
     assert find_training(tmp_path)[0] == str(newest)
-    assert ['last_checkpoint is empty: going on' in line for line in log] == [True] * (name == '')
+    assert ['last_checkpoint is empty: resuming' in line for line in log] == [True] * (name == '')
 
 
 def test_a_moved_folder_is_searched(tmp_path):
@@ -102,7 +106,7 @@ def test_other_storage_and_folders_are_not_read(tmp_path):
 
 def test_weights_cannot_be_resumed(tmp_path):
     torch.save(dict(state_dict={}), tmp_path / 'a.pth')
-    with pytest.raises(UserError, match='no training to go on with: give it to --load-from'):
+    with pytest.raises(UserError, match='weights only, which cannot be resumed: use --load-from'):
         read_training(tmp_path / 'a.pth')
     assert find_training(tmp_path) is None
 
@@ -112,3 +116,68 @@ def test_one_changed_byte_is_noticed(tmp_path):
     damage(file)
     with pytest.raises(UserError, match='a.pth is damaged'):
         read_training(file)
+
+
+# What a config becomes
+
+
+@pytest.mark.parametrize('choice', ['auto', 'file', 'config'])
+@pytest.mark.parametrize('seed', [None, 5])
+def test_resume(choice, seed, tmp_path):
+    """The seed is the first run's: mmengine restores it after the samplers are built."""
+    file = training(tmp_path / 'x.pth')
+    torch.save(torch.load(file) | dict(meta=dict(epoch=1, iter=1, seed=7)), file)
+    point(tmp_path, 'x.pth')
+    cfg = load_config(COCO, work_dir=str(tmp_path))
+    if seed:
+        cfg.randomness = dict(seed=seed, deterministic=True)
+    cfg.resume = choice == 'config'
+    use_checkpoint(cfg, dict(auto='auto', file=str(file), config=None)[choice])
+    assert cfg.resume
+    assert cfg.load_from == str(file)
+    assert 'init_cfg' not in cfg.model.backbone
+    assert cfg.randomness.seed == (seed or 7)
+    assert cfg.randomness.get('deterministic', False) == bool(seed)
+
+
+@pytest.mark.parametrize('choice', ['auto', 'x.pth'])
+def test_a_damaged_checkpoint_is_not_resumed(choice, tmp_path):
+    cut(training(tmp_path / 'x.pth'))
+    cfg = load_config(COCO, work_dir=str(tmp_path))
+    with pytest.raises(UserError, match='x.pth is damaged'):
+        use_checkpoint(cfg, choice if choice == 'auto' else str(tmp_path / choice))
+
+
+@pytest.mark.parametrize('other', [None, 'x.pth'])
+def test_a_first_start_with_resume_is_as_without(other, tmp_path):
+    cfg = load_config(COCO, work_dir=str(tmp_path))
+    if other:
+        torch.save(dict(state_dict={}), tmp_path / other)
+        cfg.load_from = str(tmp_path / other)
+    use_checkpoint(cfg, 'auto')
+    assert not cfg.resume
+    # Weights come from one of the two: never from neither.
+    assert ('init_cfg' in cfg.model.backbone) == (other is None)
+    assert cfg.get('load_from') == (str(tmp_path / other) if other else None)
+
+
+def test_load_from(tmp_path):
+    file = tmp_path / 'x.pth'
+    file.touch()
+    cfg = load_config(COCO)
+    use_checkpoint(cfg, None)
+    assert 'init_cfg' in cfg.model.backbone
+    use_checkpoint(cfg, None, str(file), min_loaded=0.5)
+    assert cfg.model.backbone.init_cfg.checkpoint.startswith('timm://')
+    use_checkpoint(cfg, None, str(file))
+    assert cfg.load_from == str(file)
+    assert not cfg.get('resume')
+    assert 'init_cfg' not in cfg.model.backbone  # the file must fill the backbone
+    cfg = load_config(COCO, options=dict(load_from=str(file)))
+    use_checkpoint(cfg, None)
+    assert 'init_cfg' not in cfg.model.backbone
+    for load_from, choice in (('nowhere.pth', None), (None, 'nowhere.pth')):
+        with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+            use_checkpoint(cfg, choice, load_from)
+    with pytest.raises(UserError, match='choose one'):
+        use_checkpoint(cfg, 'auto', str(file))

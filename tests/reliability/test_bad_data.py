@@ -2,17 +2,15 @@
 
 import json
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
 
 import bad_data as bad
 from mmdense.config.read import load_config
-from mmdense.engine.bad_samples import name_bad_samples
+from mmdense.engine.bad_samples import Runner
 from mmdense.engine.runner import build_runner
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -261,10 +259,8 @@ def loader(task, folder, workers=0, **options):
         persistent_workers=bool(workers),
         sampler=dict(type='DefaultSampler', shuffle=False),
     )
-    runner = SimpleNamespace(build_dataloader=Runner.build_dataloader)
-    name_bad_samples(runner)
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        return runner.build_dataloader(config.train_dataloader, seed=0)
+        return Runner.build_dataloader(config.train_dataloader, seed=0)
 
 
 def stops(task, folder, workers=0, **options):

@@ -58,7 +58,7 @@ def test_training_suggests_how_to_need_less(greedy):
         'error: out of memory with train_dataloader.batch_size=8 and images of up to 192 x 192. '
         'Try --cfg-options model.backbone.memory=lean, then train_dataloader.batch_size=4 with '
         '--auto-scale-lr, then --amp-dtype bfloat16, then what `python tools/plan_memory.py '
-        'CONFIG` says would fit, then smaller images. '
+        'CONFIG` recommends, then smaller images. '
         '(OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB)'
     )
 

@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_not_resumed(limited):
     status, output, files_left, _, last = runs['damaged']
     assert status == 0, output
     assert f'{work_dir / "epoch_2.pth"} is damaged' in output
-    assert f'going on from {work_dir / "epoch_1.pth"}' in output
+    assert f'resuming from {work_dir / "epoch_1.pth"}' in output
     assert files_left == ['epoch_2.pth']
     assert last == str(work_dir / 'epoch_2.pth')
     assert last_checkpoint(work_dir)['meta']['epoch'] == 2
