@@ -263,7 +263,7 @@ def probe_environment() -> dict[str, str]:
 def probe_config(path: str) -> list[Finding]:
     """Check whether a config can be read, its data exist and its weights are here or online."""
     from mmdense.config.read import load_config
-    from mmdense.config.validate import check_data
+    from mmdense.config.validate import check_data_files
     from mmdense.errors import UserError
     from mmdense.weights.sources import locate
 
@@ -272,7 +272,7 @@ def probe_config(path: str) -> list[Finding]:
     train = f'python tools/train.py {shlex.quote(path)} --cfg-options'
     for loader in ('train', 'val', 'test'):
         try:
-            check_data(cfg, (loader,))
+            check_data_files(cfg, (loader,))
         except UserError as error:
             fix = f'{train} data_root=FOLDER'
             if 'digits' in str(cfg.get('data_root')):

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from mmdense import cli
 from mmdense.apis import Predictor
-from mmdense.config.validate import check_data
+from mmdense.config.validate import check_data_files
 from mmdense.visualization.logs import METRICS, plot_runs, read_runs
 
 
@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args, cfg = cli.parse_config(parser(), argv)
     (run,) = read_runs([cfg.work_dir])
-    check_data(cfg, ('test',))
+    check_data_files(cfg, ('test',))
     predictor = Predictor(cfg, args.checkpoint)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)

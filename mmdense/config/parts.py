@@ -168,8 +168,7 @@ def _refuse_misspelt_type(
     for root in registries:
         for child in (root, *root.children.values()):
             child.import_from_location()
-            scoped = {f'{child.scope}.{name}' for name in child.module_dict}
-            names |= {name for name in scoped if '.' in kind or name.endswith(f'.{kind}')}
+            names |= {f'{child.scope}.{name}' for name in child.module_dict}
             if '.' not in kind and child.scope in (root.scope, scope):
                 names |= child.module_dict.keys()
     elsewhere = [name for name in sorted(names) if name.endswith(f'.{kind}')]

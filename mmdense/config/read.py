@@ -6,7 +6,6 @@ Python and YAML configs are executed: only run configs you trust.
 from __future__ import annotations
 
 import ast
-import json
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,69 +19,42 @@ from mmdense.errors import UserError, one_line, suggest_file
 
 __all__ = ['load_config', 'read_config']
 
-PARSERS = {'.py': ast.parse, '.json': json.loads}
-
 
 def read_config(path: str) -> Config:
     """Return a config as its file and its bases define it.
 
     Raises:
-        UserError: The file or a base does not exist, or is not a config; with the line, if it is
-            Python.
+        UserError: The file or a base cannot be read. The line has the place of the error.
     """
     file = Path(path)
     if not file.is_file():
         raise UserError(f'no config {path}{suggest_file(path, "*.py")}')
     try:
         return Config.fromfile(file)
-    except Exception as error:
-        if isinstance(error, SyntaxError | ValueError | OSError | RecursionError):
-            _check_files(file.resolve())
-        reason = _reason(error, path)
-        if reason is None:
-            raise
-        raise UserError(reason) from error
+    except RecursionError as error:
+        raise UserError(f'{path} inherits itself') from error
+    except Exception as error:  # a config and the modules that it imports raise anything
+        if isinstance(error, SyntaxError | UnicodeError):
+            _check_syntax(file)
+        cause = error.__cause__ or error
+        place = traceback.extract_tb(cause.__traceback__)[-1]
+        raise UserError(
+            f'{path}: {one_line(cause)} ({place.filename}, line {place.lineno})'
+        ) from error
 
 
-def _check_files(file: Path, heirs: tuple[Path, ...] = ()) -> None:
-    """Find the file that mmengine could not read, which its error does not name.
-
-    Args:
-        file: A config.
-        heirs: The configs that inherit it.
-    """
-    if file in heirs:
-        raise UserError(f'{file} inherits itself')
-    if not file.is_file():
-        raise UserError(f'{heirs[-1]} inherits a config that does not exist: {file}')
+def _check_syntax(file: Path) -> None:
+    """Parse a Python config and those that it inherits: mmengine's error does not name the file."""
     try:
-        tree = PARSERS.get(file.suffix, str)(file.read_text(encoding='utf-8'))
-    except (SyntaxError, ValueError) as error:
-        line = f', line {error.lineno}' if hasattr(error, 'lineno') else ''
-        raise UserError(f'{file}{line}: {one_line(error)}') from error
-    for node in getattr(tree, 'body', ()):
+        tree = ast.parse(file.read_text(encoding='utf-8'))
+    except (SyntaxError, UnicodeError) as error:
+        raise UserError(f'{file}: {one_line(error)}') from error
+    for node in tree.body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
-            try:
-                bases = ast.literal_eval(node.value)
-            except ValueError:  # an expression
-                continue
+            bases = ast.literal_eval(node.value)
             for base in [bases] if isinstance(bases, str) else bases:
                 if '::' not in base:  # else it is in another package
-                    _check_files((file.parent / base).resolve(), (*heirs, file))
-
-
-def _reason(error: Exception, path: str) -> str | None:
-    """Return why a config cannot be read, or None if the error is not the config's."""
-    calls = traceback.extract_tb(error.__traceback__)
-    if isinstance(error, ImportError) and 'custom' in str(error):
-        reason = one_line(error.__cause__ or error)
-        return f'{path}: custom_imports names a module that cannot be imported ({reason})'
-    if calls[-1].filename in [call.filename for call in calls if call.name == '<module>']:
-        return f'{calls[-1].filename}, line {calls[-1].lineno}: {one_line(error)}'
-    (*_, (last, _)) = traceback.walk_tb(error.__traceback__)
-    if last.f_globals.get('__name__', '').startswith(('mmengine.', 'yaml.')):
-        return f'{path}: {one_line(error)}'
-    return None
+                    _check_syntax(file.parent / base)
 
 
 def load_config(

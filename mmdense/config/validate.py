@@ -208,12 +208,12 @@ def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None
 
 
 def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -> None:
-    """Compare the heads' numbers of classes with those of one data set.
+    """Compare the heads' numbers of classes with those of one data set, unless it is panoptic.
 
     Args:
         model: A detector or segmentor.
-        metainfo: Of the data set.
-        where: Its place in the config, for messages.
+        metainfo: The data set's.
+        where: The data set's place in the config, for messages.
 
     Raises:
         UserError: They differ.
@@ -221,36 +221,18 @@ def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -
     classes = metainfo.get('classes')
     if isinstance(classes, str):
         raise UserError(f'{where}: classes must be a tuple: for one class write ({classes!r},)')
-    if classes is None or hasattr(model, 'language_model'):  # whose classes are words
+    panoptic, words = 'thing_classes' in metainfo, hasattr(model, 'language_model')
+    if classes is None or panoptic or words:
         return
     for name, head in model.named_modules():
+        number = getattr(head, 'num_classes', None)
         if {'', 'backbone', 'rpn_head'} & {*name.split('.')}:  # ImageNet's, objectness or none
             continue
-        if type(head).__name__ == 'FusedSemanticHead':  # HTC's predicts COCO stuff
+        if number == 1 == getattr(head, 'out_channels', None):  # depth
             continue
-        for key, (number, expected) in _numbers_of_classes(head, metainfo).items():
-            if isinstance(number, int) and number != expected:
-                raise UserError(
-                    f'model.{name}.{key} is {number}, but {where} has {expected} such classes: '
-                    'make them equal (the classes are in its metainfo.classes)'
-                )
-
-
-def _numbers_of_classes(
-    head: nn.Module, metainfo: Mapping[str, Any]
-) -> dict[str, tuple[int | None, int]]:
-    """Return the attributes of a head -> (its number of classes, the data set's)."""
-    classes = metainfo['classes']
-    things, stuff, number = (
-        getattr(head, f'num_{kind}classes', None) for kind in ('things_', 'stuff_', '')
-    )
-    if number == 1 == getattr(head, 'out_channels', None):  # depth
-        return {}
-    if things is None:
-        return dict(num_classes=(number, len(metainfo.get('thing_classes', classes))))
-    if 'thing_classes' not in metainfo:  # a panoptic head on other data
-        return dict(num_classes=(things + stuff, len(classes)))
-    return dict(
-        num_things_classes=(things, len(metainfo['thing_classes'])),
-        num_stuff_classes=(stuff, len(metainfo['stuff_classes'])),
-    )
+        stuff = type(head).__name__ == 'FusedSemanticHead'  # HTC's, on COCO stuff
+        if isinstance(number, int) and number != len(classes) and not stuff:
+            raise UserError(
+                f'model.{name}.num_classes is {number}, but {where} has {len(classes)} classes: '
+                'make them equal (the classes are in its metainfo.classes)'
+            )

@@ -2,9 +2,27 @@
 
 import pytest
 import torch
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 
 from mmdense.apis import Predictor
 from support import DEMOS
+
+
+@pytest.fixture(autouse=True, scope='session')
+def _fast_start():
+    """Skip mmengine's report of the environment, which runs compilers for seconds."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _no_default_scope():
+    """Forget the scopes of the runners before."""
+    yield
+    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

@@ -1,0 +1,47 @@
+"""Command lines: help, shell scripts, and each tool in a process of its own."""
+
+import subprocess
+import sys
+
+import pytest
+
+from support import ROOT, load_tool
+
+TOOLS = sorted(file.stem for file in ROOT.glob('tools/*.py'))
+
+
+@pytest.mark.parametrize('name', TOOLS)
+def test_help_ends_in_an_example(name):
+    help_text = load_tool(name).parser().format_help()
+    assert f'python tools/{name}.py' in help_text.lower().partition('example')[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TOOLS)
+def test_tools_run_from_another_folder(name, tmp_path):
+    command = [sys.executable, ROOT / f'tools/{name}.py', '--help']
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f'usage: {name}.py')
+
+
+@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
+def test_scripts_print_their_usage(run_tool, script):
+    status, output = run_tool(ROOT / 'tools' / script)
+    assert status == 2
+    assert f'tools/{script}' in output
+
+
+def test_slurm_script_passes_everything_on(run_tool, tmp_path):
+    srun = tmp_path / 'srun'
+    srun.write_text('#!/bin/sh\nfor word; do echo "[$word]"; done\n')
+    srun.chmod(0o755)
+    env = dict(PATH=f'{tmp_path}:/usr/bin:/bin', GPUS='16', SRUN_ARGS='--qos high')
+    arguments = ['gpu', 'a job', 'c.py', 'w', '--amp']
+    status, output = run_tool(ROOT / 'tools/slurm_train.sh', *arguments, **env)
+    assert status == 0, output
+    words = output.split('\n')
+    assert words[:4] == ['[--partition]', '[gpu]', '[--job-name]', '[a job]']
+    assert words[words.index('[--ntasks]') + 1] == '[16]'
+    assert words[words.index('[--qos]') + 1] == '[high]'
+    assert words[-7:-1] == ['[c.py]', '[--work-dir]', '[w]', '[--launcher]', '[slurm]', '[--amp]']
