@@ -1,4 +1,6 @@
-"""Channels that follow from the backbone, and backbones put in place of others."""
+"""Channels that follow from the backbone, and backbones that replace others."""
+
+import copy
 
 import pytest
 from mmengine.config import Config, ConfigDict
@@ -6,6 +8,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmdense.config.channels import backbone_maps, fill_channels, put_backbone, readers
+from mmdense.config.parts import dicts
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -29,35 +32,36 @@ def test_auto_is_what_each_head_reads():
     assert cfg.model.auxiliary_head.in_channels == 96
 
 
-@pytest.mark.parametrize('path', sorted(ROOT.glob('configs/*/*/*.py')), ids=lambda p: p.stem)
-def test_every_config_would_be_filled_in_as_it_is(path):
-    if '_base_' in path.parts or 'nyu' in path.name:
-        pytest.skip('no config to train, or a depth model')
-    cfg = load_config(str(path))
-    wanted = [(r.name, r.key, r.node[r.key]) for r in _readers(cfg)]
-    wanted.append(('bbox_head', 'in_channels', cfg.model.get('bbox_head', {}).get('in_channels')))
-    ssd = isinstance(cfg.model.get('neck'), dict) and cfg.model.neck.type == 'SSDNeck'
-    for reader in _readers(cfg):
-        reader.node[reader.key] = 'auto'
-    if ssd:
+@pytest.mark.parametrize(
+    'name',
+    [
+        'detection/rdnet/cascade-mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco',
+        'detection/rexnet/ssdlite_rexnet-1.0_600e_coco-320x320',
+        'segmentation/rexnet/unet_rexnet-1.0_160k_ade20k-512x512',
+        'segmentation/rdnet/upernet_rdnet-t_amp-160k_ade20k-512x512',
+    ],
+)
+def test_auto_gives_what_the_recipes_state(name):
+    """That each recipe states the right channels is checked with all configs."""
+    cfg = load_config(str(ROOT / f'configs/{name}.py'))
+    recipe = copy.deepcopy(cfg.model)
+    if 'ssdlite' in name:
         cfg.model.bbox_head.in_channels = 'auto'
+    for reader in readers(cfg.model, backbone_maps(cfg.model.backbone, cfg.default_scope)[0]):
+        reader.node[reader.key] = 'auto'
+    assert cfg.model != recipe
     fill_channels(cfg)
-    found = [(r.name, r.key, r.node[r.key]) for r in _readers(cfg)]
-    found.append(('bbox_head', 'in_channels', cfg.model.get('bbox_head', {}).get('in_channels')))
-    assert wanted
-    assert [(n, k, _plain(v)) for n, k, v in found] == [(n, k, _plain(v)) for n, k, v in wanted]
+    stated, filled = ([*map(_channels, dicts(model))] for model in (recipe, cfg.model))
+    assert filled == stated
 
 
-def _readers(cfg):
-    return list(readers(cfg.model, backbone_maps(cfg.model.backbone, cfg.default_scope)[0]))
-
-
-def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+def _channels(node):
+    values = (node.get('in_channels'), node.get('out_channels'))
+    return [list(value) if isinstance(value, tuple) else value for value in values]
 
 
 def test_auto_elsewhere_is_refused():
-    with pytest.raises(UserError, match=r"faster-rcnn_rdnet.*in_channels='auto' is for what reads"):
+    with pytest.raises(UserError, match=r"faster-rcnn_rdnet.*in_channels='auto' works in parts"):
         demo('detection', **{'model.rpn_head.in_channels': 'auto'})
 
 
@@ -155,10 +159,10 @@ def test_maps_that_are_not_there():
         put_backbone(cfg, two)
     unet = 'configs/segmentation/rexnet/unet_rexnet-1.0_160k_ade20k-512x512.py'
     cfg = load_config(str(ROOT / unet))
-    with pytest.raises(UserError, match='reads maps at strides 2, 4, 8'):
+    with pytest.raises(UserError, match='reads feature maps at strides 2, 4, 8'):
         put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121'))
 
 
 def test_configs_are_left_alone_without_auto(monkeypatch):
-    monkeypatch.setattr('mmdense.config.backbone_maps', None)  # would have to build it
+    monkeypatch.setattr('mmdense.config.channels.backbone_maps', None)  # would have to build it
     fill_channels(Config(dict(model=dict(backbone=dict(type='Nothing'), neck=dict(type='FPN')))))

@@ -72,7 +72,7 @@ def test_files_that_are_no_weights(demo, tmp_path):
     with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
         load_weights(runner, 'nowhere.pth')
     file = tmp_path / 'x.pth'
-    for content, message in ((b'', 'is empty'), (b'text', 'is damaged, or no checkpoint')):
+    for content, message in ((b'', 'is empty'), (b'text', 'is damaged, or not a checkpoint')):
         file.write_bytes(content)
         with pytest.raises(UserError, match=f'^{file} {message}'):
             load_weights(runner, str(file))
@@ -84,7 +84,7 @@ def test_weights_that_do_not_fill_the_model(demo, tmp_path):
     file = tmp_path / 'x.pth'
     state = strict.model.state_dict()
     for wrong, message in (
-        ({f'net.{k}': v for k, v in state.items()}, "fills 0 .* fit without 'net.' in front"),
+        ({f'net.{k}': v for k, v in state.items()}, "fills 0 .* match without the prefix 'net.'"),
         ({**state, 'rpn_head.rpn_cls.bias': torch.zeros(7)}, r'rpn_cls.bias \(file: \[7\]; model'),
         ({k: v for k, v in state.items() if 'fc_reg.bias' not in k}, 'missing: .*fc_reg.bias'),
     ):

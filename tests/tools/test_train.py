@@ -164,7 +164,9 @@ def test_a_prefix_of_weights(trained, call_tool, tmp_path):
     assert status == 2
     message = errors.splitlines()[-1]
     assert message.startswith(f'error: {checkpoint} fills 0 of ')
-    assert "would fit without 'backbone.' in front: add prefix='backbone.' to init_cfg" in message
+    assert "would match without the prefix 'backbone.': add prefix='backbone.' to init_cfg" in (
+        message
+    )
     assert not list(tmp_path.glob('*.pth'))
     status, output, _ = call_tool(*arguments, 'model.backbone.init_cfg.prefix=backbone.')
     assert status == 0
