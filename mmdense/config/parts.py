@@ -100,29 +100,31 @@ def check_part(
     Raises:
         UserError: A misspelt type or argument, or a part without a type.
     """
+    if isinstance(node, list | tuple):
+        for i, child in enumerate(node):
+            check_part(child, registries, scope, f'{place}.{i}')
+    if not isinstance(node, dict):
+        return
+    scope = node.get('_scope_', scope)
     built = DEFAULTS.get(place)
-    if isinstance(node, dict):
-        scope = node.get('_scope_', scope)
-        if 'type' in node:
-            built = find(node['type'], registries, scope)
-            if built is None:
-                _refuse_misspelt_type(node['type'], registries, scope, place)
-                return
-        elif TYPED.fullmatch(place):
-            raise UserError(f'{place} has no type, but only {[*node]}; is its name misspelt?')
-        if built is not None:
-            if (getattr(built, '__module__', None) or '').partition('.')[0] not in LIBRARIES:
-                return
-            known = arguments(built)
-            for key in [key for key in node if key not in (*known, *NO_ARGUMENTS)]:
-                if difflib.get_close_matches(key, known, n=1, cutoff=CUTOFF):
-                    name = getattr(built, '__name__', built)
-                    hint = suggest_name(key, known)
-                    raise UserError(f'{place}: {name} has no argument {key!r}{hint}')
-    children = node.items() if isinstance(node, dict) else enumerate(node or ())
-    for key, child in children:
-        if isinstance(child, dict | list | tuple):
-            check_part(child, registries, scope, f'{place}.{key}')
+    if 'type' in node:
+        built = find(node['type'], registries, scope)
+        if built is None:
+            _refuse_misspelt_type(node['type'], registries, scope, place)
+            return
+    elif TYPED.fullmatch(place):
+        raise UserError(f'{place} has no type, but only {[*node]}; is its name misspelt?')
+    if built is not None:
+        if str(getattr(built, '__module__', '')).partition('.')[0] not in LIBRARIES:
+            return
+        known = arguments(built)
+        for key in [key for key in node if key not in (*known, *NO_ARGUMENTS)]:
+            if difflib.get_close_matches(key, known, n=1, cutoff=CUTOFF):
+                name = getattr(built, '__name__', built)
+                hint = suggest_name(key, known)
+                raise UserError(f'{place}: {name} has no argument {key!r}{hint}')
+    for key, child in node.items():
+        check_part(child, registries, scope, f'{place}.{key}')
 
 
 def arguments(built: Callable) -> list[str]:

@@ -38,9 +38,10 @@ def read_config(path: str) -> Config:
             _check_syntax(file)
         cause = error.__cause__ or error
         place = traceback.extract_tb(cause.__traceback__)[-1]
-        raise UserError(
-            f'{path}: {one_line(cause)} ({place.filename}, line {place.lineno})'
-        ) from error
+        if 'mmengine' in Path(place.filename).parts:
+            raise UserError(f'{path}: {one_line(cause)}') from error
+        where = f'{place.filename}, line {place.lineno}'
+        raise UserError(f'{path}: {one_line(cause)} ({where})') from error
 
 
 def _check_syntax(file: Path) -> None:

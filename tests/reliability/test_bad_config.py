@@ -334,7 +334,7 @@ BROKEN = {
     'data.json': ('{"model": ', 'JSONDecodeError: '),
     'config.txt': ('model = 1', 'config.txt: OSError: Only py/yml/yaml/json'),
     'loop.py': ("_base_ = './loop.py'", 'inherits itself'),
-    'gone.py': ("_base_ = './nowhere.py'", 'nowhere.py" does not exist'),
+    'gone.py': ("_base_ = './nowhere.py'", "No such file or directory: '"),
     'imports.py': (
         "model = dict()\ncustom_imports = dict(imports=['nowhere'])",
         'imports.py: ImportError: Failed to import nowhere',
