@@ -1,4 +1,4 @@
-"""Multiply-adds against counts by hand and against a real forward pass."""
+"""MACs against counts by hand and against a forward pass."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ def build(path, device='meta'):
 
 @pytest.fixture
 def warnings(monkeypatch):
-    said = []
-    monkeypatch.setattr(cost, 'print_log', lambda text, **options: said.append(text))
-    return said
+    lines = []
+    monkeypatch.setattr(cost, 'print_log', lambda text, **options: lines.append(text))
+    return lines
 
 
 def test_by_hand():
@@ -58,9 +58,9 @@ def test_two_stage_parts_add_up_to_a_forward_pass(config):
     boxes = torch.tensor([[i, i, 20.0 + 5 * i, 30.0] for i in range(6)])
     proposals = InstanceData(bboxes=boxes)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        maps = model.extract_feat(torch.randn(1, 3, 64, 96))
-        model.rpn_head(maps)
-        model.roi_head.forward(maps, [proposals], [sample])
+        features = model.extract_feat(torch.randn(1, 3, 64, 96))
+        model.rpn_head(features)
+        model.roi_head.forward(features, [proposals], [sample])
     assert sum(parts.values()) == counter.get_total_flops() // 2
     assert {'backbone', 'neck', 'rpn_head', 'bbox_head'} <= set(parts)
     assert ('mask_head' in parts) == model.roi_head.with_mask
@@ -123,8 +123,8 @@ def _(x):
     return torch.empty_like(x)
 
 
-def test_what_is_not_counted_is_named(warnings):
-    """Neither a product that torch's counter doesn't know nor what nobody knows is passed over."""
+def test_uncounted_operators_are_named(warnings):
+    """Products that torch's counter doesn't know, and operators of other libraries."""
 
     def run(x):
         vector = x.new_empty(9)
@@ -139,13 +139,13 @@ def test_parts_of_a_model_are_named_together(warnings):
     model = nn.Module()
     model.backbone = lambda x: [mystery(x)]
     model.decode_head = nn.Module()
-    model.decode_head.predict = lambda maps, metas, cfg: mystery(maps[0])
+    model.decode_head.predict = lambda features, metas, cfg: mystery(features[0])
     assert model_macs(model, (8, 8)) == dict(backbone=0, decode_head=0)
     assert warnings == ['not counted: mmdense_test::mystery (2 calls)']
 
 
-def test_no_product_goes_by_another_name():
-    """The names that count as products cover all that torch has a formula for."""
+def test_the_pattern_matches_all_products_of_torch():
+    """Every operator that torch has a formula for."""
     names = [str(packet).partition('.')[2] for packet in flop_registry if '.' in str(packet)]
     assert len(names) > 10
     assert [name for name in names if not cost.PRODUCT.search(name)] == []
@@ -153,7 +153,7 @@ def test_no_product_goes_by_another_name():
         assert not cost.PRODUCT.search(name)
 
 
-def test_layers_that_are_no_products_are_not_named(warnings):
+def test_other_operators_are_not_named(warnings):
     with torch.device('meta'):
         net = nn.Sequential(
             nn.Conv2d(3, 8, 3),

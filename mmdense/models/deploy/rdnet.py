@@ -10,12 +10,15 @@ N images, C channels, P = N * H * W pixels.
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mmdense.models.deploy.fold import replace_weights
 
 __all__ = ['DeployedDenseStage', 'DeployedMixBlock', 'DeployedTransition']
 
@@ -33,7 +36,7 @@ class DeployedTransition(nn.Module):
     def __init__(self, norm: nn.LayerNorm, conv: nn.Conv2d) -> None:
         super().__init__()
         self.eps, self.stride = norm.eps, conv.stride
-        self.weight, self.bias = _fold(norm, conv)
+        self.weight, self.bias = (nn.Parameter(x.to(conv.weight.dtype)) for x in _fold(norm, conv))
 
     def forward(self, x: Tensor) -> Tensor:
         x = _normed(x.permute(0, 2, 3, 1), self.eps).permute(0, 3, 1, 2)
@@ -51,8 +54,9 @@ class DeployedMixBlock(nn.Module):
         super().__init__()
         self.conv_dw, norm, fc1, _, fc2, *gate = block.layers.layers
         self.eps = norm.eps
-        self.fc1, self.fc2 = _conv(*_fold(norm, fc1)), _conv(fc2.weight, fc2.bias)
-        self.gate = _conv(gate[0].fc.weight, gate[0].fc.bias) if gate else None
+        self.fc1 = replace_weights(fc1, *_fold(norm, fc1))
+        self.fc2 = copy.deepcopy(fc2)
+        self.gate = copy.deepcopy(gate[0].fc) if gate else None
         self.growth = len(block.gamma)
         self.scale = nn.Parameter(block.gamma.detach().clone())
 
@@ -111,23 +115,15 @@ class DeployedDenseStage(nn.Sequential):
         return x
 
 
-def _fold(norm: nn.LayerNorm, conv: nn.Conv2d) -> tuple[nn.Parameter, nn.Parameter]:
+def _fold(norm: nn.LayerNorm, conv: nn.Conv2d) -> tuple[Tensor, Tensor]:
     """Return weight and bias of a convolution with the affine part of the norm before it.
 
     W * (s y + t) + b = (s W) * y + (b + W t), in float64: the result is rounded once.
     """
-    dtype, weight = conv.weight.dtype, conv.weight.detach().double()
+    weight = conv.weight.detach().double()
     bias = conv.bias.detach().double() + weight.sum((2, 3)) @ norm.bias.detach().double()
     weight = weight * norm.weight.detach().double()[:, None, None]
-    return nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
-
-
-def _conv(weight: Tensor, bias: Tensor) -> nn.Conv2d:
-    """Return a 1x1 convolution of copies of a weight [C', C, 1, 1] and a bias."""
-    conv = nn.Conv2d(*weight.shape[1::-1], 1, device='meta')
-    conv.weight = nn.Parameter(weight.detach().clone())
-    conv.bias = nn.Parameter(bias.detach().clone())
-    return conv
+    return weight, bias
 
 
 def _linear(x: Tensor, conv: nn.Conv2d) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ReXNet U-Net's decoder, alone and in mmseg's segmentors."""
+"""The decoder of the ReXNet U-Net, alone and in mmseg's segmentors."""
 
 import pytest
 import torch
@@ -30,8 +30,8 @@ def scope():
         yield
 
 
-def maps(height=64, width=96, channels=CHANNELS, batch=2):
-    """Return the encoder's maps for an image of that size."""
+def features(height=64, width=96, channels=CHANNELS, batch=2):
+    """Return the encoder's feature maps for an image of this size."""
     generator = torch.Generator().manual_seed(0)
     strides = (2, 4, 8, 16, 32, 32)
     return tuple(
@@ -57,7 +57,7 @@ def segmentor(kind='EncoderDecoder', test_cfg=None, **head):
 
 def samples(height=64, width=64, batch=2):
     generator = torch.Generator().manual_seed(1)
-    made = []
+    samples = []
     for _ in range(batch):
         shape = dict(ori_shape=(height, width), img_shape=(height, width))
         sample = SegDataSample(metainfo=dict(shape, pad_shape=(height, width)))
@@ -65,8 +65,8 @@ def samples(height=64, width=64, batch=2):
         depth = torch.rand(1, height, width, generator=generator) * 9 + 0.1
         sample.gt_sem_seg = PixelData(data=label)
         sample.set_data(dict(gt_depth_map=PixelData(data=depth)))
-        made.append(sample)
-    return made
+        samples.append(sample)
+    return samples
 
 
 def batch(height=64, width=64, number=2):
@@ -88,7 +88,7 @@ def test_published_size():
 
 @pytest.mark.parametrize('size', [(64, 96), (33, 47), (65, 50)])
 def test_six_outputs(size):
-    outputs = ReXUNetHead(in_channels=CHANNELS, num_classes=20)(maps(*size))
+    outputs = ReXUNetHead(in_channels=CHANNELS, num_classes=20)(features(*size))
     assert isinstance(outputs, tuple)
     assert all(x.shape[:2] == (2, 20) for x in outputs)
     halves = [tuple(-(-side // 2**k) for side in size) for k in range(1, 6)]
@@ -98,29 +98,29 @@ def test_six_outputs(size):
 
 def test_steps_of_the_decoder():
     head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
-    taps = maps()
+    inputs = features()
     up = torch.nn.Upsample(scale_factor=2, mode='bilinear')
     with torch.no_grad():
-        found = head(taps)
-        x = head.decode_conv1(taps[5]) + taps[4]
+        outputs = head(inputs)
+        x = head.decode_conv1(inputs[5]) + inputs[4]
         expected = [head.output_conv5(x)]
         for k, index in ((2, 3), (3, 2), (4, 1), (5, 0)):
-            x = up(head.get_submodule(f'decode_conv{k}')(x)) + taps[index]
+            x = up(head.get_submodule(f'decode_conv{k}')(x)) + inputs[index]
             expected.append(head.get_submodule(f'output_conv{index + 1}')(x))
         expected.append(up(head.decode_conv6(x)))
-        for a, b in zip(found, reversed(expected), strict=True):
+        for a, b in zip(outputs, reversed(expected), strict=True):
             torch.testing.assert_close(a, b)
         # The last block has no shortcut, though its channels rise.
         assert head.decode_conv6.drop_path is None
         head.align_corners = True
-        assert not torch.allclose(head(taps)[0], found[0])
+        assert not torch.allclose(head(inputs)[0], outputs[0])
 
 
-def test_in_index_chooses_the_maps():
+def test_in_index_selects_the_feature_maps():
     head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
     turned = ReXUNetHead(in_channels=CHANNELS, in_index=(5, 4, 3, 2, 1, 0), num_classes=20).eval()
     turned.load_state_dict(head.state_dict())
-    for a, b in zip(turned(maps()[::-1]), head(maps()), strict=True):
+    for a, b in zip(turned(features()[::-1]), head(features()), strict=True):
         assert torch.equal(a, b)
 
 
@@ -136,7 +136,7 @@ def test_loss_weights(weights):
         key = f'decode.loss_ce_{name}'
         torch.testing.assert_close(found[key], weight * expected[key])
     torch.testing.assert_close(found['decode.acc_seg'], expected['decode.acc_seg'])
-    # DDP asks a gradient of every parameter, also where a scale weighs nothing.
+    # DDP needs a gradient of every parameter, also of scales with weight 0.
     weighted.parse_losses(found)[0].backward()
     assert all(p.grad is not None for p in weighted.parameters())
 
@@ -246,15 +246,15 @@ def test_depth_weights_and_range():
 
 def test_disparities():
     head = ReXUNetDepthHead(in_channels=CHANNELS, max_depth=5.0).eval()
-    found = head.disparities(maps())
+    found = head.disparities(features())
     assert list(found) == [('disp', k) for k in range(6)]
-    for disparity, depth in zip(found.values(), head(maps()), strict=True):
+    for disparity, depth in zip(found.values(), head(features()), strict=True):
         assert disparity.min() >= 0
         assert disparity.max() <= 1
         torch.testing.assert_close(5 * disparity, depth)
     part = ReXUNetDepthHead(in_channels=CHANNELS, scales=(0, 3)).eval()
     part.load_state_dict(head.state_dict())
-    some = part.disparities(maps())
+    some = part.disparities(features())
     assert list(some) == [('disp', 0), ('disp', 3)]
     assert all(torch.equal(x, found[key]) for key, x in some.items())
 

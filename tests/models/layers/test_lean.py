@@ -1,4 +1,4 @@
-"""Convolutions that keep what their input is made from equal plain ones, side effects included."""
+"""lean_conv equals the plain convolution, side effects included, and saves less."""
 
 import os
 import socket
@@ -14,7 +14,27 @@ from mmdense.models import DenseNet
 from mmdense.models.layers import lean_conv, plain_conv
 from mmdense.models.layers.lean import batch_statistics, norms_by_batch, record
 
-BOTH = (plain_conv, lean_conv)
+
+class Gate(nn.Module):
+    """A gate with a norm of its own."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return x * self.norm(self.linear(x.mean((2, 3)))).sigmoid()[..., None, None]
+
+
+class Activated(nn.BatchNorm2d):
+    def forward(self, x):
+        return F.silu(super().forward(x))
+
+
+class Half(nn.Conv2d):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
 
 
 def batch(channels=6, images=3, size=(5, 7)):
@@ -22,187 +42,171 @@ def batch(channels=6, images=3, size=(5, 7)):
     return torch.randn(images, channels, *size, generator=generator, dtype=torch.float64) * 2 + 1
 
 
-def chain(norm=None, **options):
+def chain(norm=None, *others, **options):
     torch.manual_seed(1)
     norm = norm or nn.BatchNorm2d(6, **options)
     if norm.weight is not None:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.uniform_(norm.bias)
-    return [norm.double(), nn.ReLU(inplace=True)]
+    return [module.double() for module in (norm, nn.ReLU(inplace=True), *others)]
 
 
-def conv(**options):
+def conv(cls=nn.Conv2d, **options):
     torch.manual_seed(2)
-    return nn.Conv2d(6, 4, 3, padding=1, **options).double()
+    return cls(6, 4, 3, padding=1, **options).double()
 
 
 def step(run, steps, convolution, x, **options):
     """Return the outputs, the gradients and the buffers of two steps."""
     net = nn.ModuleList([convolution, *(s for s in steps if isinstance(s, nn.Module))])
-    left = []
+    results = []
     for i in range(2):
         x = (x.detach() + i).requires_grad_(x.requires_grad)
         torch.manual_seed(3)
         y = run(steps, convolution, x, **options)
         torch.rand(3)
         y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(y))
-        left += [y.detach(), x.grad]
-    return left + [p.grad for p in net.parameters()] + list(net.buffers())
+        results += [y.detach(), x.grad, torch.get_rng_state()]
+    return results + [p.grad for p in net.parameters()] + list(net.buffers())
 
 
-def same(found):
-    for a, b in zip(*found, strict=True):
+def same(results):
+    for a, b in zip(*results, strict=True):
         if a is None:
             assert b is None
         else:
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
+def same_steps(make_chain=chain, make_conv=conv, x=None, **options):
+    """Compare two steps of the plain and of the lean convolution; return the lean chain."""
+    results = []
+    for run in (plain_conv, lean_conv):
+        image = batch().requires_grad_() if x is None else x
+        results.append(step(run, steps := make_chain(), make_conv(), image, **options))
+    same(results)
+    return steps
+
+
 @pytest.mark.parametrize(
-    'options',
+    ('options', 'train'),
     [
-        {},
-        dict(affine=False),
-        dict(momentum=None),
-        dict(track_running_stats=False),
-        dict(eps=0.1, momentum=0.7),
+        ({}, True),
+        ({}, False),
+        (dict(affine=False), True),
+        (dict(momentum=None), True),
+        (dict(track_running_stats=False), False),
+        (dict(eps=0.1, momentum=0.7), True),
     ],
 )
-@pytest.mark.parametrize('mode', ['train', 'eval'])
-def test_equals_the_plain_convolution(options, mode):
-    found = []
-    for run in BOTH:
+def test_norms(options, train):
+    def make():
         steps = chain(**options)
-        steps[0].train(mode == 'train')
-        found.append(step(run, steps, conv(), batch().requires_grad_()))
-    same(found)
+        steps[0].train(train)
+        return steps
+
+    same_steps(make)
 
 
-def test_frozen_parts_get_no_gradients():
-    for frozen in ('weight', 'norm', 'image', 'all but the norm'):
-        found = []
-        for run in BOTH:
-            steps, convolution, x = chain(), conv(), batch()
-            convolution.requires_grad_(frozen not in ('weight', 'all but the norm'))
-            steps[0].requires_grad_(frozen != 'norm')
-            x.requires_grad_(frozen not in ('image', 'all but the norm'))
-            found.append(step(run, steps, convolution, x))
-        same(found)
+@pytest.mark.parametrize('frozen', ['weight', 'norm', 'image', 'all but the norm'])
+def test_frozen_parts_get_no_gradients(frozen):
+    def make_chain():
+        steps = chain()
+        steps[0].requires_grad_(frozen != 'norm')
+        return steps
+
+    needed = frozen not in ('weight', 'all but the norm')
+    x = batch().requires_grad_(frozen not in ('image', 'all but the norm'))
+    same_steps(make_chain, lambda: conv().requires_grad_(needed), x)
 
 
 @pytest.mark.parametrize('drop', [nn.Dropout(0.4), nn.Dropout2d(0.4)])
-def test_dropout_drops_the_same_again(drop):
-    same([step(run, [*chain(), drop], conv(), batch().requires_grad_()) for run in BOTH])
+def test_dropout_masks_and_later_random_numbers_are_the_same(drop):
+    same_steps(lambda: chain(None, drop))
     assert (drop(torch.ones(9, 9, 2, 2)) == 0).any()
 
 
-def test_random_numbers_go_on_as_in_the_plain_call():
-    states = []
-    for run in BOTH:
-        step(run, [*chain(), nn.Dropout(0.4)], conv(), batch().requires_grad_())
-        states.append(torch.get_rng_state())
-    assert torch.equal(*states)
+def test_norms_inside_a_step_count_once():
+    steps = same_steps(lambda: chain(None, Gate()))
+    assert steps[2].norm.num_batches_tracked == 2
 
 
-def test_norms_inside_of_a_step_count_once():
-    class Gate(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm2d(6).double()
-
-        def forward(self, x):
-            return x * self.norm(x.mean((2, 3), keepdim=True)).sigmoid()
-
-    found = []
-    for run in BOTH:
-        gate = Gate()
-        found.append(step(run, [*chain(), gate], conv(), batch().requires_grad_()))
-        assert gate.norm.num_batches_tracked == 2
-    same(found)
-
-
-def test_a_weight_in_place_of_the_convolutions():
-    found = []
-    for run in BOTH:
+def test_a_weight_that_replaces_the_convolutions():
+    results = []
+    for run in (plain_conv, lean_conv):
         convolution, factor = conv(bias=False), torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64)
         factor.requires_grad_()
         y = run(chain(), convolution, batch(), weight=convolution.weight * factor)
         y.square().sum().backward()
-        found.append([y.detach(), convolution.weight.grad, factor.grad])
-    same(found)
+        results.append([y.detach(), convolution.weight.grad, factor.grad])
+    same(results)
 
 
 @pytest.mark.parametrize(
-    'options', [dict(stride=2), dict(dilation=2), dict(groups=2), dict(bias=False)]
+    'options', [dict(stride=2), dict(dilation=2), dict(groups=2), dict(bias=False), dict(cls=Half)]
 )
-def test_kinds_of_convolutions(options):
-    same([step(run, chain(), conv(**options), batch().requires_grad_()) for run in BOTH])
+def test_convolutions(options):
+    same_steps(make_conv=lambda: conv(**options))
 
 
-def test_inputs_alone_are_kept():
-    kept = {}
+def test_pruned_convolutions_are_called():
+    def make():
+        convolution = conv()
+        prune.l1_unstructured(convolution, 'weight', 0.5)
+        return convolution
+
+    results = []
+    for run in (plain_conv, lean_conv):
+        convolution, x = make(), batch().requires_grad_()
+        run(chain(), convolution, x).square().sum().backward()
+        results.append([x.grad, *(p.grad for p in convolution.parameters())])
+    same(results)
+
+
+def test_only_the_inputs_are_saved():
+    saved = set()
 
     def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     parts, convolution = [batch(2).requires_grad_(), batch(4)], conv()
     steps = [lambda *xs: torch.cat(xs, 1), *chain()]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         lean_conv(steps, convolution, *parts)
-    parameters = [convolution.weight, *steps[1].parameters()]  # in use by others anyway
-    expected = {t.data_ptr() for t in (*parts, *parameters)}
-    assert kept.keys() == expected
+    parameters = [convolution.weight, *steps[1].parameters()]  # in memory anyway
+    assert saved == {tensor.data_ptr() for tensor in (*parts, *parameters)}
 
 
-def test_saved_tensors_may_lie_elsewhere():
-    found = []
-    for run in BOTH:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.tensor):
-            left = []
-            steps, convolution = chain(), conv()
-            y = run(steps, convolution, batch().requires_grad_())
-            y.square().sum().backward()
-            left = [p.grad for p in (*convolution.parameters(), *steps[0].parameters())]
-        found.append(left)
-    same(found)
+def test_saved_tensors_may_be_moved():
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().copy(), torch.tensor):
+        same_steps()
 
 
-def test_autocast_goes_on_in_backward():
-    """Also if the backward pass runs inside of it, where narrow weights are kept from forward."""
-
-    class Gate(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-
-        def forward(self, x):
-            return x * self.linear(x.mean((2, 3)))[..., None, None]
-
-    for inside in (False, True):
-        found = []
-        for run in BOTH:
-            torch.manual_seed(0)
-            gate, convolution = Gate(), conv().float()
-            x = batch().float().requires_grad_()
-            with torch.autocast('cpu', torch.bfloat16):
-                y = run([nn.ReLU(), gate], convolution, x)
-                assert y.dtype == torch.bfloat16
-                loss = y.float().square().mean()
-                if inside:
-                    loss.backward()
-            if not inside:
+@pytest.mark.parametrize('inside', [False, True])
+def test_autocast_applies_in_backward(inside):
+    """Also if the backward pass runs inside of autocast, with its cache of cast weights."""
+    results = []
+    for run in (plain_conv, lean_conv):
+        gate, convolution, x = Gate(), conv().float(), batch().float().requires_grad_()
+        with torch.autocast('cpu', torch.bfloat16):
+            y = run([nn.ReLU(), gate], convolution, x)
+            assert y.dtype == torch.bfloat16
+            loss = y.float().square().mean()
+            if inside:
                 loss.backward()
-            assert gate.linear.weight.grad.abs().sum() > 0
-            found.append([x.grad, gate.linear.weight.grad, convolution.weight.grad])
-        for a, b in zip(*found, strict=True):
-            torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(a.abs().max()))
+        if not inside:
+            loss.backward()
+        assert gate.linear.weight.grad.abs().sum() > 0
+        results.append([x.grad, gate.linear.weight.grad, convolution.weight.grad])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0.05, atol=0.02 * float(a.abs().max()))
 
 
 def test_without_gradients_it_is_the_plain_call():
-    steps, convolution = chain(), conv()
+    steps = chain()
     with torch.no_grad():
-        y = lean_conv(steps, convolution, batch())
+        y = lean_conv(steps, conv(), batch())
     assert y.grad_fn is None
     assert steps[0].num_batches_tracked == 1
 
@@ -212,92 +216,62 @@ def test_one_value_per_channel_is_an_error():
         lean_conv(chain(), conv(), batch(images=1, size=(1, 1)).requires_grad_())
 
 
-def test_subclasses_with_a_forward_of_their_own_are_called():
-    class Activated(nn.BatchNorm2d):
-        def forward(self, x):
-            return F.silu(super().forward(x))
-
+def test_subclasses_with_another_forward_are_called():
     assert norms_by_batch(nn.BatchNorm2d(6))
     assert not norms_by_batch(nn.BatchNorm2d(6).eval())
     assert not norms_by_batch(nn.GroupNorm(2, 6))
-    found = []
-    for run in BOTH:
-        found.append(step(run, chain(Activated(6)), conv(), batch().requires_grad_()))
-    same(found)
+    same_steps(lambda: chain(Activated(6)))
 
 
-def test_norms_that_are_not_recorded():
-    found = []
-    for run in BOTH:
+def test_norms_that_do_not_track():
+    def make():
         steps = chain()
-        steps[0].track_running_stats = False  # of a norm that has statistics
-        found.append(step(run, steps, conv(), batch().requires_grad_()))
-        assert steps[0].num_batches_tracked == 0
-    same(found)
+        steps[0].track_running_stats = False  # although it has statistics
+        return steps
+
+    assert same_steps(make)[0].num_batches_tracked == 0
 
 
-def test_parameters_that_became_plain_attributes():
-    """So FSDP has them, and the replicas of DataParallel."""
-    found = []
-    for run in BOTH:
+def test_parameters_that_are_plain_attributes():
+    """As in FSDP, and in the replicas of DataParallel."""
+    results = []
+    for run in (plain_conv, lean_conv):
         steps = chain()
         (weight, bias), norm = steps[0].parameters(), steps[0]._replicate_for_data_parallel()
         norm.weight, norm.bias = weight * 2, bias * 2
         run([norm, steps[1]], conv(), batch()).square().sum().backward()
         assert weight.grad.abs().sum() > 0
-        found.append([weight.grad, bias.grad])
-    same(found)
+        results.append([weight.grad, bias.grad])
+    same(results)
 
 
-def test_a_module_that_comes_twice():
-    scale = nn.PReLU(6).double()
-    found = []
-    for run in BOTH:
-        scale.zero_grad()
+def test_a_module_may_occur_twice():
+    results = []
+    for run in (plain_conv, lean_conv):
+        scale = nn.PReLU(6).double()
         run([scale, nn.Tanh(), scale], conv(), batch()).square().sum().backward()
-        found.append([scale.weight.grad.clone()])
-    same(found)
+        results.append([scale.weight.grad])
+    same(results)
 
 
 def test_half_precision_weights():
-    for run in BOTH:
-        steps, convolution = chain(), conv()
-        x = batch().bfloat16().requires_grad_()
-        run([s.bfloat16() for s in steps], convolution.bfloat16(), x).float().sum().backward()
-        assert steps[0].weight.grad.dtype == x.grad.dtype == torch.bfloat16
-        assert steps[0].weight.grad.isfinite().all()
+    steps, x = [module.bfloat16() for module in chain()], batch().bfloat16().requires_grad_()
+    lean_conv(steps, conv().bfloat16(), x).float().sum().backward()
+    assert steps[0].weight.grad.dtype == x.grad.dtype == torch.bfloat16
+    assert steps[0].weight.grad.isfinite().all()
 
 
-def test_convolutions_of_others_are_called():
-    class Half(nn.Conv2d):
-        def forward(self, x):
-            return 0.5 * super().forward(x)
-
-    pruned = conv()
-    prune.l1_unstructured(pruned, 'weight', 0.5)
-    torch.manual_seed(0)
-    for convolution in (Half(6, 4, 3).double(), pruned):
-        found = []
-        for run in BOTH:
-            convolution.zero_grad()
-            x = batch().requires_grad_()
-            run(chain(), convolution, x).square().sum().backward()
-            found.append([x.grad, *(p.grad.clone() for p in convolution.parameters())])
-        same(found)
-
-
-def test_changes_before_backward_are_noticed():
-    for part in (0, 1, 2):
-        steps, convolution, x = chain(), conv(), batch().requires_grad_().clone()
-        y = lean_conv(steps, convolution, x)
+@pytest.mark.parametrize('part', ['norm', 'weight', 'image', 'mode'])
+def test_changes_before_backward_are_noticed(part):
+    steps, convolution, x = chain(), conv(), batch().requires_grad_().clone()
+    y = lean_conv(steps, convolution, x)
+    if part == 'mode':
+        steps[0].eval()
+    else:
         with torch.no_grad():
-            (steps[0].weight, convolution.weight, x)[part].mul_(2)
-        with pytest.raises(RuntimeError, match='modified by an inplace operation'):
-            y.sum().backward()
-    steps = chain()
-    y = lean_conv(steps, conv(), batch())
-    steps[0].eval()
-    with pytest.raises(RuntimeError, match='the mode was changed'):
+            dict(norm=steps[0].weight, weight=convolution.weight, image=x)[part].mul_(2)
+    message = 'the mode was changed' if part == 'mode' else 'modified by an inplace operation'
+    with pytest.raises(RuntimeError, match=message):
         y.sum().backward()
 
 
@@ -323,34 +297,34 @@ def test_there_are_no_second_derivatives():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16])
-def test_statistics_are_of_float32_at_least(dtype):
+def test_statistics_are_in_float32_at_least(dtype):
     x = batch().to(dtype)
-    found = batch_statistics(nn.BatchNorm2d(6), x)
+    statistics = batch_statistics(nn.BatchNorm2d(6), x)
     wide = torch.promote_types(dtype, torch.float32)
-    assert found.mean.dtype == found.var.dtype == wide
-    assert found.count == 3 * 5 * 7
-    exact = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    assert statistics.mean.dtype == statistics.var.dtype == wide
+    assert statistics.count == 3 * 5 * 7
+    var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(found.var.double(), exact[0], rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(found.mean.double(), exact[1], rtol=tolerance, atol=tolerance)
+    for value, exact in ((statistics.var, var), (statistics.mean, mean)):
+        torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-def test_records_are_those_of_torch():
-    for options in ({}, dict(momentum=None), dict(momentum=0.3)):
-        ours, theirs = nn.BatchNorm2d(6, **options).double(), nn.BatchNorm2d(6, **options).double()
-        for i in range(3):
-            record(ours, batch_statistics(ours, batch() * i))
-            theirs(batch() * i)
-        same([list(theirs.buffers()), list(ours.buffers())])
+@pytest.mark.parametrize('options', [{}, dict(momentum=None), dict(momentum=0.3)])
+def test_running_statistics_are_those_of_torch(options):
+    ours, theirs = nn.BatchNorm2d(6, **options).double(), nn.BatchNorm2d(6, **options).double()
+    for i in range(3):
+        record(ours, batch_statistics(ours, batch() * i))
+        theirs(batch() * i)
+    same([list(theirs.buffers()), list(ours.buffers())])
 
 
 def synchronised(memory=None):
-    """A network with synchronised norms, of one convolution or a dense one."""
+    """Return a network with synchronized norms: one convolution, or a DenseNet."""
     torch.manual_seed(0)
     if memory:
         arch = dict(growth_rate=4, layers=(2, 3), stem='cifar')
         net = DenseNet(arch=arch, memory=memory, norm_cfg=dict(type='SyncBN')).double()
-        net.features['norm5'].eval()  # a plain call: torch's
+        net.features['norm5'].eval()  # a plain call, of torch
         return net
     return nn.ModuleList([nn.SyncBatchNorm(6), nn.ReLU(), nn.Conv2d(6, 4, 1)]).double()
 
@@ -376,8 +350,8 @@ def one_process(rank, port, folder):
         for parameter in net.parameters():
             dist.all_reduce(parameter.grad)
         grads = {name: p.grad for name, p in net.named_parameters()}
-        left = dict(image=mine.grad, grads=grads, buffers=dict(net.named_buffers()))
-        torch.save(left, folder / f'{memory}-{rank}.pth')
+        result = dict(image=mine.grad, grads=grads, buffers=dict(net.named_buffers()))
+        torch.save(result, folder / f'{memory}-{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -393,13 +367,13 @@ def test_two_processes_equal_one_with_all_images(tmp_path):
         x = batch(3 if memory else 6, images=5, size=(8, 8)).requires_grad_()
         net = _plain_norms(net)
         run_synchronised(net, x).backward()
-        found = [torch.load(tmp_path / f'{memory}-{rank}.pth') for rank in range(2)]
-        same([[x.grad], [torch.cat([left['image'] for left in found])]])
-        for left in found:
+        results = [torch.load(tmp_path / f'{memory}-{rank}.pth') for rank in range(2)]
+        same([[x.grad], [torch.cat([result['image'] for result in results])]])
+        for result in results:
             grads = {name: p.grad for name, p in net.named_parameters()}
-            assert left['grads'].keys() == grads.keys()
-            same([list(grads.values()), list(left['grads'].values())])
-            same([list(net.buffers()), list(left['buffers'].values())])
+            assert result['grads'].keys() == grads.keys()
+            same([list(grads.values()), list(result['grads'].values())])
+            same([list(net.buffers()), list(result['buffers'].values())])
 
 
 def _plain_norms(net):

@@ -1,4 +1,4 @@
-"""Recomputation equals the plain call, side effects included."""
+"""Activation checkpointing equals the plain call, side effects included."""
 
 import pytest
 import torch
@@ -27,31 +27,31 @@ def step(net, run, steps=2):
 
 @pytest.mark.parametrize('mode', ['train', 'eval', 'frozen'])
 def test_bit_for_bit(mode):
-    found = []
+    results = []
     for run in (lambda net, x: net(x), recompute):
         net = network()
         if mode == 'eval':
             net.eval()
         elif mode == 'frozen':
             net[1].eval()
-        found.append(step(net, run))
-        assert found[-1][-1] is net[4].num_batches_tracked
-    assert len(found[0]) == 4 + 6 + 6
-    for plain, recomputed in zip(*found, strict=True):
+        results.append(step(net, run))
+        assert results[-1][-1] is net[4].num_batches_tracked
+    assert len(results[0]) == 4 + 6 + 6
+    for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
 
 
-def test_intermediates_are_not_kept():
+def test_intermediates_are_not_saved():
     net, x = network(), torch.randn(4, 3, 8, 8, requires_grad=True)
-    kept = {}
+    saved = {}
 
     def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.shape
+        saved[tensor.data_ptr()] = tensor.shape
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         recompute(net, x)
-    shapes = [shape for shape in kept.values() if shape.numel()]  # torch 2.4 keeps an empty one
+    shapes = [shape for shape in saved.values() if shape.numel()]  # torch 2.4 keeps an empty one
     assert shapes
     assert all(shape == x.shape for shape in shapes)
 
