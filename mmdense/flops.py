@@ -1,9 +1,9 @@
-"""Parameters, multiply-adds and activations, by a count on torch's meta device, without memory.
+"""Parameters, MACs and activations of any module, on torch's meta device, without memory.
 
-Counted are convolutions and matrix products, as torch's own counter knows them, and the elements
-that they put out (activations); norms, nonlinearities, pooling, resizing and RoIAlign are not.
-Operators that may be products and that nobody has a count for are named. N images, K RoIs, C
-channels, H x W pixels.
+MACs are those of convolutions and matrix products, as torch's counter defines them; activations are
+the elements of their outputs. Norms, nonlinearities, pooling, resizing and RoIAlign don't count.
+Operators that may be products but have no formula are named. N images, K RoIs, C channels, H x W
+pixels.
 """
 
 from __future__ import annotations
@@ -44,35 +44,35 @@ def _sum_flop(
 def _deform_conv_flop(
     x: Sequence[int], weight: Sequence[int], *others: Any, out_shape: Sequence[int]
 ) -> int:
-    """Count the product; sampling is left out, as resizing is."""
+    """Count the product; sampling is not counted, like resizing."""
     return 2 * math.prod(out_shape) * math.prod(weight[1:])
 
 
-# Of what torch's counter leaves out; it hands over the shapes of tensors.
+# Formulas that torch's counter lacks; it passes the shapes of tensors.
 FORMULAS = {
     torch.ops.aten.addmm_: _sum_flop,
     torch.ops.aten.baddbmm_: _sum_flop,
     torch.ops.torchvision.deform_conv2d: _deform_conv_flop,
 }
-# Words in the names of those of torch's operators that are products, or may be.
+# Words in the names of torch's operators that are products, or may be.
 PRODUCT = re.compile(
     r'(^|_)(b?add(b?mm|mv|r)|b?mm|mv|v?dot|ger|outer|matmul|einsum|tensordot|(tri)?linear'
     r'|conv(?!ert)\w*|cdist|attention|encoder|rnn|lstm|gru|linalg(?!_vector_norm))(_|$)'
 )
 TORCH = ('aten', 'prim', 'prims')
-# Operators of others that are none. All else that isn't torch's is taken for one.
+# Other libraries' operators that are no products. All others may be products.
 FREE = {f'torchvision::{name}' for name in ('nms', 'roi_align', 'roi_pool')}
 TRAINED_ALONE = 'auxiliary_head'
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a network, or a part of one, costs for an image.
+    """The cost of a network, or of a part of one, for an image.
 
     Attributes:
-        parameters: Their number.
-        macs: Executed multiply-adds of convolutions and matrix products.
-        activations: Elements that those put out.
+        parameters: Number of parameters.
+        macs: Executed MACs of convolutions and matrix products.
+        activations: Elements of their outputs.
     """
 
     parameters: int = 0
@@ -88,12 +88,12 @@ class Cost:
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Return the number of parameters, frozen ones too, shared ones once."""
+    """Return the number of parameters, including frozen ones; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3) -> int:
-    """Return the multiply-adds of one image, and warn of operators that were not counted.
+    """Return the MACs of one image, and warn of operators that were not counted.
 
     Args:
         net: A network on the meta device, in eval mode.
@@ -109,7 +109,7 @@ def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3
 def model_macs(
     model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
 ) -> dict[str, int]:
-    """Return the multiply-adds of each part of a detector or segmentor: see :func:`model_costs`."""
+    """Return the MACs of each part of a detector or segmentor; see :func:`model_costs`."""
     costs = model_costs(model, size, num_boxes=num_boxes, num_masks=num_masks)
     return {name: cost.macs for name, cost in costs.items() if name != TRAINED_ALONE}
 
@@ -117,11 +117,11 @@ def model_macs(
 def model_costs(
     model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
 ) -> dict[str, Cost]:
-    """Return what each part of a detector or segmentor costs, for one image.
+    """Return the cost of each part of a detector or segmentor, for one image.
 
-    The heads of a two-stage detector run on a fixed number of RoIs, in each of their stages, as
-    mmdet 2.x counted them; of an auxiliary head, which only training runs, parameters alone are
-    counted. A warning names operators that were not counted.
+    The heads of a two-stage detector run on a fixed number of RoIs in each stage, as in mmdet 2.x.
+    An auxiliary head, which runs only in training, has parameters but no MACs. A warning names
+    operators that were not counted.
 
     Args:
         model: A model of mmdet or mmseg on the meta device, in eval mode.
@@ -133,7 +133,7 @@ def model_costs(
         Such as ``dict(backbone=..., neck=..., rpn_head=..., bbox_head=..., mask_head=...)``.
 
     Raises:
-        ValueError: Neither a one- or two-stage detector nor a segmentor of the usual make.
+        ValueError: Neither a one- or two-stage detector nor a segmentor with a decode head.
     """
     unknown: Counter[str] = Counter()
     costs = _parts(model, size, num_boxes, num_masks, unknown)
@@ -173,7 +173,7 @@ def _parts(
 def _roi_cost(
     heads: nn.Module, extractors: nn.Module, num_rois: int, unknown: Counter[str]
 ) -> Cost:
-    """Count the heads of all stages on RoIs of the size that their extractors cut."""
+    """Return the cost of the heads of all stages, on RoIs of their extractors' size."""
     stages = [list(m) if isinstance(m, nn.ModuleList) else [m] for m in (heads, extractors)]
     total = Cost()
     for head, extractor in zip(*stages, strict=True):
@@ -186,24 +186,24 @@ def _roi_cost(
 def count_cost(
     run: Callable[[Any], Any], x: Tensor | Sequence[Tensor], unknown: Counter[str]
 ) -> tuple[Cost, Any]:
-    """Return what ``run(x)`` costs, which runs without gradients, and what it returns.
+    """Return the cost of ``run(x)``, without gradients, and its result.
 
     Args:
-        run: A network, or what runs one (then its parameters are not counted).
+        run: A network, or a function, whose parameters are not counted.
         x: Its input, on any device.
-        unknown: Gets the calls of operators that may be products and were not counted.
+        unknown: Counts the calls of operators that may be products and were not counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     watch = _Watch(counter.flop_registry, unknown)
     with watch, counter, torch.no_grad():
         y = run(x)
     parameters = count_parameters(run) if isinstance(run, nn.Module) else 0
-    macs = counter.get_total_flops() // 2  # it counts a multiply-add as two
+    macs = counter.get_total_flops() // 2  # a MAC is two FLOPs
     return Cost(parameters, macs, watch.activations), y
 
 
 def not_counted(unknown: Mapping[str, int]) -> str:
-    """Return the line that names operators and how often each was called, '' if there are none."""
+    """Return a line with the names and calls of these operators, '' if there are none."""
     calls = [f'{name} ({n} call{"s" * (n > 1)})' for name, n in sorted(unknown.items())]
     return f'not counted: {", ".join(calls)}' if calls else ''
 
@@ -214,7 +214,7 @@ def _warn(unknown: Mapping[str, int]) -> None:
 
 
 class _Watch(TorchDispatchMode):
-    """Count what the operators put out that a counter inside knows, and record those it doesn't."""
+    """Count the output elements of known operators, and the calls of unknown products."""
 
     def __init__(self, known: Mapping[Any, Any], calls: Counter[str]) -> None:
         super().__init__()

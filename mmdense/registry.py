@@ -1,6 +1,6 @@
 """Registries of scope ``mmdense``, children of mmengine's.
 
-They fill themselves on the first look-up, so configs need only ``type='mmdense.RDNet'`` and
+The first look-up imports the registered modules, so configs need only ``type='mmdense.RDNet'`` and
 ``custom_imports = dict(imports=['mmdense'])``.
 """
 
@@ -24,7 +24,6 @@ except ModuleNotFoundError:
 
 __all__ = ['HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
-# Building a model may load weights, whose schemes are in the engine.
 MODELS = Registry(
     'model',
     parent=_MODELS,

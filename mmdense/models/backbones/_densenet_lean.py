@@ -1,17 +1,18 @@
-"""How a dense block trains in little memory: one buffer, shared statistics, norms made again.
+"""Selective recomputation of a dense block: one buffer, shared statistics, recomputed norms.
 
-A block's features lie in one buffer [N, C, H, W]; each layer reads its first channels. For backward
-the buffer and what the 1x1 convolutions put out are kept; norms and ReLUs are made again.
+A block's features are in one buffer [N, C, H, W], of which each layer reads the first channels.
+Saved for backward are the buffer and the outputs of 1x1 convolutions; norms and ReLUs are
+recomputed.
 
-A batch's statistics of a channel are the same for all layers that read it, so they are taken once,
-when the channel is made. In backward the gradient that reaches a channel x through the norms of the
-layers j, with weights w_j, is, summed over them,
+The batch statistics of a channel are the same for all layers that read it, so they are computed
+once, together with the channel. In backward the gradient of a channel x through the norms of layers
+j, with weights w_j, is
 
     sum_j (w_j g_j) / s - (sum_j w_j mean(g_j) + x' sum_j w_j mean(g_j x')) / s
 
-where x' is the normed channel, s its deviation and g_j what reaches the norm's output: the means
-are those of the gradients of w_j and of the bias, and the second part waits until the first is
-complete. So statistics cost, and SyncBN exchanges, what is linear in the depth.
+where x' is the normalized channel, s its deviation and g_j the gradient of the norm's output. The
+means are the gradients of w_j and of the bias, and the second part is added once the first is
+complete. So the cost of statistics, and the exchange of SyncBN, are linear in the depth.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
     Results are those of the plain block. There are no second derivatives.
 
     Args:
-        block: Of ``DenseLayer``, such as :func:`can_be_lean`.
+        block: Dense layers, for which :func:`can_be_lean` is True.
         x: The block's input.
     """
     steps = [step for layer in block for step in _steps(layer)]
@@ -44,7 +45,7 @@ def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def can_be_lean(block: nn.Sequential) -> bool:
-    """Return whether a block's norms are torch's, of equal ``eps``, and nothing has hooks."""
+    """Return whether a block's norms are torch's, with equal ``eps``, and no layer has hooks."""
     steps = [step for layer in block for step in _steps(layer)]
     plain = all(isinstance(norm, _BatchNorm) for norm, _ in steps)
     plain = plain and all(lean.is_plain(module) for step in steps for module in step)
@@ -57,13 +58,13 @@ def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
 
 
 class _Step(NamedTuple):
-    """A norm, ReLU, a convolution and dropout, as they ran.
+    """Norm, ReLU, convolution and dropout, as they ran.
 
     Attributes:
         norm: Batch norm.
         conv: Convolution.
-        statistics: Of the norm's input, if it used those of the batch.
-        mask: Number of the mask of what dropout kept, if it ran.
+        statistics: Of the norm's input, if the norm used those of the batch.
+        mask: Index of the dropout mask, if dropout ran.
     """
 
     norm: nn.Module
@@ -105,7 +106,7 @@ class _LeanBlock(torch.autograd.Function):
                 layers.append(steps)
         ctx.layers, ctx.shared, ctx.growth, ctx.rate = layers, shared, growth, block[0].drop.p
         ctx.numbers = len(hidden), len(masks)
-        # Parameters too: torch sees if they change.
+        # With the parameters, so that torch notices changes.
         ctx.save_for_backward(buffer, *hidden, *masks, *parameters)
         return buffer
 
@@ -116,14 +117,14 @@ class _LeanBlock(torch.autograd.Function):
         buffer, *kept = ctx.saved_tensors
         hidden, masks = kept[:number], kept[number : number + number_of_masks]
         form, end = lean.format_of(buffer), buffer.shape[1]
-        # Of all features, completed from the last to the first.
+        # The gradient of all features, completed from the last to the first.
         grad = grad.clone(memory_format=form)
         eps = ctx.layers[0][0].norm.eps
-        # What waits for statistics: of each channel, the sums over the layers that read it.
+        # Per channel, the sums over the layers that read it: see above.
         sums = None if ctx.shared is None else torch.zeros_like(ctx.shared.mean).repeat(2, 1)
 
         def complete(begin: int, end: int) -> Tensor:
-            """Return the gradient of channels whose readers are all done."""
+            """Return the gradient of channels after all layers that read them."""
             part = slice(begin, end)
             if sums is None or begin >= sums.shape[1]:
                 return grad[:, part].contiguous(memory_format=form)
@@ -165,7 +166,7 @@ class _LeanBlock(torch.autograd.Function):
 
 
 def _extended(shared: lean.Statistics | None, norm: nn.Module, x: Tensor) -> lean.Statistics:
-    """Add the statistics of those channels of x whose are not known yet."""
+    """Append the statistics of the channels of x that are not known yet."""
     if shared is None:
         return lean.batch_statistics(norm, x)
     new = x[:, len(shared.mean) :].contiguous(memory_format=lean.format_of(x))
@@ -200,8 +201,8 @@ def _conv_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the norm's output and of the convolution's weight."""
     x = _activated(norm, x, statistics)
-    wanted = (True, conv.weight.requires_grad, False)
-    dx, d_weight, _ = lean.conv_backward(conv, grad, x, conv.weight, wanted)
+    needed = (True, conv.weight.requires_grad, False)
+    dx, d_weight, _ = lean.conv_backward(conv, grad, x, conv.weight, needed)
     dx = dx.to(x.dtype)
     d_weight = None if d_weight is None else d_weight.to(conv.weight.dtype)
     return torch.ops.aten.threshold_backward.grad_input(dx, x, 0, grad_input=dx), d_weight

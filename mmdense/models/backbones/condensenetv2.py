@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from mmdense.errors import UserError
 from mmdense.models.backbones.base import Backbone, resolve_arch
-from mmdense.models.deploy.condensenetv2 import DeployedBlock, Workspace
+from mmdense.models.deploy.condensenetv2 import DeployedBlock, ThreadWorkspace
 from mmdense.models.layers import (
     CondensedGroupConv,
     CondensedReactivation,
@@ -390,7 +390,7 @@ class CondenseNetV2(Backbone):
                 self.features[name] = DeployedBlock(block)
         self.features['init_conv'].to(memory_format=torch.channels_last)
         self.form = 'deployed'
-        self._workspace = Workspace()
+        self._local = ThreadWorkspace()
         self.requires_grad_(False).eval()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
@@ -447,7 +447,7 @@ class CondenseNetV2(Backbone):
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError('the deployed form has no gradients: the condensed form has them')
         stem, *blocks = self.features.values()
-        work = self._workspace if x.device.type == 'cpu' else Workspace()
+        work = self._local.workspace if x.device.type == 'cpu' else {}
         maps = []
         with torch.autocast(x.device.type, enabled=False):
             # The stem is several times faster in channels-last.

@@ -21,34 +21,37 @@ from torch.nn import functional as F
 
 from mmdense.models.deploy.fold import norm_affine
 
-__all__ = ['DeployedBlock', 'Workspace']
+__all__ = ['DeployedBlock', 'ThreadWorkspace']
 
 TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3x3 convolution
 CENTRE = TAPS.index((0, 0))
 LARGE = 4096  # pixels from which shifted planes are faster on a CPU, by measurement
 
 
-class Workspace(threading.local):
-    """Two pieces of memory per thread, one that a step reads and one that it writes.
+Workspace = dict[int, Tensor]  # two pieces of memory: one that a step reads, one that it writes
 
-    The system fills new memory of this size with zeros, each time.
+
+class ThreadWorkspace(threading.local):
+    """The workspace of each thread, kept from one image to the next.
+
+    Otherwise the system would fill new memory of this size with zeros, in each step.
     """
 
     def __init__(self) -> None:
-        self.pieces: dict[int, Tensor] = {}
+        self.workspace: Workspace = {}
 
     def __reduce__(self) -> tuple:
-        return Workspace, ()  # copied and pickled without its memory
+        return ThreadWorkspace, ()  # copied and pickled without its memory
 
-    def take(self, number: int, like: Tensor, *shape: int) -> Tensor:
-        """Return a piece as a tensor of some shape; its former values are lost."""
-        size = math.prod(shape)
-        piece = self.pieces.get(number)
-        if piece is None or piece.numel() < size or piece.dtype != like.dtype:
-            with torch.inference_mode(False):  # or it could not be used outside of that mode
-                piece = torch.empty(size, dtype=like.dtype, device=like.device)
-            self.pieces[number] = piece
-        return piece[:size].view(shape)
+
+def take(work: Workspace, number: int, like: Tensor, *shape: int) -> Tensor:
+    """Return a piece of the workspace as a tensor of some shape; its former values are lost."""
+    size = math.prod(shape)
+    piece = work.get(number)
+    if piece is None or piece.numel() < size or piece.dtype != like.dtype:
+        with torch.inference_mode(False):  # or it could not be used outside of that mode
+            piece = work[number] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return piece[:size].view(shape)
 
 
 class _Norm(nn.Module):
@@ -103,11 +106,11 @@ class DeployedGroupConv(nn.Module):
 
     def forward(self, x: Tensor, work: Workspace) -> Tensor:
         groups, members, kept = self.weight.shape
-        out = work.take(0, x, len(x), groups * kept, x.shape[2])
+        out = take(work, 0, x, len(x), groups * kept, x.shape[2])
         x = torch.index_select(x, 1, self.index, out=out)
-        x = self.norm(x, work.take(1, x, *x.shape)).unflatten(1, (groups, kept))
-        x = _product(self.weight, x, work.take(0, x, *x.shape[:2], members, x.shape[3]))
-        out = work.take(1, x, len(x), members, groups, x.shape[3])
+        x = self.norm(x, take(work, 1, x, *x.shape)).unflatten(1, (groups, kept))
+        x = _product(self.weight, x, take(work, 0, x, *x.shape[:2], members, x.shape[3]))
+        out = take(work, 1, x, len(x), members, groups, x.shape[3])
         return self.activation(torch.add(x.transpose(1, 2), self.shift, out=out)).flatten(1, 2)
 
     def traced(self, x: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ class DeployedConv(nn.Module):
         height, width = x.shape[2:]
         groups, rows, members = self.taps.shape
         x = x.flatten(2).unflatten(1, (groups, members))
-        taps = work.take(0, x, len(x), groups, rows, height * width)
+        taps = take(work, 0, x, len(x), groups, rows, height * width)
         taps = _product(self.taps, x, taps).view(len(x), groups, 9, rows // 9, height, width)
         out = out.unflatten(1, (groups, rows // 9))
         out.copy_(taps[:, :, CENTRE])
@@ -171,7 +174,7 @@ class DeployedReactivation(nn.Module):
         self.register_buffer('weight', dense.scatter_(0, index, weight.permute(1, 2, 0)).flatten(1))
 
     def forward(self, x: Tensor, new: Tensor, work: Workspace) -> None:
-        new = self.norm(new, work.take(0, x, *new.shape))
+        new = self.norm(new, take(work, 0, x, *new.shape))
         x = x[:, : len(self.weight)]
         torch.baddbmm(x, self.weight.expand(len(x), -1, -1), new, out=x)
 
@@ -232,7 +235,7 @@ class DeployedBlock(nn.Sequential):
         buffer = x.new_empty(len(x), begin + sum(layer.growth for layer in self), *size)
         if self.pool:  # torch's own pool is slow on planes
             x = x[:, :, : 2 * size[0], : 2 * size[1]]
-            half = work.take(0, x, *x.shape[:2], size[0], x.shape[3])
+            half = take(work, 0, x, *x.shape[:2], size[0], x.shape[3])
             torch.lerp(x[:, :, ::2], x[:, :, 1::2], 0.5, out=half)
             torch.lerp(half[..., ::2], half[..., 1::2], 0.5, out=buffer[:, :begin])
         else:

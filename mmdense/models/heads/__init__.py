@@ -1,7 +1,4 @@
-"""Heads for mmdet and mmseg: importing this package registers them, building one imports it.
-
-So a detector does without mmseg, and a segmentor without mmdet.
-"""
+"""Heads for mmdet and mmseg, imported when they are built: detectors don't need mmseg."""
 
 from collections.abc import Callable
 from importlib import import_module

@@ -1,6 +1,6 @@
 """The decoder of the ReXNet U-Net: six outputs, from full resolution to stride 32.
 
-Shapes: N images, C_k channels of the encoder's map k, K output channels.
+Shapes: N images, C_k channels of the encoder's feature map k, K output channels.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ STRIDES = (1, 2, 4, 8, 16, 32)
 
 
 class ReXUNetHead(BaseDecodeHead):
-    """Decode the six maps of ``ReXNet(taps='unet')``; every scale is an output and is supervised.
+    """Decode the six feature maps of ``ReXNet(taps='unet')``, with deep supervision of all scales.
 
-    From the coarsest map on, ReXNet's own bottleneck (expansion 1) leads to the next finer map's
-    channels, interpolation to its size, and the map is added. A 3x3 convolution makes the output
-    at each stride from 2 to 32; at full resolution, a last bottleneck does. Prediction uses the
-    full resolution alone, and computes no other output.
+    From the coarsest feature map on, a ReXNet bottleneck (expansion 1) maps to the channels of the
+    next finer one, and the result is resized and added to it. A 3x3 convolution computes the output
+    at each stride from 2 to 32, a last bottleneck the output at full resolution. Prediction
+    computes only the latter.
 
-    Losses are named by stride: ``loss_ce_s1`` to ``loss_ce_s32``. Each is taken at the label's
-    size, so training holds six maps [N, K, H, W].
+    Losses are named by stride: ``loss_ce_s1`` to ``loss_ce_s32``. All are computed at the size of
+    the label, so training needs memory for six outputs [N, K, H, W].
 
     Args:
-        in_channels: Channels of the encoder's maps at strides 2, 4, 8, 16, 32, and of the last one.
-        in_index: Which of the encoder's maps those are.
+        in_channels: Channels of the encoder's feature maps at strides 2, 4, 8, 16, 32, and of the
+            last one.
+        in_index: Indices of these feature maps.
         num_classes: Number of classes.
-        out_channels: K: ``num_classes`` by default; or 1 for two classes, told apart by
-            ``threshold``.
+        out_channels: K: ``num_classes`` by default; or 1 for two classes with a ``threshold``.
         threshold: Sigmoid above which a pixel of a one-channel output is of class 1; mmseg's 0.3
             by default.
-        loss_weights: What the loss of each scale is multiplied by, finest first.
-        loss_decode: mmseg's loss config, or several; by default cross entropy, of sigmoids where K
+        loss_weights: Weight of the loss of each scale, finest first.
+        loss_decode: mmseg's loss config, or several; cross entropy by default, with sigmoids if K
             is 1.
-        ignore_index: Label that doesn't count.
+        ignore_index: Label to ignore.
         align_corners: Of every interpolation. The published network has False.
-        init_cfg: mmengine's initialisation config.
+        init_cfg: mmengine's initialization config.
 
     Raises:
         ValueError: Not six channels, indices or weights; a negative weight.
@@ -67,7 +67,7 @@ class ReXUNetHead(BaseDecodeHead):
     ) -> None:
         for name, values in dict(in_channels=in_channels, in_index=in_index).items():
             if len(values) != 6:
-                raise ValueError(f'{name} {tuple(values)}: the decoder reads six maps')
+                raise ValueError(f'{name} {tuple(values)}: the decoder reads six feature maps')
         if len(loss_weights) != 6 or min(loss_weights) < 0:
             raise ValueError(f'loss_weights {tuple(loss_weights)} must be six, none negative')
         if loss_decode is None:
@@ -87,7 +87,7 @@ class ReXUNetHead(BaseDecodeHead):
             align_corners=align_corners,
             init_cfg=init_cfg,
         )
-        del self.conv_seg  # no output passes it, and DDP refuses parameters without a gradient
+        del self.conv_seg  # unused, and DDP refuses parameters without a gradient
         self.loss_weights = tuple(loss_weights)
         *taps, last = in_channels
         for k, channels in enumerate(pairwise([last, *reversed(taps), self.out_channels]), start=1):
@@ -103,7 +103,7 @@ class ReXUNetHead(BaseDecodeHead):
         return F.interpolate(x, tuple(size), mode='bilinear', align_corners=self.align_corners)
 
     def _outputs(self, inputs: Sequence[Tensor], scales: Iterable[int]) -> list[Tensor]:
-        """Return the outputs of those scales alone, [N, K, H_i, W_i]; scale 0 is the finest."""
+        """Return the outputs of these scales, [N, K, H_i, W_i]; scale 0 is the finest."""
         *taps, x = self._transform_inputs(inputs)
         features = []
         for k, tap in enumerate(reversed(taps), start=1):
@@ -122,7 +122,7 @@ class ReXUNetHead(BaseDecodeHead):
         """Return the logits of all six scales, finest first.
 
         Args:
-            inputs: The encoder's maps [N, C_k, H_k, W_k].
+            inputs: The encoder's feature maps [N, C_k, H_k, W_k].
 
         Returns:
             [N, K, 2 H_0, 2 W_0] (the image's size, or a pixel more where that is odd), then
@@ -152,7 +152,7 @@ class ReXUNetHead(BaseDecodeHead):
         functions, losses = self.loss_decode, {}
         if not isinstance(functions, nn.ModuleList):
             functions = [functions]
-        # A scale of weight 0 is computed all the same, so that its parameters get a gradient.
+        # Scales of weight 0 are computed too, so that their parameters get a gradient.
         for stride, weight, x in zip(STRIDES, self.loss_weights, maps, strict=True):
             for function in functions:
                 name = f'{function.loss_name}_s{stride}'
@@ -161,23 +161,18 @@ class ReXUNetHead(BaseDecodeHead):
 
 
 class ReXUNetDepthHead(ReXUNetHead):
-    """The same decoder with one channel and a sigmoid: depth, for mmseg's ``DepthEstimator``.
+    """The same decoder with one output channel: depth, for mmseg's ``DepthEstimator``.
 
-    A depth is ``max_depth`` times the sigmoid. Self-supervised training asks :meth:`disparities`
-    for the sigmoids themselves.
+    The depth is ``max_depth`` times a sigmoid; :meth:`disparities` returns the sigmoids, for
+    self-supervised training. Other arguments: see :class:`ReXUNetHead`.
 
     Args:
-        in_channels: As in :class:`ReXUNetHead`.
-        in_index: As in :class:`ReXUNetHead`.
-        max_depth: Depth where the sigmoid is 1, in the unit of the labels.
-        scales: Which outputs :meth:`disparities` returns: 0 is full resolution, k is stride 2^k.
-        loss_weights: What the loss of each scale is multiplied by, finest first.
-        loss_decode: mmseg's loss config, or several; by default SiLogLoss.
-        align_corners: Of every interpolation. The published network has False.
-        init_cfg: mmengine's initialisation config.
+        max_depth: Depth at a sigmoid of 1, in the unit of the labels.
+        scales: Outputs that :meth:`disparities` returns: 0 is full resolution, k is stride 2^k.
+        loss_decode: mmseg's loss config, or several; SiLogLoss by default.
 
     Raises:
-        ValueError: As in :class:`ReXUNetHead`; a depth that is not positive, impossible scales.
+        ValueError: As :class:`ReXUNetHead`; a depth that is not positive, impossible scales.
     """
 
     def __init__(
@@ -200,7 +195,7 @@ class ReXUNetDepthHead(ReXUNetHead):
             in_channels=in_channels,
             in_index=in_index,
             num_classes=1,
-            threshold=0.5,  # has no meaning here; mmseg warns where one channel has none
+            threshold=0.5,  # unused; mmseg warns if a one-channel output has none
             loss_weights=loss_weights,
             loss_decode=loss_decode or dict(type='mmseg.SiLogLoss'),
             align_corners=align_corners,
@@ -210,14 +205,13 @@ class ReXUNetDepthHead(ReXUNetHead):
         self.scales = tuple(scales)
 
     def _outputs(self, inputs: Sequence[Tensor], scales: Iterable[int]) -> list[Tensor]:
-        """Return the depths of those scales alone, [N, 1, H_i, W_i]."""
+        """Return the depths of these scales, [N, 1, H_i, W_i]."""
         return [self.max_depth * x.sigmoid() for x in super()._outputs(inputs, scales)]
 
     def disparities(self, inputs: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-        """Return ``{('disp', k): sigmoid [N, 1, H_k, W_k]}`` for the chosen scales.
+        """Return ``{('disp', k): sigmoid [N, 1, H_k, W_k]}`` for the selected scales.
 
-        Scales that aren't chosen are not computed: under DDP, choose all, or allow unused
-        parameters.
+        Other scales are not computed: with DDP, select all, or allow unused parameters.
         """
         logits = super()._outputs(inputs, self.scales)
         return {('disp', k): x.sigmoid() for k, x in zip(self.scales, logits, strict=True)}

@@ -6,10 +6,9 @@ __all__ = ['SSDHead']
 
 
 class SSDHead(_SSDHead):
-    """mmdet's ``SSDHead`` with its options.
+    """mmdet's ``SSDHead``, with the same options.
 
-    mmdet's dense heads ask ``loss_cls`` for its activation when they predict (since 3.3); SSD
-    computes its loss by itself and has none.
+    Since mmdet 3.3 dense heads read ``loss_cls`` when they predict, and ``SSDHead`` has none.
     """
 
     loss_cls = None

@@ -1,4 +1,4 @@
-"""Pieces that several families use, or that are of use by themselves."""
+"""Layers that several families share."""
 
 from mmdense.models.layers.condense import (
     CondensedGroupConv,

@@ -1,9 +1,9 @@
-"""Connections that are learned: pruned while the network trains, standard group convolutions after.
+"""Layers whose connections are pruned in training and become group convolutions afterwards.
 
 `CondenseNet V2 <https://arxiv.org/abs/2104.04382>`_ has two such layers, each a norm, an activation
-and a 1x1 convolution. Learned group convolution chooses which channels its groups of outputs read;
-sparse feature reactivation chooses which channels its groups of inputs add to. Both are written
-twice: as they train, a dense convolution under a mask, and condensed, a group convolution behind a
+and a 1x1 convolution. Learned group convolution selects the channels that its groups of outputs
+read; sparse feature reactivation selects the channels that its groups of inputs add to. Both have
+two forms: learned, a dense convolution with a mask, and condensed, a group convolution after a
 gather or before a scatter. N images, C channels, H x W pixels, G groups, F the condense factor, K
 the channels that a group keeps.
 """
@@ -32,18 +32,18 @@ __all__ = [
 
 BN = dict(type='BN')
 HAS_DERIVATIVE = torch.__version__ >= (2, 5)  # torch's channel_shuffle
-EPSILON = 1e-12  # below it a sum of squares counts as zero
+EPSILON = 1e-12  # lower bound of a sum of squares, whose root has no slope at 0
 
 
 def pruning_stage(progress: float, condense_factor: int) -> int:
-    """Return the stage of pruning, 0 to F - 1, at a share of the training; the last from 0.5 on.
+    """Return the stage of pruning, 0 to F - 1; the last one begins at half of the training.
 
     Args:
-        progress: Share of the training that is done, from 0 to 1.
+        progress: Of the training, from 0 to 1.
         condense_factor: F; each stage prunes 1 / F of the channels.
 
     Raises:
-        ValueError: A progress outside of 0 to 1.
+        ValueError: Progress outside of 0 to 1.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f'progress is {progress}, must be from 0 to 1')
@@ -52,7 +52,7 @@ def pruning_stage(progress: float, condense_factor: int) -> int:
 
 
 class _Layer(nn.Module):
-    """A norm, an activation, dropout; then a 1x1 convolution, which the subclasses run."""
+    """Norm, activation, dropout and a 1x1 convolution, which the subclasses run."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class _Layer(nn.Module):
 
 
 class _Learned(_Layer):
-    """A dense 1x1 convolution under a mask, which each stage of pruning thins out.
+    """A dense 1x1 convolution with a mask of connections, which are pruned in stages.
 
     ``_mask`` [C_out, C_in, 1, 1] has one value per group and channel, repeated over the group's
-    members; ``_count`` is how many channels each group has lost, ``_stage`` the stage.
+    members; ``_count`` is the number of channels that each group has lost, ``_stage`` the stage.
 
     Args:
         in_channels: C_in.
@@ -93,13 +93,16 @@ class _Learned(_Layer):
         norm_cfg: mmcv's config of the norm.
         activation: Class of the activation.
         drop_rate: Dropout before the convolution.
-        memory: 'lean' keeps the input alone for the backward pass.
+        memory: 'lean' saves only the input for backward.
 
     Raises:
-        ValueError: Channels that are no multiple of what divides them, or another norm.
+        ValueError: Channels that G or F does not divide, or a norm other than a batch norm.
     """
 
-    grouped, chosen = 0, 1  # which side's channels, C_out or C_in, form groups, and are chosen from
+    grouped, chosen = (
+        0,
+        1,
+    )  # side (0: C_out, 1: C_in) that forms groups, and that groups select from
 
     def __init__(
         self,
@@ -117,7 +120,7 @@ class _Learned(_Layer):
         if sides[self.grouped] % groups or sides[self.chosen] % condense_factor:
             raise ValueError(
                 f'{in_channels} to {out_channels} channels: those that form groups must be a '
-                f'multiple of {groups}, those that are chosen from a multiple of {condense_factor}'
+                f'multiple of {groups}, the others a multiple of {condense_factor}'
             )
         super().__init__(
             nn.Conv2d(in_channels, out_channels, 1, bias=False),
@@ -129,13 +132,13 @@ class _Learned(_Layer):
         )
         self.channels = sides[self.chosen]
         self.condense_factor = condense_factor
-        # Integers: neither a moving average nor half precision makes fractions of them.
+        # Integers, so that moving averages and half precision don't change them.
         self.register_buffer('_count', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_stage', torch.zeros(1, dtype=torch.int64))
         self.register_buffer('_mask', torch.ones_like(self.conv.weight, dtype=torch.uint8))
 
     def _members(self, weight: Tensor) -> Tensor:
-        """View a weight as [G, members of a group, channels that the groups choose from]."""
+        """View a weight as [G, members of a group, channels that the groups select from]."""
         raise NotImplementedError
 
     @property
@@ -145,7 +148,7 @@ class _Learned(_Layer):
 
     @property
     def weight(self) -> Tensor:
-        """The weights of the connections that are left, zero elsewhere: [C_out, C_in, 1, 1]."""
+        """The weights of the remaining connections, zero elsewhere: [C_out, C_in, 1, 1]."""
         return self.conv.weight * self._mask
 
     def kept(self) -> Tensor:
@@ -154,16 +157,13 @@ class _Learned(_Layer):
 
     @torch.no_grad()
     def prune_to(self, progress: float) -> None:
-        """Prune what is due at a share of the training: the channels of the least L1 weight.
+        """Prune the channels of least L1 weight that are due at this progress, from 0 to 1.
 
-        A function of weights, mask and stage alone. Among equals the first channels go; what is
-        pruned stays so; stages that were skipped are made up for.
-
-        Args:
-            progress: From 0 to 1.
+        The result depends on weights, mask and stage only. The first of equal channels are pruned,
+        pruned connections don't come back, and skipped stages are caught up on.
 
         Raises:
-            ValueError: A progress outside of 0 to 1.
+            ValueError: Progress outside of 0 to 1.
         """
         stage = pruning_stage(progress, self.condense_factor)
         if stage <= self.stage:
@@ -181,7 +181,7 @@ class _Learned(_Layer):
     def group_lasso(self) -> Tensor:
         """Return the sum of the Euclidean norms of each group's weights for each channel."""
         squares = self._members(self.weight).square().sum(1)
-        return squares.clamp(min=EPSILON).sqrt().sum()  # a root has no slope at 0
+        return squares.clamp(min=EPSILON).sqrt().sum()
 
     def _index(self) -> Tensor:
         """Return the channels that each group keeps, ascending: [G, K]."""
@@ -194,17 +194,11 @@ class _Learned(_Layer):
 class _Condensed(_Layer):
     """A 1x1 group convolution, and the channels that it reads or adds to in ``index`` [G * K].
 
-    Args:
-        in_channels: C_in; G * K where channels are gathered.
-        out_channels: C_out; G * K where they are scattered.
-        groups: G.
-        norm_cfg: mmcv's config of the norm.
-        activation: Class of the activation.
-        drop_rate: Dropout before the convolution.
-        memory: 'lean' keeps the input alone for the backward pass.
+    Arguments are those of the learned form; G * K channels are gathered (``in_channels``) or
+    scattered (``out_channels``).
     """
 
-    chosen: int  # as of what is learned
+    chosen: int  # as in the learned form
 
     def __init__(
         self,
@@ -249,9 +243,9 @@ class _Condensed(_Layer):
 
 
 class LearnedGroupConv(_Learned):
-    """Norm, activation and a 1x1 convolution whose groups of outputs choose what they read.
+    """Norm, activation and a 1x1 convolution whose groups of outputs select their inputs.
 
-    Output channel o belongs to group o mod G. In the end each group reads C_in / F channels.
+    Output channel o belongs to group o mod G. Fully pruned, each group reads C_in / F channels.
     """
 
     grouped, chosen = 0, 1
@@ -264,7 +258,7 @@ class LearnedGroupConv(_Learned):
         return self._run(self._activated(), self.conv, x, weight=self.weight)
 
     def condensed(self) -> CondensedGroupConv:
-        """Return a group convolution that maps the same to the same, in evaluation."""
+        """Return the condensed form, whose outputs are the same in evaluation."""
         index = self._index()
         weight = self._members(self.conv.weight)
         weight = weight.gather(2, index[:, None].expand(-1, weight.shape[1], -1))
@@ -272,9 +266,9 @@ class LearnedGroupConv(_Learned):
 
 
 class SparseReactivation(_Learned):
-    """Norm, activation and a 1x1 convolution whose groups of inputs choose what they add to.
+    """Norm, activation and a 1x1 convolution whose groups of inputs select their outputs.
 
-    Input channel i belongs to group i mod G. In the end each group adds to C_out / F channels.
+    Input channel i belongs to group i mod G. Fully pruned, each group adds to C_out / F channels.
     """
 
     grouped, chosen = 1, 0
@@ -283,11 +277,11 @@ class SparseReactivation(_Learned):
         return weight.view(self.channels, -1, self.groups).permute(2, 1, 0)
 
     def forward(self, x: Tensor, new: Tensor) -> Tensor:
-        """Return x [N, C_out, H, W] with what new [N, C_in, H, W] adds to it."""
+        """Return x [N, C_out, H, W] plus the convolution of new [N, C_in, H, W]."""
         return x + self._run(self._activated(), self.conv, new, weight=self.weight)
 
     def condensed(self) -> CondensedReactivation:
-        """Return a group convolution that maps the same to the same, in evaluation."""
+        """Return the condensed form, whose outputs are the same in evaluation."""
         index = self._index()
         weight = self._members(self.conv.weight).transpose(1, 2)  # [G, C_out, C_in / G]
         weight = weight.gather(1, index[..., None].expand(-1, -1, weight.shape[2]))
@@ -314,7 +308,7 @@ class CondensedReactivation(_Condensed):
     chosen = 0
 
     def forward(self, x: Tensor, new: Tensor) -> Tensor:
-        """Return the features of a block, x [N, C, H, W], with what new [N, C_in, H, W] adds."""
+        """Return x [N, C, H, W] plus the scattered convolution of new [N, C_in, H, W]."""
         chain = (*self._activated(), self._shuffled)
         return x.index_add(1, self.index, self._run(chain, self.conv, new))
 

@@ -1,9 +1,9 @@
-"""Training that keeps what convolutions put out, and makes again what lies between them.
+"""Selective recomputation: convolution outputs are saved, the layers in between are recomputed.
 
-A convolution needs its input for the gradient of its weight. Where that input is made cheaply from
-another one's output (concatenated, normed, activated, gated), keeping the output is enough. Batch
-statistics are kept, so running ones are recorded once, and synchronised ones exchanged once.
-N images, C channels, H x W pixels.
+A convolution needs its input for the gradient of its weight. If that input is cheap to compute from
+other convolutions' outputs (concatenation, norm, activation, gate), saving these outputs is enough.
+Batch statistics are saved too, so running statistics are updated once and synchronized ones
+exchanged once. N images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ __all__ = [
 ]
 
 
-# What of torch's is done here by its operator.
+# Modules with these forwards are replaced by their operators here.
 FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward)
 
 
 class Statistics(NamedTuple):
-    """Of the channels of a batch.
+    """Statistics of the channels of a batch.
 
     Attributes:
-        mean: [C], of float32 at least.
+        mean: [C], in float32 at least.
         var: [C], biased.
-        count: Values per channel, of all processes that share the statistics.
-        group: Those processes; None if there is one.
+        count: Values per channel, in all processes that share the statistics.
+        group: These processes; None for a single one.
     """
 
     mean: Tensor
@@ -61,40 +61,40 @@ class Statistics(NamedTuple):
     group: Any
 
     def part(self, channels: slice) -> Statistics:
-        """Return those of some channels."""
+        """Return the statistics of some channels."""
         return self._replace(mean=self.mean[channels], var=self.var[channels])
 
 
 def norms_by_batch(module: nn.Module) -> bool:
-    """Return whether a module is torch's batch norm, in use with the statistics of the batch."""
+    """Return whether a module is torch's batch norm and uses the statistics of the batch."""
     plain = isinstance(module, _BatchNorm) and is_plain(module)
     return plain and (module.training or module.running_mean is None)
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether calling torch's norm or convolution does nothing else than its operator."""
-    own = type(module).forward not in FORWARDS
-    return not (own or module._forward_hooks or module._forward_pre_hooks)
+    """Return whether calling torch's norm or convolution runs only its operator."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return type(module).forward in FORWARDS and not hooks
 
 
 def saves_memory() -> bool:
-    """Return whether a backward pass of ours may follow: not if torch compiles or traces."""
+    """Return whether a custom backward may follow: not if torch compiles or traces."""
     special = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return torch.is_grad_enabled() and not special
 
 
 def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
-    """Return those that ``norm`` uses for a batch [N, C, H, W]; nothing is recorded.
+    """Return the statistics that ``norm`` uses for a batch [N, C, H, W], without recording them.
 
     Raises:
-        ValueError: One value per channel.
+        ValueError: The batch has one value per channel.
     """
     group = None
     if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
         group = norm.process_group or dist.group.WORLD
         group = group if dist.get_world_size(group) > 1 else None
     wide = torch.promote_types(x.dtype, torch.float32)
-    # Where there are running ones, theirs is the precision of the result.
+    # The result has the precision of these running statistics.
     unused = x.new_zeros(x.shape[1], dtype=wide), x.new_ones(x.shape[1], dtype=wide)
     mean, var = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
     count = x.numel() // x.shape[1]
@@ -113,7 +113,7 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
 
 
 def record(norm: _BatchNorm, statistics: Statistics) -> None:
-    """Count a batch in the running statistics of a norm, if it keeps some and is in training."""
+    """Update the running statistics of a norm, if it has any and is in training."""
     if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
         return
     norm.num_batches_tracked.add_(1)
@@ -126,13 +126,13 @@ def record(norm: _BatchNorm, statistics: Statistics) -> None:
 
 
 def apply_norm(norm: _BatchNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Return x [N, C, H, W] normed by given statistics [C], as ``norm`` does by its own."""
+    """Return x [N, C, H, W] normalized by ``norm`` with the given statistics [C]."""
     weight, bias = as_wide(norm.weight, mean), as_wide(norm.bias, mean)
     return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
 
 
 def as_wide(parameter: Tensor | None, statistic: Tensor) -> Tensor | None:
-    """Return a norm's parameter in its statistics' precision, if it has it."""
+    """Return a norm's parameter in the precision of its statistics; None if it has none."""
     return None if parameter is None else parameter.to(statistic.dtype)
 
 
@@ -145,9 +145,9 @@ def norm_backward(
     weight = as_wide(weight, mean)
     grad = grad.contiguous(memory_format=format_of(x))
 
-    def backward(wanted: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse, True, eps, wanted
+            grad, x, weight, None, None, mean, inverse, True, eps, needed
         )
 
     if group is None:
@@ -162,15 +162,15 @@ def norm_backward(
 def through_statistics(
     grad: Tensor, x: Tensor, sums: Tensor, statistics: Statistics, eps: float
 ) -> Tensor:
-    """Return the gradient of x, whose part that doesn't go through its statistics is known.
+    """Return the gradient of x: ``grad`` plus the part that flows through the statistics of x.
 
     Args:
-        grad: That part, [N, C, H, W].
+        grad: The part that doesn't flow through the statistics, [N, C, H, W].
         x: [N, C, H, W].
         sums: [2, C]: gradients of the norms' biases and weights in this process, times weight over
             deviation, summed over all norms of x.
         statistics: Of x.
-        eps: Of all the norms.
+        eps: Of the norms.
     """
     mean, var, count, group = statistics
     if group is not None:
@@ -178,15 +178,15 @@ def through_statistics(
         dist.all_reduce(sums, group=group)
     slope = (var + eps).rsqrt() * sums[1] / count
     offset = sums[0] / count - mean * slope
-    # In the statistics' precision: the parts may almost cancel.
+    # In the precision of the statistics, since the parts may almost cancel.
     dx = grad - torch.addcmul(offset.view(1, -1, 1, 1), x.to(slope), slope.view(1, -1, 1, 1))
     return dx.to(grad.dtype)
 
 
 def conv_backward(
-    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, wanted: Sequence[bool]
+    conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, weight and bias, those that are wanted, in grad's precision."""
+    """Return the needed gradients of x, weight and bias, in the precision of ``grad``."""
     return torch.ops.aten.convolution_backward(
         grad,
         x.to(grad.dtype),
@@ -198,12 +198,12 @@ def conv_backward(
         False,
         [0, 0],
         conv.groups,
-        list(wanted),
+        list(needed),
     )
 
 
 def format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format that a map [N, C, H, W] is next to."""
+    """Return the memory format of x [N, C, H, W], or the closest one for other strides."""
     last = x.stride(1) == 1 and x.shape[1] > 1
     return torch.channels_last if last else torch.contiguous_format
 
@@ -214,19 +214,19 @@ def lean_conv(
     *inputs: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return ``conv`` of what ``chain`` makes of the inputs, keeping the inputs alone for backward.
+    """Return ``conv(chain(*inputs))``, saving only the inputs for backward.
 
     Outputs, gradients, random numbers and running statistics are those of plain calls. There are no
-    second derivatives, and hooks of what the chain holds run twice. It is the plain call when
-    compiling, as torch's compiler chooses itself what to make again, and for a convolution with
-    hooks or a forward of its own.
+    second derivatives, and hooks of modules in the chain run twice. Plain calls run when compiling,
+    as torch's compiler selects itself what to recompute, and for convolutions with hooks or a
+    different forward.
 
     Args:
-        chain: What is called on the inputs and then on one another's results; cheap. The last
-            results must not be views of an input that is written to later.
+        chain: Cheap functions that run in sequence. The result must not be a view of an input that
+            is written to later.
         conv: A convolution that pads with zeros.
         *inputs: Tensors.
-        weight: In place of the convolution's.
+        weight: Replaces the convolution's.
     """
     if not (saves_memory() and is_plain(conv)):
         return plain_conv(chain, conv, *inputs, weight=weight)
@@ -240,7 +240,7 @@ def plain_conv(
     *inputs: Tensor,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Return the same as :func:`lean_conv` without its economy."""
+    """Return the same as :func:`lean_conv`, saving what autograd saves."""
     x = _run(chain, inputs)
     return conv(x) if weight is None else conv._conv_forward(x, weight, conv.bias)
 
@@ -250,13 +250,15 @@ def _modules(chain: Sequence[Callable[..., Tensor]]) -> list[nn.Module]:
 
 
 def _of(chain: Sequence[Callable[..., Tensor]]) -> list[Tensor]:
-    """Return the parameters of a chain, once each, in the same order at any time."""
-    found: dict[int, Tensor] = {}
+    """Return the parameters of a chain, once each, always in the same order."""
+    parameters: dict[int, Tensor] = {}
     for module in _modules(chain):
         # FSDP and DataParallel turn parameters into plain attributes.
         named = {**module._parameters, **vars(module)}
-        found |= {id(named[k]): named[k] for k in sorted(named) if isinstance(named[k], Tensor)}
-    return list(found.values())
+        parameters |= {
+            id(named[k]): named[k] for k in sorted(named) if isinstance(named[k], Tensor)
+        }
+    return list(parameters.values())
 
 
 class _LeanConv(torch.autograd.Function):
@@ -279,7 +281,7 @@ class _LeanConv(torch.autograd.Function):
             x = _run(chain, inputs, measured=ctx.statistics)
             y = conv._conv_forward(x, weight, bias)
         ctx.number, ctx.modes = number, [module.training for module in _modules(chain)]
-        ctx.save_for_backward(weight, *tensors)  # parameters too: torch sees if they change
+        ctx.save_for_backward(weight, *tensors)  # parameters too: torch notices changes
         return y
 
     @staticmethod
@@ -298,19 +300,19 @@ class _LeanConv(torch.autograd.Function):
         context = ctx.autocast.entered(), ctx.random.again(), StatisticsUntouched(others)
         with torch.enable_grad(), context[0], context[1], context[2]:
             x = _run(ctx.chain, leaves, known=ctx.statistics)
-        wanted = (x.requires_grad, *ctx.needs_input_grad[3:5])
-        dx, d_weight, d_bias = conv_backward(ctx.conv, grad, x.detach(), weight, wanted)
+        conv_needs = (x.requires_grad, *ctx.needs_input_grad[3:5])
+        dx, d_weight, d_bias = conv_backward(ctx.conv, grad, x.detach(), weight, conv_needs)
         grads: list[Tensor | None] = [None] * len(needed)
         if x.requires_grad:
             of = {i: t for i, t in enumerate([*leaves, *_of(ctx.chain)]) if needed[i]}
-            found = torch.autograd.grad(x, list(of.values()), dx.to(x.dtype), allow_unused=True)
-            for i, value in zip(of, found, strict=True):
+            values = torch.autograd.grad(x, list(of.values()), dx.to(x.dtype), allow_unused=True)
+            for i, value in zip(of, values, strict=True):
                 grads[i] = value
         return None, None, None, _like(d_weight, weight), _like(d_bias, weight), *grads
 
 
 class _Normed(torch.autograd.Function):
-    """A batch normed by its own statistics, which are known."""
+    """Normalize a batch by its own statistics, which are known."""
 
     @staticmethod
     def forward(
@@ -335,7 +337,7 @@ class _Normed(torch.autograd.Function):
 
 
 class Autocast(NamedTuple):
-    """The state of autocast, to go on with in backward."""
+    """The state of autocast in forward, for backward."""
 
     device: str
     dtype: torch.dtype
@@ -343,16 +345,16 @@ class Autocast(NamedTuple):
 
     @classmethod
     def of(cls, device: str) -> Autocast:
-        """Return the state at this moment for 'cpu', 'cuda', ..."""
+        """Return the current state for 'cpu', 'cuda', ..."""
         return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
 
     def entered(self) -> torch.autocast:
-        """Return the context. Narrow weights that it makes without gradients are not kept."""
+        """Return the context, without a cache of cast weights, which would have no gradients."""
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
 class _Random(NamedTuple):
-    """Random states that a chain with dropout began with, if it has any."""
+    """Random states at the start of a chain with dropout; empty for other chains."""
 
     device: torch.device | None = None
     host: Tensor | None = None
@@ -390,7 +392,7 @@ def _run(
     measured: dict[int, Statistics] | None = None,
     known: dict[int, Statistics] | None = None,
 ) -> Tensor:
-    """Call a chain: plainly, or noting the batch statistics of its norms, or by known ones."""
+    """Run a chain: plainly, recording the batch statistics of its norms, or using known ones."""
     x = inputs[0]
     for i, step in enumerate(chain):
         if measured is not None and norms_by_batch(step):

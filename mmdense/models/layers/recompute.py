@@ -1,4 +1,4 @@
-"""Recomputation of activations that leaves running statistics alone."""
+"""Activation checkpointing that counts each batch once in running statistics."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch.utils.checkpoint import checkpoint
 
 __all__ = ['StatisticsUntouched', 'recompute']
 
-# Of compiled graphs: 2.12 and 2.15 do, 2.4, 2.5 and 2.8 don't; those between were not tried.
+# Compiled graphs of torch 2.12 and 2.15 do, those of 2.4, 2.5 and 2.8 don't; others are untested.
 COUNTS_ONCE = torch.__version__ >= (2, 12)
 
 
 def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
-    """Return ``module(*inputs)``, keeping the inputs alone and running it again in backward.
+    """Return ``module(*inputs)``, saving only the inputs and recomputing it in backward.
 
-    Outputs, gradients, random numbers and batch norms' running statistics are those of the plain
-    call: torch's ``checkpoint`` by itself would count each batch twice. In a graph that a torch
-    before 2.12 compiles it is the plain call.
+    Outputs, gradients, random numbers and running statistics are those of the plain call; torch's
+    ``checkpoint`` alone would count each batch twice. Before torch 2.12 compiled graphs contain the
+    plain call.
 
     Args:
-        module: What to run; or several, each of which takes what the one before returns.
+        module: A module, or several that run in sequence.
         *inputs: Tensors, or lists of them.
     """
     modules = [module] if isinstance(module, nn.Module) else module
@@ -48,15 +48,15 @@ def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
 
 
 class StatisticsUntouched:
-    """Let batch norms record into copies: the batch was counted in the forward pass.
+    """Let batch norms update copies of their statistics, since forward counted the batch already.
 
     torch enters it once for each backward pass through the same graph.
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        within = [norm for module in modules for norm in module.modules()]
-        # By what they keep: mmcv's own synchronised norm is of another class.
-        self.norms = [m for m in within if m.training and hasattr(m, 'running_mean')]
+        inner = [m for module in modules for m in module.modules()]
+        # Not by class: mmcv's synchronized norm has another one.
+        self.norms = [m for m in inner if m.training and hasattr(m, 'running_mean')]
         self.records: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> None:

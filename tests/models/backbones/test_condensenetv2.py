@@ -309,7 +309,7 @@ def test_workspace_fits_each_image():
 def test_copies_have_their_own_workspace():
     fast = deployed(build())
     for other in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
-        assert other._workspace is not fast._workspace
+        assert other._local is not fast._local
 
 
 def test_deployed_refuses_gradients():

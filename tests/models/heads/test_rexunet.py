@@ -262,8 +262,8 @@ def test_disparities():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        (dict(in_channels=CHANNELS[:5]), 'reads six maps'),
-        (dict(in_index=(0, 1, 2)), 'reads six maps'),
+        (dict(in_channels=CHANNELS[:5]), 'reads six feature maps'),
+        (dict(in_index=(0, 1, 2)), 'reads six feature maps'),
         (dict(loss_weights=(1, 1)), 'must be six'),
         (dict(loss_weights=(1, 1, 1, 1, 1, -1)), 'none negative'),
         (dict(max_depth=0), 'must be positive'),
