@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         size=tuple(args.size) if args.size else None,
     )
     make_demo_data(cfg)
-    train, test = ([sys.executable, str(ROOT / f'tools/{name}.py')] for name in ('train', 'test'))
+    train = [sys.executable, str(ROOT / 'tools/train.py')]
     if args.gpus > 1:
         processes = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.gpus}']
         train = [sys.executable, *processes, *train[1:], '--launcher', 'pytorch']
@@ -107,8 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tasks = {b.name: bars.add_task(b.name, total=1.0, state='waiting') for b in backbones}
         sweep.train(
             train,
-            test,
-            progress=lambda progress: bars.update(
+            lambda progress: bars.update(
                 tasks[progress.name], completed=progress.share, state=escape(progress.state)
             ),
         )

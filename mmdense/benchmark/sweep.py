@@ -204,43 +204,33 @@ class Sweep:
         return (self._run_folder(name) / 'last_checkpoint').read_text().strip()
 
     def state(self, name: str) -> dict[str, Any]:
-        """Return the ``status`` of a run ('waiting', 'training', 'done', 'failed'), its ``seconds``
-        so far, and the ``error`` or the ``metrics`` of a test.
-        """
+        """Return the ``status`` ('waiting', 'training', 'done', 'failed') and ``seconds`` of a run."""
         file = self._run_folder(name) / 'state.json'
         return json.loads(file.read_text()) if file.exists() else dict(status='waiting', seconds=0)
 
     def train(
         self,
-        train: Sequence[str],
-        test: Sequence[str],
-        *,
+        command: Sequence[str],
         progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         """Train each backbone that isn't done, in a process of its own.
 
         Args:
-            train: The command that trains a config; ``CONFIG --resume`` is appended.
-            test: The command that tests one; ``CONFIG CHECKPOINT --work-dir DIR`` is appended. It
-                runs if a training was killed between its end and the validation.
+            command: Trains a config, with ``CONFIG --resume`` appended, and validates at the end.
             progress: Called twice a second.
         """
         for backbone in self.backbones:
             state = self.state(backbone.name)
             if state['status'] != 'done':
-                state = self._train(backbone.name, train, test, progress)
+                state = self._train(backbone.name, command, progress)
                 self.report()
             done = state['status'] == 'done'
             progress(Progress(backbone.name, state.get('error', 'done'), float(done)))
 
     def _train(
-        self,
-        name: str,
-        train: Sequence[str],
-        test: Sequence[str],
-        progress: Callable[[Progress], None],
+        self, name: str, command: Sequence[str], progress: Callable[[Progress], None]
     ) -> dict[str, Any]:
-        config, folder = str(self._config_file(name)), self._run_folder(name)
+        folder = self._run_folder(name)
         begin = time.monotonic() - self.state(name)['seconds']
 
         def save_state(status: str, **more: Any) -> dict[str, Any]:
@@ -248,36 +238,26 @@ class Sweep:
             atomic_write(folder / 'state.json', json.dumps(state).encode())
             return state
 
-        def run(command: Sequence[str], log: Path) -> str:
-            """Return the reason of a failure, or an empty text."""
-            with _locked(folder) as lock, log.open('w') as output:
-                process = subprocess.Popen(
-                    command, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock]
-                )
-                try:
-                    while process.poll() is None:
-                        progress(Progress(name, *_read_progress(log, self.cfg)))
-                        save_state('training')
-                        time.sleep(POLL)
-                except BaseException:  # such as Ctrl-C; the checkpoints stay
-                    process.terminate()
-                    process.wait()
-                    raise
-            return _read_error(log, process.returncode) if process.returncode else ''
-
-        error = run([*train, config, '--resume'], folder / 'output.log')
-        if error:
-            return save_state('failed', error=error)
-        losses, validations = _read_scalars(folder)
-        if validations and validations[-1]['iter'] >= losses[-1]['step']:
-            return save_state('done')
-        tests = folder / 'test'
-        command = [*test, config, self.checkpoint(name), '--work-dir', str(tests)]
-        error = run(command, folder / 'test.log')
-        if error:
-            return save_state('failed', error=error)
-        newest = max(tests.glob('*/*.json'))  # named by time
-        return save_state('done', metrics=_rename(json.loads(newest.read_text())))
+        log = folder / 'output.log'
+        with _locked(folder) as lock, log.open('w') as output:
+            process = subprocess.Popen(
+                [*command, str(self._config_file(name)), '--resume'],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[lock],
+            )
+            try:
+                while process.poll() is None:
+                    progress(Progress(name, *_read_progress(log, self.cfg)))
+                    save_state('training')
+                    time.sleep(POLL)
+            except BaseException:  # such as Ctrl-C; the checkpoints stay
+                process.terminate()
+                process.wait()
+                raise
+        if process.returncode:
+            return save_state('failed', error=_read_error(log, process.returncode))
+        return save_state('done')
 
     def measure(
         self,
@@ -416,7 +396,7 @@ class Sweep:
         state = self.state(name)
         losses, validations = _read_scalars(self._run_folder(name))
         curve = [dict(iter=record['iter']) | _rename(record) for record in validations]
-        metrics = state.get('metrics') or (_rename(validations[-1]) if validations else {})
+        finished = state['status'] == 'done' and validations
         row = dict(
             backbone=name,
             family=backbone.family,
@@ -425,7 +405,7 @@ class Sweep:
             status=state['status'],
             error=state.get('error'),
             seconds=state['seconds'],
-            metrics=metrics if state['status'] == 'done' else {},
+            metrics=_rename(validations[-1]) if finished else {},
             losses=[[record['step'], record['loss']] for record in losses],
             validations=curve,
         )

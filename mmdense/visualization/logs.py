@@ -50,16 +50,16 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
     losses: dict[int, dict] = {}
     metrics: dict[int, dict] = {}
     for file in sorted(Path(work_dir).glob('*/vis_data/scalars.json')):
-        last = 0
+        last, resumed = max(losses, default=0), True  # a validation may be due before any training
         for line in file.read_text().splitlines():
             record = json.loads(line)
             if 'loss' in record:
-                if not last:  # earlier processes logged this far, but were resumed from before
+                if resumed:  # earlier processes logged this far, but were resumed from before
                     losses = {i: r for i, r in losses.items() if i < record['step']}
                     metrics = {i: r for i, r in metrics.items() if i < record['step']}
-                last = record['step']
+                last, resumed = record['step'], False
                 losses[last] = record
-            elif last and METRICS.keys() & record.keys():
+            elif last and record['step'] and METRICS.keys() & record.keys():  # a test's step is 0
                 metrics[last] = dict(record, iter=last)
     if not losses:
         raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')

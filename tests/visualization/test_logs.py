@@ -26,11 +26,12 @@ def test_read_scalars_joins_resumed_runs(tmp_path):
         [{'loss': 1.5, 'step': 100}, {'coco/bbox_mAP': 0.2, 'step': 1}, {'loss': 1.0, 'step': 150}],
     )
     write_log(tmp_path, '3', [{'coco/bbox_mAP': 0.9, 'step': 0}])  # a test run, no training
+    write_log(tmp_path, '4', [{'coco/bbox_mAP': 0.3, 'step': 1}])  # resumed for a validation
     losses, metrics = logs.read_scalars(tmp_path)
     assert [(r['step'], r['loss']) for r in losses] == [(50, 3.0), (100, 1.5), (150, 1.0)]
-    assert [(r['iter'], r['coco/bbox_mAP']) for r in metrics] == [(100, 0.2)]
+    assert [(r['iter'], r['coco/bbox_mAP']) for r in metrics] == [(100, 0.2), (150, 0.3)]
     # A run from the beginning is another training.
-    write_log(tmp_path, '4', [{'loss': 9.0, 'step': 50}])
+    write_log(tmp_path, '5', [{'loss': 9.0, 'step': 50}])
     assert logs.read_scalars(tmp_path) == ([{'loss': 9.0, 'step': 50}], [])
 
 
