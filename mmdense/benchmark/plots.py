@@ -28,8 +28,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 __all__ = [
-    'Curve',
-    'Point',
+    'Item',
     'pareto_front',
     'plot_curves',
     'plot_scatter',
@@ -89,41 +88,25 @@ STYLE = {
 
 
 @dataclass(frozen=True)
-class Point:
-    """A backbone's place in a plot.
+class Item:
+    """A backbone in a plot.
 
     Attributes:
-        row: Its number in the results; the page highlights what has the same number.
+        row: Its number in the results; the page highlights everything with the same number.
         name: The label.
         family: The number of its family, which selects colour and marker.
-        x: Cost.
-        y: Accuracy.
-        title: The tooltip.
+        points: (x, y) of a curve, or of a single marker.
+        tooltip: Text to show under the pointer.
     """
 
     row: int
     name: str
     family: int
-    x: float
-    y: float
-    title: str = ''
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A backbone's (iteration, value) pairs; the rest as in :class:`Point`."""
-
-    row: int
-    name: str
-    family: int
     points: Sequence[tuple[float, float]]
-
-    @property
-    def title(self) -> str:
-        return self.name
+    tooltip: str
 
 
-def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
     """Return the indices of the points (cost, quality) that no other point dominates.
 
     They come by rising cost. Of equal points the first one is returned.
@@ -136,13 +119,14 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 @matplotlib.rc_context(STYLE)
-def plot_scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> Figure:
+def plot_scatter(items: Sequence[Item], *, x_title: str, y_title: str) -> Figure:
     """Plot accuracy against cost: markers filled and names bold on the Pareto front."""
     axes = _axes(f'← {x_title}, lower is better', f'↑ {y_title}, higher is better')
-    xs, ys = np.transpose([(point.x, point.y) for point in points])
+    points = np.array([item.points[0] for item in items])
+    xs, ys = points.T
     _set_limits(axes, xs, ys)
     right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
-    front = pareto_front(list(zip(xs, ys, strict=True)))
+    front = pareto_front(points)
     steps_x, steps_y = [*xs[front], right], [*ys[front], ys[front[-1]]]
     axes.fill_between(steps_x, steps_y, bottom, step='post', color=TINT, lw=0, zorder=0.4)
     path = np.stack(
@@ -150,41 +134,38 @@ def plot_scatter(points: Sequence[Point], *, x_title: str, y_title: str) -> Figu
     )
     axes.plot(*path.T, color=SOFT, lw=1.4)
     labels = []
-    for i, point in enumerate(points):
-        best, mark = i in front, dict(gid=f'row-{point.row}')
-        look = _look(point.family, filled=best) | dict(ls='', ms=10 if best else 8, **mark)
-        axes.plot(point.x, point.y, **look, zorder=5 if best else 4)
+    for i, item in enumerate(items):
+        best, (x, y), gid = i in front, item.points[0], f'row-{item.row}'
+        look = _look(item.family, filled=best) | dict(ls='', ms=10 if best else 8, gid=gid)
+        axes.plot(x, y, **look, zorder=5 if best else 4)
         weight = 'bold' if best else 'normal'
-        text = axes.text(point.x, point.y, _short(point.name), weight=weight, zorder=3, **mark)
-        labels.append(text)
-    _place(axes, labels, np.stack((xs, ys), 1), path)
+        labels.append(axes.text(x, y, _short(item.name), weight=weight, zorder=3, gid=gid))
+    _place(axes, labels, points, path)
     return axes.figure
 
 
 @matplotlib.rc_context(STYLE)
-def plot_curves(curves: Iterable[Curve], *, y_title: str) -> Figure:
+def plot_curves(items: Iterable[Item], *, y_title: str) -> Figure:
     """Plot curves over iterations; the legend lists them by their last values."""
-    curves = sorted(curves, key=lambda curve: -curve.points[-1][1])
-    height = max(HEIGHT, 18 * len(curves) + BOTTOM + TOP)
-    legend_width = 7 * max(len(_short(curve.name)) for curve in curves) + 50
+    items = sorted(items, key=lambda item: -item.points[-1][1])
+    height = max(HEIGHT, 18 * len(items) + BOTTOM + TOP)
+    legend_width = 7 * max(len(_short(item.name)) for item in items) + 50
     axes = _axes('iteration', y_title, height=height, right=legend_width)
-    seen: dict[int, int] = {}
+    members: dict[int, int] = {}
     handles = []
-    for curve in curves:
-        number = seen[curve.family] = seen.get(curve.family, -1) + 1
-        look = _look(curve.family) | dict(lw=1.6, ls=DASHES[number % len(DASHES)], ms=6)
-        gid = f'row-{curve.row}'
-        xs, ys = zip(*curve.points, strict=True)
-        axes.plot(xs, ys, **look, markevery=[-1], gid=gid, clip_on=False, zorder=3)
-        handles.append(Line2D([], [], **look, label=_short(curve.name), gid=gid))
+    for item in items:
+        number = members[item.family] = members.get(item.family, -1) + 1
+        look = _look(item.family) | dict(lw=1.6, ls=DASHES[number % len(DASHES)], ms=6)
+        gid = f'row-{item.row}'
+        axes.plot(*np.transpose(item.points), **look, markevery=[-1], gid=gid, zorder=3)
+        handles.append(Line2D([], [], **look, label=_short(item.name)))
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    legend = axes.legend(
-        handles=handles, loc='center left', bbox_to_anchor=(1, 0.5), handlelength=2.6
-    )
-    for curve, line, text in zip(curves, legend.get_lines(), legend.get_texts(), strict=True):
-        line.set_gid(f'row-{curve.row}')
-        text.set_gid(f'row-{curve.row}')
+    place = dict(loc='center left', bbox_to_anchor=(1, 0.5))
+    legend = axes.legend(handles=handles, **place, handlelength=2.6)
+    for item, *parts in zip(items, legend.get_lines(), legend.get_texts(), strict=True):
+        for part in parts:
+            part.set_gid(f'row-{item.row}')
     return axes.figure
 
 
@@ -262,7 +243,7 @@ def _place(axes: Axes, labels: list[Text], points: np.ndarray, path: np.ndarray)
     )
 
 
-def svg(figure: Figure, label: str = '', items: Iterable[Point | Curve] = ()) -> Markup:
+def svg(figure: Figure, label: str = '', items: Iterable[Item] = ()) -> Markup:
     """Return a figure as an inline SVG element.
 
     Args:
@@ -278,7 +259,7 @@ def svg(figure: Figure, label: str = '', items: Iterable[Point | Curve] = ()) ->
     head = (
         f'role="img" aria-label="{escape(label)}"' if label else 'aria-hidden="true" class="swatch"'
     )
-    titles = {f'{item.row}': f'<title>{escape(item.title)}</title>' for item in items}
+    titles = {f'{item.row}': f'<title>{escape(item.tooltip)}</title>' for item in items}
     names = {light: f'var(--{name})' for name, (light, _) in PALETTE.items()}
     content = text.getvalue()
     for pattern, new in (

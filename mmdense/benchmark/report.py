@@ -25,8 +25,7 @@ from markupsafe import Markup, escape
 from tabulate import tabulate
 
 from mmdense.benchmark.plots import (
-    Curve,
-    Point,
+    Item,
     pareto_front,
     plot_curves,
     plot_scatter,
@@ -105,11 +104,11 @@ class Column:
 
 
 class Plot(NamedTuple):
-    """A plot as SVG; of accuracy against cost also its points and its PNG file."""
+    """A plot as SVG, and the PNG file of one of accuracy against cost."""
 
     title: str
     picture: Markup
-    points: Sequence[Point] = ()
+    items: Sequence[Item]
     file: str = ''
 
 
@@ -212,21 +211,28 @@ class Report:
             (costs['train_memory_mb'], 'memory', 'training memory', memory),
             (costs['parameters_m'], 'parameters', 'parameters', 'parameters (M)'),
         ):
-            points = []
-            for i, (x, y) in enumerate(zip(cost.values, metric.values, strict=True)):
-                if x is None or y is None:
-                    continue
-                name_of, family = self.rows[i]['backbone'], self.rows[i]['family']
-                figures = f'{metric.full_title} {metric.text(y)}, {axis} {cost.text(x)}'
-                tooltip = f'{name_of} ({family}): {figures}'
-                points.append(Point(i, name_of, self.families[family], x, y, tooltip))
-            if points:
-                figure = plot_scatter(points, x_title=axis, y_title=metric.full_title)
+            figures = zip(self.rows, cost.values, metric.values, strict=True)
+            items = [
+                self._item(
+                    i,
+                    [(x, y)],
+                    f'{row["backbone"]} ({row["family"]}): {metric.full_title} {metric.text(y)}, '
+                    f'{axis} {cost.text(x)}',
+                )
+                for i, (row, x, y) in enumerate(figures)
+                if x is not None and y is not None
+            ]
+            if items:
+                figure = plot_scatter(items, x_title=axis, y_title=metric.full_title)
                 title, file = f'{metric.full_title} against {title}', f'pictures/plot_{name}.png'
-                plots.append(Plot(title, svg(figure, title, points), points, file))
+                plots.append(Plot(title, svg(figure, title, items), items, file))
                 (self.folder / file).parent.mkdir(exist_ok=True)
                 write_png(figure, self.folder / file, self.families)
         return plots
+
+    def _item(self, row: int, points: Sequence[tuple[float, float]], tooltip: str = '') -> Item:
+        name, family = self.rows[row]['backbone'], self.rows[row]['family']
+        return Item(row, name, self.families[family], points, tooltip or name)
 
     @cached_property
     def findings(self) -> list[str]:
@@ -246,11 +252,11 @@ class Report:
                 figure = f'{column.text(column.best)} {column.unit}'.rstrip()
                 sentences.append(f'{title}: {best}, {figure}.')
         fronts = [
-            {plot.points[i].row for i in pareto_front([(p.x, p.y) for p in plot.points])}
+            {plot.items[i].row for i in pareto_front([item.points[0] for item in plot.items])}
             for plot in self.plots
         ]
         in_all = set(range(len(names))).intersection(
-            *({point.row for point in plot.points} for plot in self.plots)
+            *({item.row for item in plot.items} for plot in self.plots)
         )
         if fronts and len(in_all) > 1:
             for title, rows in (
@@ -272,13 +278,15 @@ class Report:
             ('Training loss', 'loss', losses),
             (f'{metric} on the validation data', metric, metrics),
         ):
-            curves = [
-                Curve(i, row['backbone'], self.families[row['family']], points)
-                for i, (row, values) in enumerate(zip(self.rows, series, strict=True))
+            items = [
+                self._item(i, points)
+                for i, values in enumerate(series)
                 if (points := _thinned(values))
             ]
-            if curves:
-                plots.append(Plot(title, svg(plot_curves(curves, y_title=axis), title, curves)))
+            if items:
+                plots.append(
+                    Plot(title, svg(plot_curves(items, y_title=axis), title, items), items)
+                )
         return plots
 
     @cached_property

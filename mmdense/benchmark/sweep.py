@@ -204,7 +204,7 @@ class Sweep:
         return (self._run_folder(name) / 'last_checkpoint').read_text().strip()
 
     def state(self, name: str) -> dict[str, Any]:
-        """Return the ``status`` ('waiting', 'training', 'done', 'failed') and ``seconds`` of a run."""
+        """Return a run's ``status`` ('waiting', 'training', 'done' or 'failed') and ``seconds``."""
         file = self._run_folder(name) / 'state.json'
         return json.loads(file.read_text()) if file.exists() else dict(status='waiting', seconds=0)
 

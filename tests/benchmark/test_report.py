@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from mmdense.benchmark.plots import COLOURS, FAMILIES, Point, pareto_front, plot_scatter
+from mmdense.benchmark.plots import COLOURS, FAMILIES, Item, pareto_front, plot_scatter
 from mmdense.benchmark.report import write_report
 from mmdense.errors import UserError
 
@@ -275,11 +275,11 @@ def test_no_results(tmp_path):
 @pytest.mark.parametrize('seed', range(2))
 def test_labels_stay_apart(seed):
     rng = random.Random(seed)
-    points = [
-        Point(i, 'net-' + 'x' * rng.randrange(9), i, 1.2**i, rng.uniform(0.3, 0.8))
+    items = [
+        Item(i, 'net-' + 'x' * rng.randrange(9), i, [(1.2**i, rng.uniform(0.3, 0.8))], '')
         for i in range(14)
     ]
-    figure = plot_scatter(points, x_title='cost', y_title='accuracy')
+    figure = plot_scatter(items, x_title='cost', y_title='accuracy')
     (axes,) = figure.axes
     boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
     assert len(boxes) == 14
