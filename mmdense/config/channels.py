@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -113,7 +113,7 @@ def fill_channels(cfg: Config) -> None:
     """
     if not _has_auto(cfg.model):
         return
-    channels, _ = backbone_maps(cfg.model.backbone, cfg.get('default_scope'))
+    channels = backbone_maps(cfg.model.backbone, cfg.get('default_scope')).channels
     for reader in readers(cfg.model, channels):
         if reader.node.get(reader.key) == AUTO:
             reader.node[reader.key] = reader.channels
@@ -134,10 +134,16 @@ def _has_auto(model: Mapping[str, Any]) -> bool:
     return any(node.get(key) == AUTO for node in dicts(model) for key in keys)
 
 
-def backbone_maps(
-    backbone: Mapping[str, Any], scope: str | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return C_i and s_i of the feature maps that a backbone returns, fine to coarse.
+class FeatureMaps(NamedTuple):
+    """The feature maps that a backbone returns, fine to coarse: C_i, s_i and their indices."""
+
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    indices: tuple[int, ...]
+
+
+def backbone_maps(backbone: Mapping[str, Any], scope: str | None) -> FeatureMaps:
+    """Return the feature maps that a backbone returns.
 
     A backbone that has no ``out_channels`` and ``out_strides`` runs once, on 256 x 256 pixels.
 
@@ -148,17 +154,18 @@ def backbone_maps(
     Raises:
         UserError: It cannot be built.
     """
-    return _maps(build_part(backbone, scope), backbone.get('in_channels', 3))
-
-
-def _maps(net: nn.Module, in_channels: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    net = build_part(backbone, scope)
     if hasattr(net, 'out_strides'):
-        return tuple(net.out_channels), tuple(net.out_strides)
-    image = torch.empty(1, in_channels, PROBE, PROBE, device=next(net.parameters()).device)
-    net.eval()  # returns None in some of mmdet
-    with torch.no_grad():
-        maps = net(image)
-    return tuple(x.shape[1] for x in maps), tuple(PROBE // x.shape[2] for x in maps)
+        channels, strides = net.out_channels, net.out_strides
+    else:
+        device = next(net.parameters()).device
+        image = torch.empty(1, backbone.get('in_channels', 3), PROBE, PROBE, device=device)
+        net.eval()  # mmdet's train() returns None
+        with torch.no_grad():
+            maps = net(image)
+        channels, strides = ([x.shape[1] for x in maps], [PROBE // x.shape[2] for x in maps])
+    indices = getattr(net, 'out_indices', range(len(strides)))
+    return FeatureMaps(tuple(channels), tuple(strides), tuple(indices))
 
 
 def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
@@ -207,8 +214,9 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     new = ConfigDict({k: v for k, v in backbone.items() if k not in FREEZING})
     if 'in_channels' in old:
         new.in_channels = old.in_channels
-    _, strides = backbone_maps(old, scope)
-    indices = _indices_of(new, scope)
+    strides = backbone_maps(old, scope).strides
+    maps = backbone_maps(new, scope)
+    indices = dict(zip(maps.strides, maps.indices, strict=True))
     missing = {*strides} - {*indices}
     if missing or len({*strides}) < len(strides):
         raise UserError(
@@ -220,7 +228,7 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
         new.update({key: old[key] for key in FREEZING if key in old})
         frozen = old.get('frozen_stages', -1)
         if frozen > 0:
-            limit = {i: s for s, i in _all_indices_of(old, scope).items()}.get(frozen - 1, 2)
+            limit = _stride_of(old, scope, index=frozen - 1)
             new.frozen_stages = 1 + max((i for s, i in indices.items() if s <= limit), default=-1)
     cfg.model.backbone = new
     for reader in readers(cfg.model, strides):
@@ -232,20 +240,14 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     fill_channels(cfg)
 
 
-def _all_indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:
-    """Return :func:`_indices_of` all feature maps, not only those that the config asks for."""
-    left_out = ('out_indices', *FREEZING)
+def _stride_of(backbone: Mapping[str, Any], scope: str | None, *, index: int) -> int:
+    """Return the stride of a feature map, whether or not the config asks for it."""
+    everything = {k: v for k, v in backbone.items() if k not in ('out_indices', *FREEZING)}
     try:
-        return _indices_of({k: v for k, v in backbone.items() if k not in left_out}, scope)
+        maps = backbone_maps(everything, scope)
     except UserError:  # the default indices do not exist in this network
-        return _indices_of(backbone, scope)
-
-
-def _indices_of(backbone: Mapping[str, Any], scope: str | None) -> dict[int, int]:
-    """Return the strides -> indices of the feature maps that a backbone returns."""
-    net = build_part(backbone, scope)
-    _, strides = _maps(net, backbone.get('in_channels', 3))
-    return dict(zip(strides, getattr(net, 'out_indices', range(len(strides))), strict=True))
+        maps = backbone_maps(backbone, scope)
+    return dict(zip(maps.indices, maps.strides, strict=True)).get(index, 2)
 
 
 def _listed(numbers: Iterable[int]) -> str:

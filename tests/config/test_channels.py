@@ -71,14 +71,14 @@ def test_a_backbone_that_cannot_be_built_is_named():
         demo('detection', **options)
 
 
-def test_maps_of_a_backbone_that_announces_nothing():
+def test_maps_of_a_backbone_without_out_channels():
     resnet = dict(type='ResNet', depth=18, out_indices=(0, 2), init_cfg='none')
-    assert backbone_maps(resnet, 'mmdet') == ((64, 256), (4, 16))
+    assert backbone_maps(resnet, 'mmdet') == ((64, 256), (4, 16), (0, 2))
 
 
-def test_maps_of_a_backbone_that_meta_tensors_cannot_build():
+def test_maps_of_a_backbone_that_cannot_be_built_on_meta():
     swin = dict(type='SwinTransformer', embed_dims=24, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1))
-    assert backbone_maps(swin, 'mmdet') == ((24, 48, 96, 192), (4, 8, 16, 32))
+    assert backbone_maps(swin, 'mmdet')[:2] == ((24, 48, 96, 192), (4, 8, 16, 32))
 
 
 @pytest.mark.parametrize(
@@ -105,21 +105,21 @@ def test_put_backbone(task, backbone, indices, channels):
 WEIGHTS = dict(init_cfg=dict(type='Pretrained', checkpoint='x.pth'))
 
 
-@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])  # of four maps, and of three
+@pytest.mark.parametrize('detector', ['faster-rcnn', 'retinanet'])  # four feature maps, and three
 def test_what_was_frozen_stays_frozen(detector):
     recipe = f'configs/detection/rexnet/{detector}_rexnet-1.0_fpn_1x_coco.py'
     cfg = load_config(str(ROOT / recipe))
-    assert cfg.model.backbone.frozen_stages == 2  # what the map of stride 4 is made of
+    assert cfg.model.backbone.frozen_stages == 2  # the stages up to stride 4
     put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121', **WEIGHTS))
     assert cfg.model.backbone.frozen_stages == 1
     assert cfg.model.backbone.norm_eval
     put_backbone(cfg, dict(type='mmdense.TimmBackbone', model_name='resnet18', **WEIGHTS))
-    assert cfg.model.backbone.frozen_stages == 2  # its first map has stride 2
+    assert cfg.model.backbone.frozen_stages == 2  # its first feature map has stride 2
     cfg.model.backbone = ConfigDict(
         type='ResNet', depth=50, frozen_stages=1, norm_eval=False, out_indices=(1, 2, 3)
     )
-    own = dict(norm_eval=True, frozen_stages=4)  # of its own config, which doesn't count
-    put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0', **WEIGHTS, **own))
+    ignored = dict(norm_eval=True, frozen_stages=4)
+    put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0', **WEIGHTS, **ignored))
     assert cfg.model.backbone.frozen_stages == 2
     assert not cfg.model.backbone.norm_eval
 
@@ -150,7 +150,7 @@ def _ssd(*channels):
     }
 
 
-def test_maps_that_are_not_there():
+def test_missing_strides():
     cfg = demo('detection')
     two = dict(type='mmdense.RDNet', arch=TINY)
     with pytest.raises(
@@ -163,6 +163,6 @@ def test_maps_that_are_not_there():
         put_backbone(cfg, dict(type='mmdense.DenseNet', arch='121'))
 
 
-def test_configs_are_left_alone_without_auto(monkeypatch):
-    monkeypatch.setattr('mmdense.config.channels.backbone_maps', None)  # would have to build it
+def test_configs_without_auto_are_not_built(monkeypatch):
+    monkeypatch.setattr('mmdense.config.channels.backbone_maps', None)  # would build it
     fill_channels(Config(dict(model=dict(backbone=dict(type='Nothing'), neck=dict(type='FPN')))))
