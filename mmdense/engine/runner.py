@@ -65,8 +65,9 @@ def build_runner(
     check_data_files(cfg, loaders)
     check_writable(Path(cfg.work_dir, 'last_checkpoint'))
     training = 'train' in loaders
+    replaced = []
     if training:
-        _make_resumable(cfg)
+        replaced = _make_resumable(cfg)
         _check_fsdp(cfg)
     check_parts(cfg)
     if not torch.cuda.is_available():
@@ -76,11 +77,13 @@ def build_runner(
             drop_amp(cfg)
     if not training:  # a checkpoint's weights are the moving average already
         hooks = cfg.get('custom_hooks') or []
-        cfg.custom_hooks = [hook for hook in hooks if not _is_ema(hook, cfg.default_scope)]
+        cfg.custom_hooks = [hook for hook in hooks if not _is_ema(hook, cfg.get('default_scope'))]
     kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
     with wrap_disk_errors(cfg.work_dir):
         runner = RUNNER_TYPES.get(kind, kind).from_cfg(cfg)
     _warn_once_if_log_fails(runner.logger)
+    if replaced:
+        runner.logger.info(f"{', '.join(replaced)}: in place of mmengine's, to resume exactly")
     runner.register_hook(LoadReportHook(min_loaded, 'backbone' if training else ''))
     model = unwrap(runner.model)
     if isinstance(model, nn.Module):  # FlexibleRunner builds it when it starts
@@ -90,7 +93,8 @@ def build_runner(
     return runner
 
 
-def _make_resumable(cfg: Config) -> None:
+def _make_resumable(cfg: Config) -> list[str]:
+    """Replace mmengine's loops and checkpoint hooks in a config; return the new types."""
     loop = cfg.train_cfg
     if 'by_epoch' in loop:  # mmengine's short form
         loop['type'] = f'{"Epoch" if loop.pop("by_epoch") else "Iter"}BasedTrainLoop'
@@ -103,8 +107,7 @@ def _make_resumable(cfg: Config) -> None:
             if kind in RESUMABLE:
                 part['type'] = RESUMABLE[kind]
                 replaced.append(part['type'])
-    if replaced and is_main_process():
-        print_log(f"{', '.join(replaced)}: in place of mmengine's, to resume exactly", 'current')
+    return replaced
 
 
 def _is_ema(hook: Any, scope: str | None) -> bool:
