@@ -65,9 +65,8 @@ def build_runner(
     check_data_files(cfg, loaders)
     check_writable(Path(cfg.work_dir, 'last_checkpoint'))
     training = 'train' in loaders
-    replaced = []
+    replaced = _make_resumable(cfg) if training else []
     if training:
-        replaced = _make_resumable(cfg)
         _check_fsdp(cfg)
     check_parts(cfg)
     if not torch.cuda.is_available():
