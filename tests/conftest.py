@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mmdense.datasets import make_digits
-from support import ROOT, load_tool
+from support import ROOT, forget_runs, load_tool
 
 
 @pytest.fixture(scope='session')
@@ -49,6 +49,7 @@ def call_tool(project, monkeypatch, capsys):
     def call(name, *arguments):
         monkeypatch.chdir(project)
         capsys.readouterr()
+        forget_runs()
         status = 0
         try:
             load_tool(name).main([str(argument) for argument in arguments])

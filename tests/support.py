@@ -3,6 +3,9 @@
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from mmengine.registry import DefaultScope
+from mmengine.visualization import Visualizer
+
 ROOT = Path(__file__).parents[1]
 DEMOS = dict(
     detection=ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py',
@@ -26,3 +29,9 @@ def load_tool(name):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def forget_runs():
+    """Forget the scopes and visualizers that mmengine keeps by name for the whole process."""
+    for kind in (DefaultScope, Visualizer, *Visualizer.__subclasses__()):
+        kind._instance_dict.clear()

@@ -47,7 +47,7 @@ def test_size_of_a_pipeline(steps, size):
     if size:
         assert training_size(cfg) == size
         return
-    with pytest.raises(UserError, match='give --size H W'):
+    with pytest.raises(UserError, match='add --size H W'):
         training_size(cfg)
 
 

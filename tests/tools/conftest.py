@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from mmdense.apis import Predictor
@@ -16,13 +15,6 @@ def _fast_start():
     patch.setattr(Runner, '_log_env', lambda self, env_cfg: None)
     yield
     patch.undo()
-
-
-@pytest.fixture(autouse=True)
-def _no_default_scope():
-    """Forget the scopes of the runners before."""
-    yield
-    DefaultScope._instance_dict.clear()
 
 
 @pytest.fixture(scope='session')

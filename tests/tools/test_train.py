@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support import DEMOS, ROOT, TWO_ITERATIONS, load_tool
+from support import DEMOS, ROOT, TWO_ITERATIONS, forget_runs, load_tool
 
 METRIC = dict(detection='coco/bbox_mAP', segmentation='mIoU')
 TASKS = ['detection', pytest.param('segmentation', marks=pytest.mark.slow)]
@@ -30,6 +30,7 @@ def trained(request, project, tmp_path_factory):
     arguments = [DEMOS[task], '--work-dir', work_dir, '--amp', '--auto-scale-lr']
     folder = os.getcwd()
     os.chdir(project)
+    forget_runs()
     try:
         arguments = [*arguments, '--cfg-options', *TWO_ITERATIONS[task]]
         load_tool('train').main([str(argument) for argument in arguments])
