@@ -8,7 +8,7 @@ from mmdense.apis import Predictor
 from support import DEMOS
 
 
-@pytest.fixture(autouse=True, scope='session')
+@pytest.fixture(autouse=True, scope='module')
 def _fast_start():
     """Skip mmengine's report of the environment, which runs compilers for seconds."""
     patch = pytest.MonkeyPatch()

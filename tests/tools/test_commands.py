@@ -12,8 +12,7 @@ TOOLS = sorted(file.stem for file in ROOT.glob('tools/*.py'))
 
 @pytest.mark.parametrize(
     ('name', 'command'),
-    [(name, None) for name in TOOLS if name != 'benchmark']
-    + [('benchmark', 'sweep'), ('benchmark', 'merge')],
+    [(name, None) for name in TOOLS if name != 'benchmark'] + [('benchmark', 'sweep')],
 )
 def test_help_ends_in_an_example(name, command, call_tool):
     status, output, _ = call_tool(name, *filter(None, [command]), '--help')

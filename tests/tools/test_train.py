@@ -111,7 +111,7 @@ def test_mistakes_are_one_line_with_status_2(call_tool, tmp_path):
             [DETECTOR, 'x.pth', '--work-dir', tmp_path, '--cfg-options', 'model.neck.num_out=5'],
             "model.neck: FPN has no argument 'num_out'; did you mean 'num_outs'?",
         ),
-        ('export_onnx', [broken, '--out', 'x.onnx'], f'{broken}, line 1: SyntaxError'),
+        ('train', [broken], f'{broken}: SyntaxError: '),
     ):
         status, _, errors = call_tool(tool, *arguments)
         assert status == 2
