@@ -17,7 +17,7 @@ import mmdense
 from mmdense.errors import UserError
 from mmdense.files import sha256_of
 from mmdense.weights.files import check_target, read_checkpoint, write_checkpoint
-from mmdense.weights.formats import FORMATS, map_strictly, recognise, state_dict_of
+from mmdense.weights.formats import FORMATS, recognise, state_dict_of
 from mmdense.weights.loading import LoadReport, load_into
 from mmdense.weights.sources import fetch
 
@@ -84,7 +84,7 @@ def convert_weights(
             )
         dropped = []
         if known:
-            mapped = map_strictly(known, weights)
+            mapped = known.map(weights, strict=True)
             weights, dropped = mapped.weights, mapped.dropped
         if not weights:
             raise ValueError(f'nothing is left without {dropped}')

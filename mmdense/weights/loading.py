@@ -22,7 +22,7 @@ from mmengine.runner import CheckpointLoader
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from mmdense.errors import UserError
+from mmdense.errors import UserError, one_line
 from mmdense.weights.formats import Format, recognise, state_dict_of
 
 __all__ = ['LoadReport', 'PretrainedInit', 'check_min_loaded', 'load_checked', 'load_into']
@@ -165,34 +165,39 @@ def load_into(
         raise UserError(str(error)) from error
     for name, net in backbones.items():
         _adapt_first_conv(net, weights, name)
-    taken, missing, unexpected, errors = _load(module, weights)
-    if not weights:  # no key has the prefix
-        unexpected = list(state_dict)
     wrong_shape = {}
-    for error in errors:
-        if match := re.match(r'size mismatch for (\S+): .*?\((.*?)\).*\((.*?)\)\.$', error):
-            wrong_shape[match[1]] = f'(file: {match[2]}; model: {match[3]})'
-        else:
-            raise UserError(error.splitlines()[0])
+    try:  # with all tensors: a model may resize some as it loads them
+        missing, unexpected = module.load_state_dict(weights, strict=False)
+    except UserError:
+        raise
+    except RuntimeError as error:
+        sizes = re.findall(r'size mismatch for (\S+): .*?\((.*?)\).*\((.*?)\)\.', str(error))
+        if not sizes:
+            raise UserError(one_line(error)) from error
+        wrong_shape = {name: f'(file: {old}; model: {new})' for name, old, new in sizes}
+        fitting = {name: value for name, value in weights.items() if name not in wrong_shape}
+        missing, unexpected = module.load_state_dict(fitting, strict=False)
+    absent = {name for name in expected if name.endswith(COUNTER) and name not in weights}
+    absent |= {*missing, *wrong_shape}
+    missing = [name for name in missing if name not in wrong_shape]
     if _is_backbone(module):  # checkpoints of complete models have these too
         missing = [name for name in missing if not name.startswith(module.not_pretrained)]
-    absent = {*missing, *wrong_shape}
-    loaded = [
-        name
-        for name in expected
-        if name in taken and name not in absent and (name in weights or not name.endswith(COUNTER))
-    ]
+    if not weights:  # no key has the prefix
+        unexpected = list(state_dict)
+    hint = ''
+    if missing or wrong_shape:
+        hint = _hint(state_dict, expected, len(expected.keys() & weights.keys()), fix)
     report = LoadReport(
         model=type(module).__name__,
         format=source_format,
         backbones=tuple(backbones),
         buffers=frozenset(expected.keys() - {name for name, _ in module.named_parameters()}),
-        loaded=tuple(loaded),
+        loaded=tuple(name for name in expected if name not in absent),
         missing=tuple(missing),
         wrong_shape=wrong_shape,
         unexpected=tuple(unexpected),
         dropped=tuple(dropped),
-        hint=_hint(state_dict, expected, len(loaded) + len(wrong_shape), fix) if absent else '',
+        hint=hint,
     )
     return weights, report
 
@@ -285,24 +290,6 @@ def _adapt_first_conv(net: nn.Module, weights: dict[str, Tensor], prefix: str) -
         if len(shape) == 4 and shape[1] == RGB != channels == conv.in_channels:
             weights[key] = adapt_input_conv(channels, weights[key])
             print_log(f'{key}: adapted from {RGB} to {channels} image channels', 'current')
-
-
-def _load(module: nn.Module, weights: Mapping[str, Tensor]) -> tuple[dict, list, list, list]:
-    """Load the tensors that fit; return (all names taken, missing, unexpected, errors).
-
-    torch's load_state_dict raises an error for shapes, mmengine's logs its findings only. Models
-    may rename tensors as they take them.
-    """
-    state_dict, missing, unexpected, errors = dict(weights), [], [], []
-
-    def load(part: nn.Module, prefix: str) -> None:
-        part._load_from_state_dict(state_dict, prefix, {}, True, missing, unexpected, errors)
-        for name, child in part._modules.items():
-            if child is not None:
-                load(child, f'{prefix}{name}.')
-
-    load(module, '')
-    return state_dict, missing, list(dict.fromkeys(unexpected)), errors
 
 
 def _hint(state_dict: Mapping[str, Tensor], expected: Iterable[str], matched: int, fix: str) -> str:

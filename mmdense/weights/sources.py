@@ -168,7 +168,7 @@ def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
     """
     source = _resolve(filename)
     checkpoint = read_checkpoint(fetch(source) if isinstance(source, str) else source, map_location)
-    if filename.startswith('mmcls://'):  # whole classifiers, of which mmengine takes the backbone
+    if filename.startswith('mmcls://'):  # classifiers, of which mmengine takes the backbone
         return _process_mmcls_checkpoint(checkpoint)
     return checkpoint
 

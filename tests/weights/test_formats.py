@@ -223,27 +223,27 @@ def randomised(net):
 
 @torch.no_grad()
 def check_feature_maps(feature_maps, expected):
-    for ours, theirs in zip(feature_maps, expected, strict=True):
-        if theirs is not None:
-            assert ours.shape == theirs.shape
-            assert theirs.std() > 0
-            assert (ours - theirs).abs().max() <= 1e-9 * theirs.abs().max()
+    for x, y in zip(feature_maps, expected, strict=True):
+        if y is not None:
+            assert x.shape == y.shape
+            assert y.std() > 0
+            assert (x - y).abs().max() <= 1e-9 * y.abs().max()
 
 
 @pytest.mark.parametrize('sample', [name for name, sample in SAMPLES.items() if sample.run])
 @torch.no_grad()
 def test_feature_maps_are_equal(sample):
     kind = SAMPLES[sample]
-    theirs, ours = randomised(kind.source()), kind.net()
-    state = kind.rename(theirs.state_dict())
-    _, report = load_into(ours, dict(state_dict=state, meta={}))
+    source, net = randomised(kind.source()), kind.net()
+    state = kind.rename(source.state_dict())
+    _, report = load_into(net, dict(state_dict=state, meta={}))
     check_full(report)
     assert report.format.name == kind.format
     assert list(report.dropped) == [key for key in state if CLASSIFIER.match(key)]
-    ours.double().eval()
+    net.double().eval()
     x = torch.randn(2, 3, 64, 96).double()
-    feature_maps = ours['decode_head'](ours['backbone'](x)) if sample == 'unet' else ours(x)
-    check_feature_maps(feature_maps, kind.run(theirs, x))
+    feature_maps = net['decode_head'](net['backbone'](x)) if sample == 'unet' else net(x)
+    check_feature_maps(feature_maps, kind.run(source, x))
 
 
 def test_descriptions():
@@ -616,12 +616,12 @@ OWN = dict(
 )
 
 
-@pytest.mark.parametrize('own', OWN)
-def test_weights_of_mmdense_are_mapped_onto_themselves(own):
-    known, make = OWN[own]
-    with torch.device('cpu' if 'condense' in own else 'meta'):
+@pytest.mark.parametrize('name', OWN)
+def test_weights_of_mmdense_are_mapped_onto_themselves(name):
+    known, make = OWN[name]
+    with torch.device('cpu' if 'condense' in name else 'meta'):
         state = make().state_dict()
-    assert [name for name, f in FORMATS.items() if f.recognises(state)] == [known]
+    assert [n for n, f in FORMATS.items() if f.recognises(state)] == [known]
     mapped = FORMATS[known].map(state)
     assert (mapped.dropped, mapped.unknown) == ([], [])
     assert list(mapped.weights) == list(state)

@@ -462,6 +462,19 @@ def test_names_that_a_model_changes_itself():
     assert not report.missing
 
 
+def test_tensors_that_a_model_resizes_itself():
+    """Some networks of mmpretrain do so with position embeddings."""
+
+    class Resized(nn.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *rest):
+            state_dict[f'{prefix}bias'] = state_dict[f'{prefix}bias'][:2]
+            super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    report = load_into(Resized(2, 2), {'weight': torch.ones(3, 2), 'bias': torch.ones(3)})[1]
+    assert report.loaded == ('bias',)
+    assert report.wrong_shape == {'weight': '(file: [3, 2]; model: [2, 2])'}
+
+
 # Loads of a runner
 
 

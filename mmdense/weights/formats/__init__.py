@@ -15,7 +15,7 @@ from torch import Tensor
 from mmdense.weights.formats import condensenetv2, densenet, rdnet, rexnet
 from mmdense.weights.formats.format import Format, Mapped
 
-__all__ = ['FORMATS', 'Format', 'Mapped', 'convert', 'map_strictly', 'recognise', 'state_dict_of']
+__all__ = ['FORMATS', 'Format', 'Mapped', 'convert', 'recognise', 'state_dict_of']
 
 FORMATS = {
     known.name: known
@@ -64,22 +64,7 @@ def convert(checkpoint: Mapping[str, Any], name: str | None = None) -> dict[str,
         raise ValueError(
             f'keys such as {list(state_dict)[:3]} are of no known format (known: {list(FORMATS)})'
         )
-    return map_strictly(known, state_dict).weights
-
-
-def map_strictly(known: Format, state_dict: Mapping[str, Tensor]) -> Mapped:
-    """Return a state dict with mmdense's keys.
-
-    Raises:
-        ValueError: As :meth:`Format.map`, or keys that the format doesn't have.
-    """
-    mapped = known.map(state_dict)
-    if mapped.unknown:
-        raise ValueError(
-            f'{len(mapped.unknown)} keys are not of the format {known.name} ({known.about}), such '
-            f'as {mapped.unknown[:3]}'
-        )
-    return mapped
+    return known.map(state_dict, strict=True).weights
 
 
 def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:

@@ -61,11 +61,12 @@ class Format:
         sign = re.compile(self.sign)
         return any(sign.match(key) for key in keys)
 
-    def map(self, state_dict: Mapping[str, Tensor]) -> Mapped:
+    def map(self, state_dict: Mapping[str, Tensor], *, strict: bool = False) -> Mapped:
         """Return a state dict with mmdense's keys; the given one stays unchanged.
 
         Raises:
-            ValueError: Two keys have the same name in mmdense, or tensors cannot be of the format.
+            ValueError: Two keys have the same name in mmdense, tensors cannot be of the format, or
+                ``strict`` and some keys are unknown.
         """
         renamed, sources, dropped, unknown = {}, {}, [], []
         for key, value in state_dict.items():
@@ -80,6 +81,11 @@ class Format:
                 if name in renamed:
                     raise ValueError(f'{sources[name]} and {key} are both {name}')
                 renamed[name], sources[name] = value, key
+        if unknown and strict:
+            raise ValueError(
+                f'{len(unknown)} keys are not of the format {self.name} ({self.about}), such as '
+                f'{unknown[:3]}'
+            )
         if self.values is not None and renamed:
             renamed = self.values(renamed)
         for key in unknown:
