@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress
 
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
-from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.benchmark.sweep import Sweep
+from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.datasets import make_digits
 

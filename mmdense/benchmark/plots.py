@@ -268,7 +268,7 @@ def svg(figure: Figure, label: str = '', items: Iterable[Item] = ()) -> Markup:
         (r'<g id="row-(\d+)">', lambda m: f'<g data-row="{m[1]}">{titles.get(m[1], "")}'),
         (r' id="[\w.]+_\d+"', ''),  # not unique in a page
         ('#[0-9a-f]{6}', lambda m: names.get(m[0], m[0])),
-        (r'\n\s*', '\n'),
+        (r'\s*\n\s*', ' '),
     ):
         content = re.sub(pattern, new, content, flags=re.DOTALL)
     return Markup(content)

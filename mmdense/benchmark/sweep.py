@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import fcntl
 import json
-import math
 import re
 import subprocess
 import time
@@ -42,7 +41,7 @@ from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRICS, read_scalars
 
-__all__ = ['Progress', 'Sweep', 'set_length']
+__all__ = ['Progress', 'Sweep']
 
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
 # In mmengine's log: epoch, iteration, their number, time left.
@@ -68,46 +67,6 @@ class Progress:
     name: str
     state: str
     share: float
-
-
-def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = None) -> None:
-    """Change the length of a schedule. In an epoch-based one, warm-ups in iterations stay.
-
-    Args:
-        cfg: Changed in place.
-        epochs: New length of a config that counts epochs.
-        iters: New length of a config that counts iterations.
-
-    Raises:
-        UserError: If the config counts the other unit, or the length is below 1.
-    """
-    by_epoch = 'max_epochs' in cfg.train_cfg
-    unit = 'epochs' if by_epoch else 'iters'
-    new, other = (epochs, iters) if by_epoch else (iters, epochs)
-    if other is not None:
-        raise UserError(f'{cfg.filename} counts {unit}: give --{unit}')
-    if new is None:
-        return
-    if new < 1:
-        raise UserError(f'--{unit} is {new}, must be at least 1')
-    factor = new / cfg.train_cfg[f'max_{unit}']
-    cfg.train_cfg[f'max_{unit}'] = new
-    cfg.train_cfg.val_interval = min(cfg.train_cfg.get('val_interval', 1), new)
-    schedulers = cfg.get('param_scheduler') or []
-    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
-    for scheduler in schedulers:
-        if scheduler.get('by_epoch', True) != by_epoch:
-            continue
-        span = scheduler.get('end', math.inf) - scheduler.get('begin', 0)
-        whole = scheduler.get('T_max') == span  # rounding must not change that
-        for key in ('begin', 'end', 'T_max', 'total_iters', 'step_size'):
-            if scheduler.get(key):
-                scheduler[key] = max(1, round(scheduler[key] * factor))
-        if whole:
-            scheduler.T_max = scheduler.end - scheduler.get('begin', 0)
-        if scheduler.get('milestones'):
-            scheduler.milestones = [max(1, round(m * factor)) for m in scheduler.milestones]
-    cfg.param_scheduler = [s for s in schedulers if s.get('begin', 0) < s.get('end', math.inf)]
 
 
 class Sweep:

@@ -1,8 +1,9 @@
-"""Changes that the options of train.py and test.py make to a config, in place."""
+"""Changes that the options of the tools make to a config, in place."""
 
 from __future__ import annotations
 
 import logging
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from mmdense.errors import UserError
 
 __all__ = [
     'drop_amp',
+    'set_length',
     'use_amp',
     'use_auto_scale_lr',
     'use_channels_last',
@@ -91,6 +93,46 @@ def use_compiled_backbone(cfg: Config) -> None:
             '--cfg-options compile=False'
         )
     _use_hook(cfg, 'mmdense.CompileBackboneHook')
+
+
+def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = None) -> None:
+    """Change the length of a schedule. In an epoch-based one, warm-ups in iterations stay.
+
+    Args:
+        cfg: Changed in place.
+        epochs: New length of a config that counts epochs.
+        iters: New length of a config that counts iterations.
+
+    Raises:
+        UserError: If the config counts the other unit, or the length is below 1.
+    """
+    by_epoch = 'max_epochs' in cfg.train_cfg
+    unit = 'epochs' if by_epoch else 'iters'
+    new, other = (epochs, iters) if by_epoch else (iters, epochs)
+    if other is not None:
+        raise UserError(f'{cfg.filename} counts {unit}: give --{unit}')
+    if new is None:
+        return
+    if new < 1:
+        raise UserError(f'--{unit} is {new}, must be at least 1')
+    factor = new / cfg.train_cfg[f'max_{unit}']
+    cfg.train_cfg[f'max_{unit}'] = new
+    cfg.train_cfg.val_interval = min(cfg.train_cfg.get('val_interval', 1), new)
+    schedulers = cfg.get('param_scheduler') or []
+    schedulers = schedulers if isinstance(schedulers, list) else [schedulers]
+    for scheduler in schedulers:
+        if scheduler.get('by_epoch', True) != by_epoch:
+            continue
+        span = scheduler.get('end', math.inf) - scheduler.get('begin', 0)
+        whole = scheduler.get('T_max') == span  # rounding must not change that
+        for key in ('begin', 'end', 'T_max', 'total_iters', 'step_size'):
+            if scheduler.get(key):
+                scheduler[key] = max(1, round(scheduler[key] * factor))
+        if whole:
+            scheduler.T_max = scheduler.end - scheduler.get('begin', 0)
+        if scheduler.get('milestones'):
+            scheduler.milestones = [max(1, round(m * factor)) for m in scheduler.milestones]
+    cfg.param_scheduler = [s for s in schedulers if s.get('begin', 0) < s.get('end', math.inf)]
 
 
 def use_tensorboard(cfg: Config) -> None:

@@ -10,10 +10,9 @@ import sys
 import time
 
 import pytest
-from mmengine.config import Config
 
 from mmdense.benchmark.backbones import find_backbone
-from mmdense.benchmark.sweep import Sweep, set_length
+from mmdense.benchmark.sweep import Sweep
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
@@ -182,41 +181,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match=r'^cannot write .*rdnet-nano.py: Not a directory'):
         sweep_of(tmp_path / 'file')
-
-
-def test_epochs_are_stretched_and_warm_up_is_not():
-    cfg = load_config(str(DEMOS['detection']))
-    set_length(cfg, epochs=4)
-    assert cfg.train_cfg.max_epochs == 4
-    warm_up, cosine = cfg.param_scheduler
-    assert warm_up.end == 100
-    assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 3)
-    set_length(cfg, epochs=1)  # too short for the schedule after the warm-up
-    assert [s.type for s in cfg.param_scheduler] == ['LinearLR']
-    loop = dict(max_epochs=4)
-    steps = Config(dict(train_cfg=loop, param_scheduler=dict(milestones=[2, 3])))
-    set_length(steps, epochs=12)
-    assert [s.milestones for s in steps.param_scheduler] == [[6, 9]]
-
-
-def test_iterations_are_stretched():
-    cfg = load_config(str(DEMOS['segmentation']))
-    set_length(cfg, iters=40)
-    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (40, 40)
-    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 10), (10, 40)]
-
-
-@pytest.mark.parametrize(
-    ('task', 'length', 'message'),
-    [
-        ('detection', dict(iters=3), 'counts epochs: give --epochs'),
-        ('segmentation', dict(epochs=3), 'counts iters: give --iters'),
-        ('detection', dict(epochs=0), '--epochs is 0, must be at least 1'),
-    ],
-)
-def test_lengths_that_do_not_fit(task, length, message):
-    with pytest.raises(UserError, match=message):
-        set_length(load_config(str(DEMOS[task])), **length)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Changes that command-line options make to a config."""
 
 import pytest
+from mmengine.config import Config
 from mmengine.hooks import EMAHook
 
 from mmdense.config import edit
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
-from support import ROOT
+from support import DEMOS, ROOT
 
 COCO = str(ROOT / 'configs/detection/rdnet/faster-rcnn_rdnet-t_fpn_1x_coco.py')
 PLAIN = dict(type='OptimWrapper')
@@ -121,3 +122,38 @@ def test_show_dir_is_relative_to_the_working_directory(cfg, tmp_path, monkeypatc
     del cfg.default_hooks.visualization
     with pytest.raises(UserError, match='visualization'):
         edit.use_show_dir(cfg, 'shown')
+
+
+def test_epochs_are_stretched_and_warm_up_is_not():
+    cfg = load_config(str(DEMOS['detection']))
+    edit.set_length(cfg, epochs=4)
+    assert cfg.train_cfg.max_epochs == 4
+    warm_up, cosine = cfg.param_scheduler
+    assert warm_up.end == 100
+    assert (cosine.begin, cosine.end, cosine.T_max) == (1, 4, 3)
+    edit.set_length(cfg, epochs=1)  # too short for the schedule after the warm-up
+    assert [s.type for s in cfg.param_scheduler] == ['LinearLR']
+    loop = dict(max_epochs=4)
+    steps = Config(dict(train_cfg=loop, param_scheduler=dict(milestones=[2, 3])))
+    edit.set_length(steps, epochs=12)
+    assert [s.milestones for s in steps.param_scheduler] == [[6, 9]]
+
+
+def test_iterations_are_stretched():
+    cfg = load_config(str(DEMOS['segmentation']))
+    edit.set_length(cfg, iters=40)
+    assert (cfg.train_cfg.max_iters, cfg.train_cfg.val_interval) == (40, 40)
+    assert [(s.begin, s.end) for s in cfg.param_scheduler] == [(0, 10), (10, 40)]
+
+
+@pytest.mark.parametrize(
+    ('task', 'length', 'message'),
+    [
+        ('detection', dict(iters=3), 'counts epochs: give --epochs'),
+        ('segmentation', dict(epochs=3), 'counts iters: give --iters'),
+        ('detection', dict(epochs=0), '--epochs is 0, must be at least 1'),
+    ],
+)
+def test_lengths_that_do_not_fit(task, length, message):
+    with pytest.raises(UserError, match=message):
+        edit.set_length(load_config(str(DEMOS[task])), **length)
