@@ -211,7 +211,7 @@ def _largest(
 
 
 class _Plain(nn.Module):
-    """Run a block by its class's ``forward``, since the block's own was replaced."""
+    """Run the ``forward`` of a block's class, since the block's was replaced."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

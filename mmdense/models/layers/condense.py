@@ -99,10 +99,8 @@ class _Learned(_Layer):
         ValueError: Channels that G or F does not divide, or a norm other than a batch norm.
     """
 
-    grouped, chosen = (
-        0,
-        1,
-    )  # side (0: C_out, 1: C_in) that forms groups, and that groups select from
+    # The side of the weight, 0 (C_out) or 1 (C_in), that forms groups, and the one selected from.
+    grouped, chosen = 0, 1
 
     def __init__(
         self,

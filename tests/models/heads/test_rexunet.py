@@ -130,14 +130,14 @@ def test_loss_weights(weights):
     weighted = segmentor(num_classes=3, loss_weights=weights)
     data = plain.data_preprocessor(batch(), True)
     expected = plain.loss(**data)
-    found = weighted.loss(**data)
-    assert list(found) == [*(f'decode.loss_ce_{name}' for name in NAMES), 'decode.acc_seg']
+    result = weighted.loss(**data)
+    assert list(result) == [*(f'decode.loss_ce_{name}' for name in NAMES), 'decode.acc_seg']
     for name, weight in zip(NAMES, weights, strict=True):
         key = f'decode.loss_ce_{name}'
-        torch.testing.assert_close(found[key], weight * expected[key])
-    torch.testing.assert_close(found['decode.acc_seg'], expected['decode.acc_seg'])
+        torch.testing.assert_close(result[key], weight * expected[key])
+    torch.testing.assert_close(result['decode.acc_seg'], expected['decode.acc_seg'])
     # DDP needs a gradient of every parameter, also of scales with weight 0.
-    weighted.parse_losses(found)[0].backward()
+    weighted.parse_losses(result)[0].backward()
     assert all(p.grad is not None for p in weighted.parameters())
 
 
@@ -171,10 +171,10 @@ def test_several_losses_and_an_ignored_label():
     single = segmentor(num_classes=3, ignore_index=2)
     other = segmentor(num_classes=3)
     data = net.data_preprocessor(batch(), True)
-    found, alone, counted = (n.loss(**data) for n in (net, single, other))
-    assert [k for k in found if 'dice' in k] == [f'decode.loss_dice_{name}' for name in NAMES]
+    result, alone, counted = (n.loss(**data) for n in (net, single, other))
+    assert [k for k in result if 'dice' in k] == [f'decode.loss_dice_{name}' for name in NAMES]
     key = 'decode.loss_ce_s32'
-    torch.testing.assert_close(found[key], 3 * alone[key])
+    torch.testing.assert_close(result[key], 3 * alone[key])
     assert alone[key] < counted[key]
 
 
@@ -238,17 +238,17 @@ def test_depth_weights_and_range():
     for a, b in zip(depths, farther, strict=True):
         torch.testing.assert_close(4 * a, b)
     far.decode_head.max_depth = 10.0
-    expected, found = net.loss(**data), far.loss(**data)
+    expected, result = net.loss(**data), far.loss(**data)
     for name, weight in zip(NAMES, (0, 0, 1, 0, 0, 3), strict=True):
         key = f'decode.loss_silog_{name}'
-        torch.testing.assert_close(found[key], weight * expected[key])
+        torch.testing.assert_close(result[key], weight * expected[key])
 
 
 def test_disparities():
     head = ReXUNetDepthHead(in_channels=CHANNELS, max_depth=5.0).eval()
-    found = head.disparities(features())
-    assert list(found) == [('disp', k) for k in range(6)]
-    for disparity, depth in zip(found.values(), head(features()), strict=True):
+    result = head.disparities(features())
+    assert list(result) == [('disp', k) for k in range(6)]
+    for disparity, depth in zip(result.values(), head(features()), strict=True):
         assert disparity.min() >= 0
         assert disparity.max() <= 1
         torch.testing.assert_close(5 * disparity, depth)
@@ -256,7 +256,7 @@ def test_disparities():
     part.load_state_dict(head.state_dict())
     some = part.disparities(features())
     assert list(some) == [('disp', 0), ('disp', 3)]
-    assert all(torch.equal(x, found[key]) for key, x in some.items())
+    assert all(torch.equal(x, result[key]) for key, x in some.items())
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from mmdense.models.layers.lean import batch_statistics, norms_by_batch, record
 
 
 class Gate(nn.Module):
-    """A gate with a norm of its own."""
+    """A gate with a norm."""
 
     def __init__(self):
         super().__init__()
@@ -357,7 +357,7 @@ def one_process(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_equal_one_with_all_images(tmp_path):
-    """SyncBatchNorm, which torch's own code runs on a GPU alone."""
+    """With SyncBatchNorm, which torch runs only on a GPU."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
