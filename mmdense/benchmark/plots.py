@@ -123,23 +123,20 @@ def plot_scatter(items: Sequence[Item], *, x_title: str, y_title: str) -> Figure
     """Plot accuracy against cost: markers filled and names bold on the Pareto front."""
     axes = _axes(f'← {x_title}, lower is better', f'↑ {y_title}, higher is better')
     points = np.array([item.points[0] for item in items])
-    xs, ys = points.T
-    _set_limits(axes, xs, ys)
-    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
     front = pareto_front(points)
-    steps_x, steps_y = [*xs[front], right], [*ys[front], ys[front[-1]]]
-    axes.fill_between(steps_x, steps_y, bottom, step='post', color=TINT, lw=0, zorder=0.4)
-    path = np.stack(
-        ([steps_x[0], *np.repeat(steps_x, 2)[1:]], [bottom, *np.repeat(steps_y, 2)[:-1]]), 1
-    )
-    axes.plot(*path.T, color=SOFT, lw=1.4)
     labels = []
     for i, item in enumerate(items):
-        best, (x, y), gid = i in front, item.points[0], f'row-{item.row}'
+        best, (x, y), gid = i in front, points[i], f'row-{item.row}'
         look = _look(item.family, filled=best) | dict(ls='', ms=10 if best else 8, gid=gid)
         axes.plot(x, y, **look, zorder=5 if best else 4)
         weight = 'bold' if best else 'normal'
         labels.append(axes.text(x, y, _short(item.name), weight=weight, zorder=3, gid=gid))
+    _scale(axes, points)
+    right, bottom = axes.get_xlim()[1], axes.get_ylim()[0]
+    xs, ys = [*points[front, 0], right], [*points[front, 1], points[front[-1], 1]]
+    axes.fill_between(xs, ys, bottom, step='post', color=TINT, lw=0, zorder=0.4)
+    path = np.stack(([xs[0], *np.repeat(xs, 2)[1:]], [bottom, *np.repeat(ys, 2)[:-1]]), 1)
+    axes.plot(*path.T, color=SOFT, lw=1.4)
     _place(axes, labels, points, path)
     return axes.figure
 
@@ -181,25 +178,19 @@ def _axes(x_title: str, y_title: str, *, height: float = HEIGHT, right: float = 
     return axes
 
 
-def _set_limits(axes: Axes, xs: np.ndarray, ys: np.ndarray) -> None:
-    """Leave room around the points, but none below zero."""
-    axes.set_ylim(_with_room(ys.min(), ys.max()))
-    low, high = xs.min(), xs.max()
+def _scale(axes: Axes, points: np.ndarray) -> None:
+    """Choose the limits, with room around the points but none below zero, and a log scale."""
+    low, high = points[:, 0].min(), points[:, 0].max()
+    axes.margins(0.08)
     if low > 0 and high / low > LOG_FROM:
-        room = (high / low) ** 0.08
         axes.set_xscale('log')
-        axes.set_xlim(low / room, high * room)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter('{x:g}')
         axes.xaxis.set_minor_locator(NullLocator())
     else:
-        axes.set_xlim(_with_room(low, high))
         axes.xaxis.set_major_locator(MaxNLocator(6))
-
-
-def _with_room(low: float, high: float) -> tuple[float, float]:
-    room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
-    return max(low - room, 0.0), high + room
+    axes.set_xlim(max(axes.get_xlim()[0], 0), axes.get_xlim()[1])
+    axes.set_ylim(max(axes.get_ylim()[0], 0), axes.get_ylim()[1])
 
 
 def _look(family: int, *, filled: bool = False) -> dict[str, str]:

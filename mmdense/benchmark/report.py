@@ -252,19 +252,13 @@ class Report:
                 figure = f'{column.text(column.best)} {column.unit}'.rstrip()
                 sentences.append(f'{title}: {best}, {figure}.')
         fronts = [
-            {plot.items[i].row for i in pareto_front([item.points[0] for item in plot.items])}
+            {plot.items[i].name for i in pareto_front([item.points[0] for item in plot.items])}
             for plot in self.plots
         ]
-        in_all = set(range(len(names))).intersection(
-            *({item.row for item in plot.items} for plot in self.plots)
-        )
-        if fronts and len(in_all) > 1:
-            for title, rows in (
-                ('On the Pareto front of every plot', in_all.intersection(*fronts)),
-                ('On no Pareto front', in_all.difference(*fronts)),
-            ):
-                if rows:
-                    sentences.append(f'{title}: {_listed(names[row] for row in sorted(rows))}.')
+        always = set.intersection(*fronts) if fronts and len(names) > 1 else set()
+        if always:
+            on_all = _listed(name for name in names if name in always)
+            sentences.append(f'On the Pareto front of every plot: {on_all}.')
         return sentences
 
     @cached_property
