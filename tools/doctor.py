@@ -96,7 +96,8 @@ def installed(names: Iterable[str]) -> dict[str, str]:
     versions = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
+            # An interrupted installation leaves no version.
+            versions[name] = metadata.version(name) or 'unknown'
     return versions
 
 

@@ -74,19 +74,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem with a file, or with a part of it.
+    """A problem with a file, or with a part of it."""
 
-    Attributes:
-        kind: A key of :data:`KINDS`.
-        file: Its path.
-        text: The problem.
-        id: For example 'image 5' or 'annotation 17'; empty for the file itself.
-    """
-
-    kind: str
+    kind: str  # a key of KINDS
     file: str
     text: str
-    id: str = ''
+    id: str = ''  # of the part, such as 'image 5' or 'annotation 17'
 
     @property
     def severity(self) -> str:
@@ -103,41 +96,24 @@ class Finding:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a dataset's pipeline reads images and label maps.
+    """How a dataset's pipeline reads images and label maps."""
 
-    Attributes:
-        backend: mmcv's backend for images: 'cv2', 'pillow', 'turbojpeg' or 'tifffile'.
-        color_type: mmcv's flag for images, such as 'color' or 'color_ignore_orientation'.
-        label_backend: mmcv's backend for label maps.
-        classes: Number of classes, to check labels; None leaves labels unchecked.
-        ignored: The ignored label.
-        reduce_zero_label: Whether label 0 is ignored and the others count from 1.
-        label_map: Replacements of labels, applied after that.
-    """
-
-    backend: str = 'cv2'
-    color_type: str = 'color'
-    label_backend: str = 'pillow'
-    classes: int | None = None
+    backend: str = 'cv2'  # mmcv's, for images
+    color_type: str = 'color'  # mmcv's, such as 'color_ignore_orientation'
+    label_backend: str = 'pillow'  # mmcv's, for label maps
+    classes: int | None = None  # number of classes; None leaves labels unchecked
     ignored: int = 255
-    reduce_zero_label: bool = False
-    label_map: Mapping[int, int] = field(default_factory=dict)
+    reduce_zero_label: bool = False  # label 0 is ignored and the others count from 1
+    label_map: Mapping[int, int] = field(default_factory=dict)  # replacements, after that
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The files of one image in a dataset.
-
-    Attributes:
-        image: Image file.
-        id: The image's id in the annotation file.
-        size: (width, height) in the annotation file.
-        label_map: Label map, if there is one.
-    """
+    """The files of one image in a dataset."""
 
     image: str
-    id: Hashable = None
-    size: tuple[int, int] | None = None
+    id: Hashable = None  # in the annotation file
+    size: tuple[int, int] | None = None  # (width, height) in the annotation file
     label_map: str | None = None
 
 

@@ -33,29 +33,17 @@ class _UnreadableError(Exception):
 
 @dataclass
 class CocoCheck:
-    """Checks a COCO annotation file of instances.
-
-    Attributes:
-        file: The annotation file.
-        classes: The dataset's class names.
-        images: Folder of the images.
-        label_maps: Folder of label maps with the images' names, if there are any.
-        map_suffix: Suffix of the label maps.
-        masks: Whether training uses the instances' masks.
-        training: False for evaluation, which leaves out no image.
-        filter_empty: Whether training leaves out images without objects.
-        min_size: Training leaves out images with a shorter side, in pixels.
-    """
+    """Checks a COCO annotation file of instances."""
 
     file: str
-    classes: Sequence[str]
-    images: str
-    label_maps: str | None = None
+    classes: Sequence[str]  # of the dataset
+    images: str  # folder
+    label_maps: str | None = None  # folder, if there are any
     map_suffix: str = '.png'
-    masks: bool = False
-    training: bool = True
-    filter_empty: bool = False
-    min_size: int = 0
+    masks: bool = False  # whether training uses them
+    training: bool = True  # False for evaluation, which leaves out no image
+    filter_empty: bool = False  # whether training leaves out images without objects
+    min_size: int = 0  # training leaves out images with a shorter side, in pixels
     findings: list[Finding] = field(default_factory=list, init=False)
 
     def run(self) -> tuple[list[Finding], list[Sample]]:
@@ -217,10 +205,11 @@ class CocoCheck:
         try:
             points = np.concatenate([np.array(polygon, dtype=float) for polygon in mask])
         except (TypeError, ValueError, OverflowError):
-            self._report('invalid mask', 'a polygon is not a list of numbers', part)
-            return
+            points = None
         side = max(width, height)
-        if not ((points >= -side) & (points <= 2 * side)).all():  # or NaN
+        if points is None or points.ndim != 1:
+            self._report('invalid mask', 'a polygon is not a list of numbers', part)
+        elif not ((points >= -side) & (points <= 2 * side)).all():  # or NaN
             self._report('invalid mask', 'a polygon lies far outside the image', part)
         elif short := sum(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
             self._report('short polygon', f'{short} of {len(mask)} polygons', part)

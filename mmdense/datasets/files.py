@@ -49,12 +49,9 @@ def list_files(
 ) -> tuple[list[Finding], list[tuple[Sample, ReadOptions]]]:
     """Check the annotations of a config's datasets, also inside wrappers, and list their files.
 
-    Args:
-        cfg: The config.
-        loaders: Of 'train', 'val' and 'test'; those that the config does not have are skipped.
-
     Returns:
-        The findings in the annotations, and the files to check, each once.
+        The findings in the annotations of the ``loaders`` ('train', 'val', 'test') that the config
+        has, and the files to check, each once.
 
     Raises:
         UserError: A dataset is remote or cannot be built, or there is none.
@@ -78,11 +75,7 @@ def list_files(
 
 
 def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
-    """Build a dataset without reading its annotations.
-
-    Args:
-        node: Its config.
-        where: Its place in the whole config, for errors.
+    """Build a dataset without reading its annotations; ``where`` is its place in the config.
 
     Raises:
         UserError: It is remote, cannot be built, or is not a dataset of mmengine.

@@ -71,6 +71,7 @@ FAULTS = {
         dict(segmentation=None),
         dict(segmentation='text'),
         dict(segmentation=[8, 8, 20, 8, 20, 30]),
+        dict(segmentation=[[[8, 8], [20, 8], [20, 30]]]),
         dict(segmentation=[[8, 8, 1e9, 8, 20, 30]]),
         dict(segmentation=[[8, 8, 10**400, 8, 20, 30]]),
         dict(segmentation=[[8, 8, float('nan'), 8, 20, 30]]),
