@@ -53,19 +53,19 @@ def rotated():
     return encode(exif=exif)
 
 
-WHOLE, DEEP = encode(), PIXELS.astype(np.uint16) * 256 + 99
+INTACT, DEEP = encode(), PIXELS.astype(np.uint16) * 256 + 99
 PROGRESSIVE = encode(progressive=True)
 # Large enough for zeros to replace half of the file.
 NOISY = cv2.imencode('.jpg', np.random.default_rng(1).integers(0, 256, (64, 96, 3), np.uint8))[1]
 NOISY = NOISY.tobytes()
 # Name -> content, (width, height) after rotation, and the kind of finding.
 USABLE = {
-    'whole.jpg': (WHOLE, (96, 64), None),
+    'intact.jpg': (INTACT, (96, 64), None),
     'progressive.jpg': (PROGRESSIVE, (96, 64), None),
     'grey.jpg': (encode(mode='L'), (96, 64), None),
     'cmyk.jpg': (encode(mode='CMYK'), (96, 64), None),
     'palette.png': (encode('PNG', 'P'), (96, 64), None),
-    'padded.jpg': (WHOLE + bytes(500), (96, 64), None),
+    'padded.jpg': (INTACT + bytes(500), (96, 64), None),
     'rotated.jpg': (rotated(), (64, 96), None),
     'opaque.png': (encode('PNG', 'RGBA'), (96, 64), None),
     'clear.png': (png(np.dstack([PIXELS, PIXELS[..., 0]])), (96, 64), 'transparency'),
@@ -77,7 +77,7 @@ USABLE = {
 }
 UNUSABLE = {
     'empty.jpg': (b'', 'empty file'),
-    'truncated.jpg': (WHOLE[: len(WHOLE) // 2], 'damaged file'),
+    'truncated.jpg': (INTACT[: len(INTACT) // 2], 'damaged file'),
     'truncated-progressive.jpg': (PROGRESSIVE[: len(PROGRESSIVE) // 2], 'damaged file'),
     'truncated.png': (encode('PNG')[:4000], 'damaged file'),
     'zeros.jpg': (NOISY[: len(NOISY) // 2] + bytes(len(NOISY) // 2), 'damaged file'),

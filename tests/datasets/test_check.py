@@ -12,7 +12,7 @@ from mmseg.datasets.transforms import LoadAnnotations
 from PIL import Image
 
 import mmdense.models  # noqa: F401  (before OpenCV: sets its limit of pixels)
-from bad_data import PIXELS, UNUSABLE, USABLE, WHOLE, bomb, encode, png, write
+from bad_data import INTACT, PIXELS, UNUSABLE, USABLE, bomb, encode, png, write
 from mmdense.datasets import check
 from mmdense.datasets.check import Finding, ReadOptions, Sample, check_sample, map_labels
 
@@ -25,7 +25,7 @@ def check_image(file, size=None, options=None):
 
 def check_map(file, options=THREE):
     """Check a label map beside an intact image of 96 x 64 pixels; return (kind, text) pairs."""
-    image = write(file.parent, 'intact.jpg', WHOLE)
+    image = write(file.parent, 'intact.jpg', INTACT)
     findings = check_sample(Sample(str(image), label_map=str(file)), options)
     assert all(finding.file == str(file) for finding in findings)
     return [(finding.kind, finding.text) for finding in findings]
@@ -114,7 +114,7 @@ def test_bombs_take_no_memory_and_nothing_is_started(tmp_path):
     for name in ('drawing.jpg', 'postscript.jpg'):
         files.append(write(tmp_path, name, UNUSABLE[name][0]))
     lines = subprocess.run(
-        [sys.executable, '-c', LIMITED, write(tmp_path, 'intact.jpg', WHOLE), *files],
+        [sys.executable, '-c', LIMITED, write(tmp_path, 'intact.jpg', INTACT), *files],
         env=dict(os.environ, PATH=f'{tmp_path}:/usr/bin:/bin'),
         capture_output=True,
         text=True,

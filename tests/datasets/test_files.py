@@ -37,7 +37,7 @@ def boxes(folder, split='train', number=2, **options):
     """Write a detection dataset of two classes; return its config."""
     images = [(i, f'{i}.jpg', 96, 64) for i in range(number)]
     for _, name, *_ in images:
-        bad.write(folder / split, name, bad.WHOLE)
+        bad.write(folder / split, name, bad.INTACT)
     file = bad.write_json(folder / f'{split}.json', bad.coco(images, [bad.box(1, image=0)]))
     config = dict(type='CocoDataset', metainfo=dict(classes=('a', 'b')), pipeline=BOXES)
     config.update(data_root=str(folder), ann_file=file.name, data_prefix=dict(img=f'{split}/'))
@@ -46,7 +46,7 @@ def boxes(folder, split='train', number=2, **options):
 
 def maps(folder, **options):
     """Write a segmentation dataset of two classes; return its config."""
-    bad.write(folder / 'img', '0.jpg', bad.WHOLE)
+    bad.write(folder / 'img', '0.jpg', bad.INTACT)
     labels = np.tile([[0, 1]], (64, 48)).astype(np.uint8)
     bad.write(folder / 'map', '0.png', bad.png(labels))
     config = dict(type='BaseSegDataset', metainfo=dict(classes=('a', 'b')), data_root=str(folder))

@@ -56,7 +56,7 @@ def full_boxes(files):
     return [bad.box(100 + i, i, bbox=(0, 0, *sizes[i - 1])) for i in range(2, len(files) + 1)]
 
 
-def segmentation(folder, split, maps, content=bad.WHOLE):
+def segmentation(folder, split, maps, content=bad.INTACT):
     """Write copies of one image with their label maps."""
     for name, label_map in maps.items():
         bad.write(folder / split, f'{name}.jpg', content)
@@ -101,7 +101,7 @@ def test_all_faults_of_detection_data_are_found_in_one_run(check, tmp_path):
     files = {**bad.USABLE, **bad.UNUSABLE}
     faults = {**LEFT_OUT, **TRAINED, **IGNORED, **ERRORS}
     detection(tmp_path, files, [*faults.values(), *full_boxes(bad.USABLE)])
-    detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
+    detection(tmp_path, {'intact.jpg': bad.USABLE['intact.jpg']}, [bad.box(1)], 'val')
     status, output, findings = check('detection', MASKS)
     assert status == 1, output
     ids = {name: f'image {i}' for i, name in enumerate(files, 1)}
@@ -185,7 +185,7 @@ def test_training_continues_where_the_check_only_warns(tmp_path):
     annotations = [*LEFT_OUT.values(), *TRAINED.values(), *IGNORED.values()]
     annotations += full_boxes(bad.USABLE)[:-1]  # the last image has no object
     detection(tmp_path, bad.USABLE, annotations)
-    detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], 'val')
+    detection(tmp_path, {'intact.jpg': bad.USABLE['intact.jpg']}, [bad.box(1)], 'val')
     recorder = train('detection', tmp_path, **dict([MASKS.split('=')]))
     assert set(recorder.inputs) == set(bad.USABLE)
     assert np.isfinite(recorder.loss)
@@ -201,7 +201,7 @@ def test_training_continues_where_the_check_only_warns(tmp_path):
         ('clear.png', 0),
         ('deep.png', 0),
         ('deep.tif', 1),
-        ('whole.jpg', 6),
+        ('intact.jpg', 6),
         ('progressive.jpg', 6),
         ('cmyk.jpg', 6),
     ):
@@ -211,10 +211,10 @@ def test_training_continues_where_the_check_only_warns(tmp_path):
     assert (grey == grey[:1]).all()
     assert (grey[0].int() == picture[0]).all()
     upright = recorder.inputs['rotated.jpg'][0].int()
-    lying = recorder.inputs['whole.jpg'][0].int()
-    assert (upright.rot90(1, (1, 2)) - lying).abs().float().mean() < 2
+    stored = recorder.inputs['intact.jpg'][0].int()
+    assert (upright.rot90(1, (1, 2)) - stored).abs().float().mean() < 2
     # Boxes are clipped; crowds and polygons of two points are ignored.
-    sample = recorder.inputs['whole.jpg'][1]
+    sample = recorder.inputs['intact.jpg'][1]
     assert sample.gt_instances.bboxes.tensor.tolist() == [[20, 40, 100, 100], [160, 80, 192, 128]]
     assert sample.gt_instances.labels.tolist() == [2, 3]
     ignored = sample.ignored_instances.bboxes.tensor.tolist()
@@ -228,7 +228,7 @@ def test_training_continues_where_the_check_only_warns(tmp_path):
 @pytest.mark.slow
 def test_training_stops_with_one_line(run_tool, tmp_path):
     """In a worker process, as users run it."""
-    files = {name: {**bad.USABLE, **bad.UNUSABLE}[name] for name in ('whole.jpg', 'truncated.png')}
+    files = {name: {**bad.USABLE, **bad.UNUSABLE}[name] for name in ('intact.jpg', 'truncated.png')}
     for split in ('train', 'val'):
         detection(tmp_path, files, [bad.box(1)], split)
     status, output = run_tool(
@@ -299,7 +299,7 @@ def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
         (DIGITS[:9], 'no category 9 (it has 0, 1, 2, 3, 4, 5, 6, 7, 8)'),
         (('cat', 'dog'), 'no category 0, 1, 2, 3, 4 and 5 more (it has cat, dog)'),
     ):
-        detection(tmp_path, {'whole.jpg': bad.USABLE['whole.jpg']}, [bad.box(1)], classes=classes)
+        detection(tmp_path, {'intact.jpg': bad.USABLE['intact.jpg']}, [bad.box(1)], classes=classes)
         assert stops('detection', tmp_path).startswith(f'{file}: {missing}: ')
     # mmdet drops every image, and numpy has nothing to concatenate.
     filters = {'dataset.filter_cfg': dict(filter_empty_gt=True)}
@@ -307,13 +307,13 @@ def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
 
 
 def test_training_names_the_fault_of_an_annotation_file(tmp_path):
-    whole = {'whole.jpg': bad.USABLE['whole.jpg']}
+    image = {'intact.jpg': bad.USABLE['intact.jpg']}
     file = tmp_path / 'annotations/instances_train.json'
     for annotations, message in (
         ([bad.box(1), bad.box(1)], 'annotation 1: another annotation has the same id: '),
         ([bad.box(1) | dict(bbox=None)], 'image 1, annotation 1: bbox is None, area is 1200: '),
     ):
-        detection(tmp_path, whole, annotations)
+        detection(tmp_path, image, annotations)
         assert stops('detection', tmp_path).startswith(f'{file}: {message}')
     file.write_bytes(file.read_bytes()[:-20])
     assert stops('detection', tmp_path).startswith(f'{file}: JSONDecodeError: ')
