@@ -51,14 +51,6 @@ def test_peers_compute_the_same(name, peer):
         assert (a - b).abs().max() <= 1e-9 * b.abs().max()
 
 
-def test_weights_are_not_trivial():
-    state = NETWORKS['densenet121'].create().state_dict()
-    for leaf in ('norm1.weight', 'norm1.bias', 'norm1.running_mean', 'norm1.running_var'):
-        assert state[f'features.denseblock2.denselayer3.{leaf}'].std() > 0.05
-    again = NETWORKS['densenet121'].create().state_dict()
-    assert all(torch.equal(value, again[name]) for name, value in state.items())
-
-
 def test_configurations():
     names = [c.name for c in contenders(Setting('densenet121', mode='train'))]
     assert 'mmdense' in names
@@ -148,26 +140,25 @@ def test_a_configuration_that_fails_is_a_row(monkeypatch):
         compare(SMALL, compiled=False, rounds=1, memory=False)
 
 
-def test_training_in_mixed_precision():
-    setting = Setting('rexnet_100', 'train', (64, 96), 2, 'bfloat16')
-    contender = Contender('mmdense')
-    net = contender.build(setting)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_training_uses_mixed_precision_and_float32_gradients(dtype):
+    setting = Setting('rexnet_100', 'train', (64, 96), 2, dtype)
+    net = Contender('mmdense').build(setting)
     dtypes = []
     net.features[3].conv_pwl.conv.register_forward_hook(lambda m, x, y: dtypes.append(y.dtype))
-    contender.runner(net, setting)()
-    assert dtypes == [torch.bfloat16]
-    assert next(net.parameters()).grad.dtype == torch.float32
+    Contender('mmdense').runner(net, setting)()
+    assert dtypes == [getattr(torch, dtype)]
+    assert net.training
+    assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+    if dtype == 'float32':  # in bfloat16 a few gradients are rounded to zero
+        assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
 
-@pytest.mark.parametrize('mode', ['train', 'infer'])
-def test_only_training_computes_gradients(mode):
-    setting = Setting('rexnet_100', mode, (64, 96), 2)
-    contender = Contender('mmdense')
-    net = contender.build(setting)
-    contender.runner(net, setting)()
-    has_grad = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in net.parameters()]
-    assert all(has_grad) if mode == 'train' else not any(has_grad)
-    assert net.training == (mode == 'train')
+def test_inference_computes_no_gradients():
+    net = Contender('mmdense').build(SMALL)
+    Contender('mmdense').runner(net, SMALL)()
+    assert not net.training
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_forms_are_built():

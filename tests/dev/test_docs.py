@@ -7,7 +7,6 @@ import yaml
 
 from dev.docs import __main__ as command
 from dev.docs.pages import compare
-from dev.markdown import table
 from support import ROOT
 
 RECIPES = sorted(
@@ -56,13 +55,6 @@ def test_a_difference_from_a_published_figure_needs_a_reason():
     assert compare('net: params', None, 98, None) == '98'
     with pytest.raises(SystemExit, match='net: params: 100 was published, 98 counted: give the re'):
         compare('net: params', 100, 98, None)
-
-
-def test_tables_leave_out_empty_columns_and_align_numbers():
-    text = table([{'name': 'a', 'empty': '', 'n': '1.0'}, {'name': 'b', 'empty': '', 'n': ''}])
-    header, rule, *_ = text.splitlines()
-    assert [cell.strip() for cell in header.split('|')] == ['', 'name', 'n', '']
-    assert rule.split('|')[2].endswith('-:')
 
 
 def test_every_recipe_has_one_row_in_the_zoo_and_in_the_readme_of_its_folder():
