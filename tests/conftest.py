@@ -1,13 +1,18 @@
 """Shared fixtures."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import pytest
+from mmengine.config import utils
 
 from mmdense.datasets import make_digits
 from support import ROOT, forget_runs, load_tool
+
+# mmengine reads a hundred metafiles for each base such as 'mmdet::_base_/default_runtime.py'.
+utils.load = functools.cache(utils.load)
 
 
 @pytest.fixture(scope='session')

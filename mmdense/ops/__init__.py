@@ -1,17 +1,18 @@
-"""mmcv's compiled extension, ``mmcv._ext``, from torchvision's operators and plain torch.
+"""A replacement for mmcv's compiled extension, ``mmcv._ext``, in torchvision and plain torch.
 
-:func:`install` lets ``import mmcv.ops`` succeed where mmcv came without its extension (a wheel of
-pure Python, mmcv-lite) or with one that doesn't load (built for another torch). An extension that
-loads is used. The environment variable ``MMDENSE_OPS`` chooses, when ``mmcv._ext`` is first
+With :func:`install`, ``import mmcv.ops`` works where mmcv has no compiled extension (mmcv-lite, a
+pure Python wheel) or one that doesn't load (built for another torch). An extension that loads is
+used. The environment variable ``MMDENSE_OPS`` selects the operators when ``mmcv._ext`` is first
 imported:
 
 =============== ==================================================================================
-``auto``        the compiled extension if it loads, else ours; one warning if it is there and fails
-``torchvision`` ours
-``compiled``    the compiled extension; ImportError without one that loads
+``auto``        the compiled extension, or mmdense's operators if there is none or, with a
+                warning, if it doesn't load
+``torchvision`` mmdense's operators
+``compiled``    the compiled extension; ImportError if there is none that loads
 =============== ==================================================================================
 
-What is provided, forward and backward, on every device, in float64, float32, float16, bfloat16:
+Provided operators, forward and backward, on every device, in float64, float32, float16, bfloat16:
 
 ============================================ =====================================================
 boxes                                        nms, softnms, nms_match, bbox_overlaps
@@ -24,8 +25,8 @@ upsampling                                   carafe, carafe_naive
 normalisation                                sync_bn
 ============================================ =====================================================
 
-That is what mmdet 3.3 and mmseg 1.2 call, except deform_roi_pool (two configs of Faster R-CNN) and
-line_nms (CLRNet). Every other name exists and raises NotImplementedError when it is called:
+These are all that mmdet 3.3 and mmseg 1.2 call, except deform_roi_pool (two Faster R-CNN configs)
+and line_nms (CLRNet). Every other operator exists and raises NotImplementedError when it is called:
 rotated and quadrilateral boxes, points and voxels, sparse convolution, border_align, prroi_pool,
 correlation, StyleGAN's operators and so on.
 """
@@ -50,27 +51,28 @@ OURS = str(Path(__file__).with_name('_ext.py'))
 
 
 def install() -> None:
-    """Answer imports of ``mmcv._ext`` from now on. Calling it again changes nothing.
+    """Handle imports of ``mmcv._ext`` from now on. Further calls have no effect.
 
-    Neither torch nor mmcv is imported, and nothing is decided, before somebody imports mmcv.ops.
+    The choice is made when mmcv.ops is imported. Until then, neither torch nor mmcv is imported.
     """
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 def backend() -> str:
-    """Return which operators mmcv uses, 'compiled' or 'torchvision', importing them if need be.
+    """Return which operators mmcv uses, 'compiled' or 'torchvision'; imports them if necessary.
 
     Raises:
-        ImportError: there is no mmcv, or ``MMDENSE_OPS=compiled`` and no extension that loads.
-        ValueError: ``MMDENSE_OPS`` has an unknown value.
+        ImportError: If there is no mmcv, or no extension that loads with
+            ``MMDENSE_OPS=compiled``.
+        ValueError: If ``MMDENSE_OPS`` has an unknown value.
     """
     module = importlib.import_module(NAME)
     return 'torchvision' if getattr(module, '__file__', None) == OURS else 'compiled'
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds ``mmcv._ext``, and nothing else."""
+    """Finds only ``mmcv._ext``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -81,7 +83,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
-    """Loads the compiled extension on ``path`` or, under its name, our ``_ext.py``."""
+    """Loads the compiled extension on ``path``, or ``_ext.py`` of this package under its name."""
 
     def __init__(self, path: Sequence[str]) -> None:
         super().__init__(NAME, OURS)
@@ -108,7 +110,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
                 self.compiled = None
                 if choice == 'auto':
                     warnings.warn(
-                        f"mmcv's compiled extension is not used, mmdense's operators are: {reason}",
+                        f"using mmdense's operators instead of mmcv's compiled ones: {reason}",
                     )
         if choice == 'compiled':
             raise ImportError(
@@ -122,13 +124,13 @@ class _Loader(importlib.machinery.SourceFileLoader):
         if self.compiled is None:
             super().exec_module(module)
         else:
-            # The import system gave it our spec; it has run while it was loaded.
+            # create_module() has run it already. The import system has set this finder's spec.
             module.__spec__, module.__loader__ = self.compiled, self.compiled.loader
 
 
 def _load(spec: importlib.machinery.ModuleSpec) -> ModuleType:
-    """Return the compiled module of ``spec``, executed."""
-    importlib.import_module('torch')  # its libraries are what the extension links against
+    """Load and run the compiled module of ``spec``."""
+    importlib.import_module('torch')  # the extension links against its libraries
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

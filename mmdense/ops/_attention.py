@@ -41,8 +41,8 @@ def ms_deform_attn_backward(
 ) -> None:
     """Write the gradients of values, locations and weights.
 
-    The output is a sum over the levels: each is computed again and differentiated alone, which
-    keeps one level's samples in memory.
+    The output is a sum over the levels. Each level is recomputed and differentiated alone, so that
+    only one level's samples are in memory.
     """
     *tensors, grad = widen(value, sampling_locations, attention_weights, grad_output)
     outs = grad_value, grad_sampling_loc, grad_attn_weight
@@ -64,7 +64,7 @@ def _levels(shapes: Tensor, starts: Tensor) -> list[Level]:
 
 
 def _slices(tensors: tuple[Tensor, ...], level: Level) -> list[Tensor]:
-    """Return what belongs to one level of values, locations and weights, as views."""
+    """Return views of one level's values, locations and weights."""
     value, locations, weights = tensors
     index, start, height, width = level
     return [
@@ -75,7 +75,7 @@ def _slices(tensors: tuple[Tensor, ...], level: Level) -> list[Tensor]:
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, level: Level) -> Tensor:
-    """Return the share [B, Q, M * D] of one level."""
+    """Return one level's contribution [B, Q, M * D]."""
     maps = value.permute(0, 2, 3, 1).unflatten(3, level[2:]).flatten(0, 1)  # [B M, D, H, W]
     grid = locations.transpose(1, 2).flatten(0, 1) * 2 - 1  # [B M, Q, P, 2]
     samples = F.grid_sample(maps, grid, align_corners=False)  # [B M, D, Q, P]

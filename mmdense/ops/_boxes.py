@@ -1,4 +1,4 @@
-"""Suppression and overlap of boxes [N, 4] as (x1, y1, x2, y2)."""
+"""Non-maximum suppression and overlaps of boxes [N, 4] as (x1, y1, x2, y2)."""
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from mmdense.ops._common import widen
 
 @torch.no_grad()
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Return the indices that survive, highest score first, equal scores in their given order."""
+    """Return the kept indices by falling score; equal scores keep their order."""
     boxes, scores = widen(boxes, scores)
     dtype = torch.promote_types(boxes.dtype, scores.dtype)
-    # Sides are x2 - x1 + offset, in areas and in intersections alike: moving the far corner by
-    # the offset gives both, up to 2**24, where float32 doesn't hold a pixel more.
+    # Sides are x2 - x1 + offset, in areas and in intersections: moving the far corner by the
+    # offset gives both, up to 2**24, where float32 has no digit for a pixel.
     boxes = torch.cat((boxes[:, :2], boxes[:, 2:] + offset), 1) if offset else boxes
     # mmcv compares at the boxes' precision, torchvision's CPU kernel in double: an IoU of exactly
     # 0.6 in float32 exceeds the double 0.6.
@@ -34,8 +34,8 @@ def softnms(
 ) -> Tensor:
     """Write (box, decayed score) to ``dets`` [N, 5] in the order picked; return their indices.
 
-    ``method`` is 0 naive, 1 linear, 2 gaussian. The work is sequential: one round a kept box, in
-    numpy, whose calls cost the least.
+    ``method`` is 0 naive, 1 linear, 2 gaussian. Boxes are picked one after another, in numpy, whose
+    calls have the least overhead.
     """
     boxes, scores = widen(boxes, scores)
     rows = torch.cat((boxes, scores[:, None].to(boxes)), 1).T.cpu().numpy().copy()
@@ -59,7 +59,7 @@ def softnms(
             score[rest] *= np.exp(-(iou * iou) / sigma)
         else:
             score[rest] *= np.where(iou >= iou_threshold, 1 - iou if method == 1 else 0, 1)
-        # As mmcv drops a box, the last one takes its place: with equal scores that order decides.
+        # Like mmcv, put the last box in the place of a dropped one: the order decides ties.
         alive = score[rest] >= min_score
         kept = alive.sum()
         holes = np.flatnonzero(~alive[:kept])
@@ -74,7 +74,7 @@ def softnms(
 
 @torch.no_grad()
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
-    """Return groups of indices into ``dets`` [N, 5]: a kept box, then those that it suppresses."""
+    """Return groups of indices into ``dets`` [N, 5]: a kept box, then the boxes it suppresses."""
     (dets,) = widen(dets)
     order = dets[:, 4].argsort(descending=True, stable=True)
     groups = []
@@ -97,7 +97,7 @@ def bbox_overlaps(
 
 
 def _overlaps(first: Tensor, second: Tensor, offset: int = 0, over_first: bool = False) -> Tensor:
-    """Return the overlap of boxes [..., 4], as their leading dimensions broadcast."""
+    """Return the overlap of boxes [..., 4]; leading dimensions broadcast."""
 
     def sides(low: Tensor, high: Tensor) -> Tensor:
         return high - low + offset

@@ -1,14 +1,14 @@
-"""What the operators share."""
+"""Precision of the operators."""
 
 import torch
 from torch import Tensor
 
 
 def widen(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return the tensors, those in float16 and bfloat16 as float32.
+    """Return the tensors, with float16 and bfloat16 converted to float32.
 
-    torchvision's kernels know no bfloat16, on a CPU some know no float16, and sums, areas and
-    coordinates want more digits than either has. Nothing is left for autocast to change.
+    torchvision's kernels don't support bfloat16, and some not float16 on a CPU. Sums, areas and
+    coordinates need more digits than either has. Autocast then changes nothing.
     """
     narrow = (torch.float16, torch.bfloat16)
     return tuple(t.float() if t.dtype in narrow else t for t in tensors)

@@ -1,7 +1,6 @@
-"""The module that stands in for ``mmcv._ext``: executed under that name, with a spec of its own.
+"""The replacement for ``mmcv._ext``, executed under that name.
 
-mmcv asserts when it is imported that each operator exists; those that aren't provided exist too,
-and raise when they are called.
+mmcv checks on import that every operator exists. Those that are not provided raise when called.
 """
 
 import torch
@@ -10,7 +9,7 @@ import torchvision
 if not hasattr(torch.ops.torchvision, 'nms'):
     raise ImportError(
         f'the operators of torchvision {torchvision.__version__} do not load with torch '
-        f'{torch.__version__}: install the torchvision that belongs to this torch'
+        f'{torch.__version__}: install the torchvision that matches this torch'
     )
 
 from mmdense.ops._attention import ms_deform_attn_backward, ms_deform_attn_forward
@@ -91,12 +90,12 @@ __all__ = [
 
 
 def get_compiler_version() -> str:
-    """Return what mmengine's environment report shows in place of mmcv's compiler."""
+    """Return the entry for mmcv's compiler in mmengine's environment report."""
     return f'none: operators of torchvision {torchvision.__version__} by mmdense'
 
 
 def get_compiling_cuda_version() -> str:
-    """Return the CUDA version of torch, whose kernels these are."""
+    """Return the CUDA version of torch, whose kernels are used."""
     return torch.version.cuda or 'not available'
 
 
@@ -106,8 +105,8 @@ def __getattr__(name: str):
 
     def missing(*args, **kwargs):
         raise NotImplementedError(
-            f'mmcv operator {name!r} is not among those that mmdense.ops provides. It needs mmcv '
-            'with its compiled extension, which is used as soon as it is there: '
+            f'mmdense.ops does not provide the mmcv operator {name!r}. Install mmcv with its '
+            'compiled extension, which mmdense then uses: '
             'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary onedl-mmcv onedl-mmcv '
             '(with a C++ compiler and torch < 2.14)'
         )

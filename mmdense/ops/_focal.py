@@ -1,12 +1,11 @@
-"""Focal loss, by element.
+"""Elementwise focal losses.
 
-``target`` [N] holds class indices. For the sigmoid form the background is any index without a
-column, by convention the number of classes; the softmax form skips negative ones. ``weight`` [C],
-empty for none, is indexed by the target: there the background, which has no entry, weighs 1
-(mmcv's kernels read past the end).
+``target`` [N] are class indices. In the sigmoid form, any index without a column is background, by
+convention the number of classes. The softmax form skips negative indices. ``weight`` [C], or empty,
+is indexed by the target; background has weight 1 (mmcv's kernels read past the end).
 
-The sigmoid form takes log(1 - p) from the logit: 1 - p rounds to 0 in float32 from logits of 17 on,
-where mmcv's kernels jump to their clamp, a loss of 87 in place of 17.
+The sigmoid form computes log(1 - p) from the logit. In float32, 1 - p rounds to 0 for logits above
+17, where mmcv's kernels jump to their clamp: a loss of 87 instead of 17.
 """
 
 import math
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from mmdense.ops._common import widen
 
-TINY = torch.finfo(torch.float32).tiny  # what mmcv clamps to before a logarithm, in every dtype
+TINY = torch.finfo(torch.float32).tiny  # mmcv's lower bound of logarithms, in every dtype
 
 
 @torch.no_grad()
@@ -25,7 +24,7 @@ def sigmoid_focal_loss_forward(
 ) -> None:
     """Write the loss [N, C] of the logits ``input`` [N, C]."""
     wrong, index, positive = _signed(input, target)
-    miss = wrong.sigmoid()  # 1 - p of what the target says
+    miss = wrong.sigmoid()  # 1 - p of the target
     loss = miss.pow_(gamma).mul_(_softplus_(wrong))
     _scale(loss, index, positive, (alpha, 1 - alpha), _weigh(*widen(weight), target))
     output.copy_(loss)
@@ -69,12 +68,12 @@ def softmax_focal_loss_backward(
 ) -> None:
     """Write the derivative [N, C] of each loss by the logits behind ``input``.
 
-    ``buff`` [N] takes p dL/dp for the target's probability p: the softmax makes the derivative by
-    logit c that times (1 if c is the target else 0) - input[c].
+    ``buff`` [N] receives p dL/dp for the target's probability p. By the softmax, the derivative by
+    logit c is that times (1 if c is the target else 0) - input[c].
     """
     prob, scale = _softmax_terms(input, target, weight)
     rest = 1 - prob
-    # It vanishes towards certainty, where a power below 0 would give infinity times zero.
+    # The limit at p = 1 is 0, where a negative power would give infinity times zero.
     slope = torch.where(rest > 0, gamma * rest ** (gamma - 1) * prob * _log(prob), 0)
     shared = alpha * (slope - rest**gamma) * scale
     buff.copy_(shared)
@@ -84,10 +83,10 @@ def softmax_focal_loss_backward(
 
 
 def _signed(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits [N, C] of the wrong answer, the column of each row's target, and if it has one.
+    """Return logits [N, C] of the wrong answer, each row's target column, and whether it has one.
 
-    That is the logit itself but for the target's, whose sign changes. Only [N] values are touched
-    for it: masks of [N, C] would cost more than all the rest.
+    These are the logits with the sign of the target's flipped. Only [N] values are touched: masks
+    of [N, C] would cost more than everything else.
     """
     (wrong,) = widen(input)
     wrong = wrong.clone() if wrong is input else wrong
@@ -128,7 +127,7 @@ def _softmax_terms(input: Tensor, target: Tensor, weight: Tensor) -> tuple[Tenso
 
 
 def _weigh(weight: Tensor, target: Tensor) -> Tensor | None:
-    """Return the weight [N] of each row's target, None where there are no weights."""
+    """Return the weight [N] of each row's target, or None without weights."""
     if not weight.numel():
         return None
     known = (target >= 0) & (target < len(weight))

@@ -1,4 +1,4 @@
-"""The steps of mmcv's synchronised batch normalisation (``MMSyncBN``); it reduces between them.
+"""The steps of mmcv's synchronised batch norm (``MMSyncBN``), which reduces between them.
 
 Inputs are [N, C, S] of any floating dtype, statistics [C] float32.
 """
@@ -18,7 +18,7 @@ def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
 
 @torch.no_grad()
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Write this process's mean square distance to the common ``mean``."""
+    """Write this process's mean squared difference from the global ``mean``."""
     (wide,) = widen(input)
     var.copy_((wide - mean[:, None]).square().mean((0, 2)))
 
@@ -39,7 +39,7 @@ def sync_bn_forward_output(
     momentum: float | Tensor,
     group_size: int,
 ) -> None:
-    """Write ``norm``, ``std`` and ``output``, and move the running statistics."""
+    """Write ``norm``, ``std`` and ``output``, and update the running statistics."""
     (wide,) = widen(input)
     std.copy_((var + eps).sqrt())
     norm.copy_((wide - mean[:, None]) / std[:, None])
@@ -71,7 +71,7 @@ def sync_bn_backward_data(
     std: Tensor,
     grad_input: Tensor,
 ) -> None:
-    """Write the gradient of the input, from the common gradients of weight and bias."""
+    """Write the gradient of the input, from the global gradients of weight and bias."""
     (grad,) = widen(grad_output)
     count = grad.size(0) * grad.size(2)
     through = (norm * grad_weight[:, None] + grad_bias[:, None]) / count

@@ -1,10 +1,10 @@
 """Pooling of regions of interest (RoIs).
 
-R: RoIs, rows of (image index, x1, y1, x2, y2); C: channels; H, W: size of the maps [N, C, H, W];
+R: RoIs, rows of (image index, x1, y1, x2, y2); C: channels; H, W: size of the feature maps;
 P, Q: size of the outputs [R, C, P, Q]. Pairs are (y, x) unless said otherwise.
 
-A RoI that is not finite, as a diverging network proposes it, gives NaN and sends back no gradient:
-torchvision's kernel would read anywhere in memory for it. A RoI of an image that is not in the
+A RoI that is not finite, such as a diverging network's, gives NaN and no gradient: torchvision's
+kernel would read arbitrary memory. A RoI of an image that is not in the
 batch raises an IndexError on a CPU and a device-side assertion on a GPU. Average pooling never
 waits for the GPU.
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 from mmdense.ops._common import widen
 
 MAX = 0  # pool_mode of RoIAlign; 1 is average
-OUTSIDE = -3e4  # coordinate in pixels, also of a half, that no feature map reaches
-CHUNK = 2**24  # values that max pooling samples at once: 64 MiB
+OUTSIDE = -3e4  # a coordinate outside every feature map, which float16 can represent
+CHUNK = 2**24  # samples of max pooling at once: 64 MiB
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def roi_align_forward(
 ) -> None:
     """Write ``output`` [R, C, P, Q]; max pooling also writes where each maximum was sampled.
 
-    A bin without samples (a RoI without area, ``aligned`` and ``sampling_ratio=0``) gives zero in
-    both modes; mmcv's max pooling leaves its smallest number there.
+    A bin without samples (``aligned`` and ``sampling_ratio=0`` with an empty RoI) gives zero in
+    both modes. mmcv's max pooling gives its smallest number.
     """
     input, rois = widen(input, rois)
     rois, bad = _usable(rois, len(input))
@@ -54,7 +54,7 @@ def roi_align_forward(
     output.zero_()
     argmax_y.fill_(-1)
     argmax_x.fill_(-1)
-    # Averages over a grid g times as fine, one sample a cell, are the samples themselves.
+    # With one sample a cell, average pooling on a grid g times as fine returns the samples.
     kinds, kind = grids.unique(dim=0, return_inverse=True)
     for k, (grid_y, grid_x) in enumerate(kinds.tolist()):
         fine = aligned_height * grid_y, aligned_width * grid_x
@@ -93,7 +93,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Write the gradient of the maps to ``grad_input`` [N, C, H, W]."""
+    """Write the gradient of the feature maps to ``grad_input`` [N, C, H, W]."""
     grad, rois, y, x = widen(grad_output, rois, argmax_y, argmax_x)
     rois, _ = _usable(rois, len(grad_input))
     if pool_mode != MAX:
@@ -105,7 +105,7 @@ def roi_align_backward(
         )
         return
     height, width = grad_input.shape[-2:]
-    # -1 marks bins without samples; samples more than a pixel off the map read zero.
+    # -1 marks bins without samples. Samples more than a pixel outside read zero.
     used = (y != -1) & (y >= -1) & (y <= height) & (x >= -1) & (x <= width)
     grad = grad * used
     y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
@@ -150,7 +150,7 @@ def roi_pool_forward(
     pixels = input.permute(0, 2, 3, 1).flatten(0, 2)
     best = pixels.new_full((first.numel(), channels), -torch.inf)
     where = argmax.new_full(best.shape, -1)
-    # Bins differ in size: one round for each pixel of the largest, over those that have it.
+    # Bins differ in size: each round takes one pixel from all bins that have it.
     reach = [int(c.max()) if c.numel() else 0 for c in (rows, columns)]
     for dy in range(reach[0]):
         for dx in range(reach[1]):
@@ -179,7 +179,7 @@ def roi_pool_backward(
     pooled_width: int,
     spatial_scale: float,
 ) -> None:
-    """Write the gradient of the maps to ``grad_input`` [N, C, H, W]."""
+    """Write the gradient of the feature maps to ``grad_input`` [N, C, H, W]."""
     (grad,) = widen(grad_output)
     rois, _ = _usable(rois, len(grad_input))
     total = grad.new_zeros(grad_input.numel())
@@ -205,7 +205,7 @@ def _usable(rois: Tensor, images: int) -> tuple[Tensor, Tensor]:
 
 
 def _frames(rois: Tensor, spatial_scale: float, aligned: bool) -> tuple[Tensor, Tensor]:
-    """Return first corners and sides [R, 2] on the map, as (y, x)."""
+    """Return first corners and sides [R, 2] on the feature map, as (y, x)."""
     boxes = rois[:, 1:] * spatial_scale - (0.5 if aligned else 0.0)
     corner, side = boxes[:, :2].flip(1), (boxes[:, 2:] - boxes[:, :2]).flip(1)
     return corner, side if aligned else side.clamp(min=1)
@@ -229,7 +229,7 @@ def _planes(rois: Tensor, grad_input: Tensor) -> Tensor:
 
 
 def _neighbours(at: Tensor, size: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return the pixels on either side of ``at`` (within the map) with their linear shares."""
+    """Return the pixels on either side of ``at`` (inside the feature map) with their weights."""
     low = at.long()
     share = at - low
     return (low, 1 - share), ((low + 1).clamp(max=size - 1), share)

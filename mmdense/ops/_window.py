@@ -1,4 +1,4 @@
-"""Operators that read a window round each pixel: CARAFE, masked convolution, PSANet's masks."""
+"""Operators on a window around each pixel: CARAFE, masked convolution, PSANet's masks."""
 
 from collections.abc import Iterator
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from mmdense.ops._common import widen
 
-# CARAFE: each output pixel is the sum of the window round the input pixel beneath it, weighted by
-# its own mask [N, G * K * K, S * H, S * W]; G groups of channels share masks; S: scale factor.
+# CARAFE: each output pixel is the sum of the window around its input pixel, weighted by the output
+# pixel's mask [N, G * K * K, S * H, S * W]. G: groups of channels with a mask each; S: scale factor.
 
 
 @torch.no_grad()
@@ -69,7 +69,7 @@ def carafe_forward(
     group_size: int,
     scale_factor: int,
 ) -> None:
-    """Write ``output``, and to ``rfeatures`` what the backward will be given for the features."""
+    """Write ``output``, and the features to ``rfeatures``, for the backward."""
     rfeatures.copy_(features)
     carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
 
@@ -103,9 +103,9 @@ def _split(map_: Tensor, groups: int, scale: int) -> Tensor:
 def _taps(
     features: Tensor, masks: Tensor, kernel_size: int, groups: int, scale: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield, for each place of the window, features [N, G, c, H, 1, W, 1] and masks that fit.
+    """Yield features [N, G, c, H, 1, W, 1] and their masks for each position in the window.
 
-    One place at a time: all of them together would take K * K copies of the features.
+    All positions together would take K * K copies of the features.
     """
     height, width = features.shape[2:]
     padded = F.pad(features, [kernel_size // 2] * 4)
@@ -131,7 +131,7 @@ def masked_im2col_forward(
 
     mmcv counts the pixels in the output of a convolution with stride 1.
     """
-    # A window may reach past the padding where it isn't kernel // 2; there it reads zero too.
+    # With padding other than kernel // 2, a window may exceed it; it reads zero there too.
     padded = F.pad(im[0], (pad_w, kernel_w, pad_h, kernel_h))
     rows = mask_h_idx + torch.arange(kernel_h, device=im.device)[:, None]
     columns = mask_w_idx + torch.arange(kernel_w, device=im.device)[:, None]
@@ -171,9 +171,9 @@ def psamask_forward(
     half_h_mask: int,
     half_w_mask: int,
 ) -> None:
-    """Write ``output`` [N, H * W, H, W], zero where the mask doesn't reach."""
+    """Write ``output`` [N, H * W, H, W], which is zero outside the mask."""
     halves = half_h_mask, half_w_mask
-    # Place in the mask: target pixel - pixel + half.
+    # Position in the mask: target pixel - pixel + half.
     outs, pixels, limits = (h_feature, w_feature), (h_feature, w_feature), (h_mask, w_mask)
     index, inside = _places(outs, pixels, halves, -1, limits, input.device)
     full = (input.gather(1, index.expand(num_, -1, -1, -1)) * inside).flatten(2)
@@ -193,9 +193,9 @@ def psamask_backward(
     half_h_mask: int,
     half_w_mask: int,
 ) -> None:
-    """Write the gradient [N, h_mask * w_mask, H, W]: each value went to one place at most."""
+    """Write the gradient [N, h_mask * w_mask, H, W]; each value has at most one output."""
     halves = half_h_mask, half_w_mask
-    # Target pixel: place in the mask + pixel - half.
+    # Target pixel: position in the mask + pixel - half.
     outs, pixels, limits = (h_mask, w_mask), (h_feature, w_feature), (h_feature, w_feature)
     index, inside = _places(outs, pixels, halves, 1, limits, grad_output.device)
     grad = grad_output.flatten(2)
@@ -209,7 +209,7 @@ Pair = tuple[int, int]
 def _places(
     outs: Pair, pixels: Pair, halves: Pair, sign: int, limits: Pair, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and where it is inside."""
+    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and whether it is inside."""
     ranges = [
         torch.arange(out, device=device)[:, None]
         + sign * (torch.arange(size, device=device) - half)

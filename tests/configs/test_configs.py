@@ -1,32 +1,31 @@
-"""Every config builds, and its numbers agree with what the parts announce."""
+"""Every config builds, and its parts fit together. All of it runs on the meta device."""
 
+import copy
 from functools import cache
 
 import pytest
 import timm
 import torch
 import torchvision
+from mmcv.transforms import Compose
 from mmengine.config import Config
-from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DATASETS, HOOKS, MODELS, PARAM_SCHEDULERS, init_default_scope
 from mmengine.runner.checkpoint import get_torchvision_models
 
 import mmdense  # noqa: F401
+from mmdense.config.channels import fill_channels
+from mmdense.config.edit import drop_amp
 from mmdense.config.validate import check_channels, check_neck
 from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
 from support import ROOT
 
-LEAVES = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')
-
-
-@pytest.fixture(autouse=True)
-def _scope():
-    yield
-    DefaultScope._instance_dict.clear()
+CONFIGS = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')
 
 
 @cache
-def shapes_of(address):
-    """Return the shapes of the network that these weights belong to, as its own library has it."""
+def published_shapes(address):
+    """Return the shapes of published weights, from the network in the library they belong to."""
     scheme, name = address.split('://')
     with torch.device('meta'):
         if scheme == 'timm':
@@ -39,7 +38,7 @@ def shapes_of(address):
 
 
 def check_weights(backbone, cfg):
-    """Assert that the weights to begin with exist, and are those of this network."""
+    """Assert that the pretrained weights exist and fit the backbone."""
     if cfg.get('init_cfg') is None:
         return
     address = cfg.init_cfg.checkpoint
@@ -47,15 +46,79 @@ def check_weights(backbone, cfg):
         assert address.endswith(f'/condensenetv2-{cfg.arch}_converted.pth')
         assert cfg.form == 'condensed'
         return
-    theirs, ours = shapes_of(address), backbone.state_dict()
-    strays = [key for key, value in ours.items() if theirs.get(key) != value.shape]
-    assert not [key for key in strays if not key.startswith('output_norms.')]
+    published = published_shapes(address)
+    missing = [k for k, v in backbone.state_dict().items() if published.get(k) != v.shape]
+    assert not [key for key in missing if not key.startswith('output_norms.')]
 
 
-@pytest.mark.parametrize('path', LEAVES, ids=lambda p: p.stem)
-def test_config_builds_and_fits(path):
+def check_classes(model, cfg):
+    """Assert that every head has the classes of the data set."""
+    data = cfg.train_dataloader.dataset
+    data = data.get('dataset', data)
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        classes = data.get('metainfo', registry.get(data.type).METAINFO)['classes']
+    heads = {n: m for n, m in model.named_modules() if hasattr(m, 'num_classes')}
+    heads.pop('rpn_head', None)  # one class: object or background
+    assert heads
+    assert {n: m.num_classes for n, m in heads.items()} == dict.fromkeys(heads, len(classes))
+
+
+def without_tuples(node):
+    if isinstance(node, dict):
+        return {key: without_tuples(value) for key, value in node.items()}
+    return [*map(without_tuples, node)] if isinstance(node, list | tuple) else node
+
+
+def check_auto(cfg):
+    """Assert that ``in_channels='auto'`` gives the numbers of the config."""
+    auto = copy.deepcopy(cfg)
+    model = auto.model
+    names = ['neck'] if 'neck' in model else ['decode_head', 'auxiliary_head']
+    if 'neck' in model and model.neck.type == 'SSDNeck':
+        names.append('bbox_head')
+    for node in (model[name] for name in names if name in model):
+        for key in {'in_channels', 'c1_in_channels'} & {*node}:
+            node[key] = 'auto'
+    assert 'auto' in str(model)
+    fill_channels(auto)
+    assert without_tuples(model.to_dict()) == without_tuples(cfg.model.to_dict())
+
+
+CHECKED_GRADIENTS = set()
+
+
+def check_gradients(model, cfg):
+    """Assert that every parameter of the backbone and the neck has a gradient, which DDP needs."""
+    parts = [model.backbone, *([model.neck] if 'neck' in cfg.model else [])]
+    key = str([{**cfg.model.backbone, 'init_cfg': None}, cfg.model.get('neck')])
+    if key in CHECKED_GRADIENTS:
+        return
+    CHECKED_GRADIENTS.add(key)
+    maps = torch.empty(2, 3, 64, 64, device='meta')
+    for part in parts:
+        maps = part(maps)
+    sum(x.square().sum() for x in maps).backward()
+    for part in parts:
+        assert not [n for n, p in part.named_parameters() if p.grad is None and p.requires_grad]
+
+
+def check_training(model, cfg):
+    """Assert that the optimizer, the schedule, the hooks and the pipelines can be built."""
+    drop_amp(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    for scheduler in cfg.param_scheduler:
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=wrapper, epoch_length=10))
+    for name, hook in [*cfg.default_hooks.items(), *enumerate(cfg.get('custom_hooks', []))]:
+        if name != 'visualization':  # it needs a runner
+            HOOKS.build({k: v for k, v in hook.items() if k != 'priority'})
+    for pipeline in (cfg.train_pipeline, cfg.test_pipeline):
+        Compose(pipeline)
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_config(path):
     cfg = Config.fromfile(path)
-    assert cfg.custom_imports['imports'] == ['mmdense'], 'stock tools could not run it'
+    assert cfg.custom_imports['imports'] == ['mmdense'], 'mmdet and mmseg could not run it'
     assert cfg.default_scope == ('mmdet' if 'detection' in path.parts else 'mmseg')
     assert cfg.data_root.endswith('/')
     init_default_scope(cfg.default_scope)
@@ -63,37 +126,16 @@ def test_config_builds_and_fits(path):
         model = MODELS.build(cfg.model)
     check_channels(model, cfg.model)
     check_neck(model)
+    check_auto(cfg)
     check_weights(model.backbone, cfg.model.backbone)
-    if cfg.model.type == 'DepthEstimator':
-        return
-    data = cfg.train_dataloader.dataset
-    data = data.get('dataset', data)
-    with DATASETS.switch_scope_and_registry(None) as registry:
-        classes = data.get('metainfo', registry.get(data.type).METAINFO)['classes']
-    heads = {n: m for n, m in model.named_modules() if hasattr(m, 'num_classes')}
-    heads.pop('rpn_head', None)  # tells objects from background alone
-    assert heads
-    assert {n: m.num_classes for n, m in heads.items()} == dict.fromkeys(heads, len(classes))
-
-
-@pytest.mark.parametrize('path', LEAVES, ids=lambda p: p.stem)
-def test_no_parameter_is_left_without_a_gradient(path):
-    """DDP would refuse it."""
-    cfg = Config.fromfile(path)
-    init_default_scope(cfg.default_scope)
-    with torch.device('meta'):
-        backbone = MODELS.build({**cfg.model.backbone, 'init_cfg': None})
-        maps = backbone(torch.empty(2, 3, 64, 64))
-        if 'neck' in cfg.model:
-            neck = MODELS.build(cfg.model.neck)
-            maps = neck(maps)
-        sum(m.square().sum() for m in maps).backward()
-    assert not [n for n, p in backbone.named_parameters() if p.grad is None and p.requires_grad]
-    assert 'neck' not in cfg.model or all(p.grad is not None for p in neck.parameters())
+    if cfg.model.type != 'DepthEstimator':
+        check_classes(model, cfg)
+    check_training(model, cfg)
+    check_gradients(model, cfg)
 
 
 @pytest.mark.parametrize('algorithm', ['faster-rcnn', 'retinanet'])
-def test_compared_recipes_differ_in_backbones_alone(algorithm):
+def test_compared_recipes_differ_only_in_the_backbone(algorithm):
     """As in the comparison that CondenseNetV2's detectors were published in."""
     folders = [ROOT / 'configs/detection' / name for name in ('condensenetv2', 'baselines')]
     settings = []
@@ -112,7 +154,7 @@ def test_compared_recipes_differ_in_backbones_alone(algorithm):
         ('segmentation', FOREGROUND_CLASSES, FOREGROUND_PALETTE),
     ],
 )
-def test_demo_configs_name_the_digits(task, classes, palette):
+def test_demo_configs_have_the_classes_of_the_digits(task, classes, palette):
     cfg = Config.fromfile(ROOT / f'configs/{task}/_base_/digits_{task}.py')
     assert cfg.metainfo.classes == classes
     assert tuple(cfg.metainfo.palette) == palette
