@@ -9,7 +9,7 @@ from torch import Tensor
 from mmdense.ops._common import widen
 
 # CARAFE: each output pixel is the sum of the window around its input pixel, weighted by the output
-# pixel's mask [N, G * K * K, S * H, S * W]. G: groups of channels with a mask each; S: scale factor.
+# pixel's mask [N, G * K * K, S * H, S * W]. G: channel groups with a mask each; S: scale factor.
 
 
 @torch.no_grad()
@@ -209,7 +209,7 @@ Pair = tuple[int, int]
 def _places(
     outs: Pair, pixels: Pair, halves: Pair, sign: int, limits: Pair, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and whether it is inside."""
+    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and its validity."""
     ranges = [
         torch.arange(out, device=device)[:, None]
         + sign * (torch.arange(size, device=device) - half)
