@@ -1,4 +1,4 @@
-"""Operators are called as mmcv calls them, through ``mmcv.ops``, where mmcv lets a CPU do so."""
+"""Fixtures of the operators, which the tests call through ``mmcv.ops`` where it supports CPUs."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ import mmdense.ops
 
 
 @pytest.fixture(autouse=True)
-def _our_operators():
+def _mmdense_operators():
     if mmdense.ops.backend() != 'torchvision':
-        pytest.skip('mmcv uses its compiled extension here: MMDENSE_OPS=torchvision tests ours')
+        pytest.skip('mmcv uses its compiled extension: set MMDENSE_OPS=torchvision')
 
 
 @pytest.fixture(params=['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])

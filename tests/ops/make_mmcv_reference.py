@@ -1,4 +1,4 @@
-"""Record what mmcv's compiled operators return, for test_reference.py to compare with ours.
+"""Record the results of mmcv's compiled operators for test_ops_reference.py.
 
 Run with a compiled mmcv (for the recorded file onedl-mmcv 2.3.6, built with torch 2.13.0); nothing
 here imports mmdense:

@@ -1,8 +1,7 @@
-"""Operators straight from their definitions, in float64: slow, plain, and differentiable.
+"""Differentiable float64 reference implementations, written from the operators' definitions.
 
-Nothing here knows how mmdense.ops does it. Where a result jumps (an overlap at its threshold, a bin
-that ends at a pixel's edge) rounding decides, and a reference in another precision may decide
-otherwise: :class:`Ambiguous` says so.
+They share nothing with mmdense.ops. Where rounding decides a result (an overlap at the threshold, a
+bin that ends at the edge of a pixel), they raise :class:`Ambiguous`.
 
 Shapes as in mmdense.ops; pairs are (y, x).
 """
@@ -12,7 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-CLOSE = 1e-4  # to a jump: float32 is 1e-7 wrong, times sizes and sums of some tens
+CLOSE = 1e-4  # distance to a jump: float32's 1e-7 times sizes and sums of some tens
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -21,7 +20,7 @@ class Ambiguous(Exception):
 
 
 def compare(value, bound, exact, strict=True):
-    """Return ``value > bound`` (``>=`` unless ``strict``); inputs are exact on a grid alone."""
+    """Return ``value > bound``, or ``>=`` unless ``strict``. Only inputs on a grid are exact."""
     if not exact and abs(value - bound) < CLOSE:
         raise Ambiguous
     return value > bound if strict else value >= bound
@@ -31,7 +30,7 @@ def compare(value, bound, exact, strict=True):
 
 
 def overlap(a, b, offset=0, over_first=False):
-    """Intersection over union, or over the first box; two boxes without area don't overlap."""
+    """Intersection over union or over the first box. Two boxes without area don't overlap."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]) + offset, 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]) + offset, 0)
     sizes = [(c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)]
@@ -47,7 +46,7 @@ def by_score(scores):
 
 
 def nms(boxes, scores, threshold, offset=0, *, exact=True):
-    """Greedy suppression, box by box: indices of those that stay."""
+    """Greedy suppression box by box: the indices of the kept boxes."""
     keep = []
     for i in by_score(scores):
         hits = [compare(overlap(boxes[j], boxes[i], offset), threshold, exact) for j in keep]
@@ -57,7 +56,7 @@ def nms(boxes, scores, threshold, offset=0, *, exact=True):
 
 
 def nms_match(boxes, scores, threshold, *, exact=True):
-    """Groups: a box that stays, then those that it suppresses, which at the threshold it does."""
+    """Groups of a kept box and the boxes it suppresses, including those at the threshold."""
     order, groups = by_score(scores), []
     while order:
         first, *rest = order
@@ -302,7 +301,7 @@ def class_weight(target, weight):
 
 
 def carafe(features, masks, kernel, groups, scale):
-    """Each output pixel: the window round the input pixel beneath it, weighted by its own mask."""
+    """Each output pixel is the window around its input pixel, weighted by its mask."""
     height, width = features.shape[2:]
     padded = F.pad(features, [kernel // 2] * 4)
     masks = masks.unflatten(1, (groups, kernel**2))

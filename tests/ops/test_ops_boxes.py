@@ -1,8 +1,12 @@
+"""Suppression and overlaps of boxes.
+
+test_ops_fuzz.py compares random cases with references.
+"""
+
 import math
 
 import numpy as np
 import pytest
-import references
 import torch
 from mmcv.ops import batched_nms, bbox_overlaps, nms, nms_match, soft_nms
 from torch import tensor
@@ -44,15 +48,6 @@ def test_nms_offset_counts_the_last_pixel():
     assert nms(boxes, scores, 0.3, offset=0)[1].tolist() == [0, 1]
     assert nms(boxes, scores, 0.3, offset=1)[1].tolist() == [0]
     assert boxes.max() == 14
-
-
-@pytest.mark.parametrize('offset', [0, 1])
-@pytest.mark.parametrize('threshold', [0.3, 0.7])
-def test_nms_equals_suppression_box_by_box(device, rng, offset, threshold):
-    boxes, scores = crowd(rng, 400)
-    expected = references.nms(boxes.tolist(), scores.tolist(), threshold, offset)
-    assert 20 < len(expected) < 380
-    assert nms(boxes, scores, threshold, offset)[1].tolist() == expected
 
 
 def test_nms_keeps_the_order_of_equal_scores(device):
@@ -142,7 +137,7 @@ def test_soft_nms_decays_by_overlap(device, method, decayed):
     dets, keep = soft_nms(boxes, scores, 0.3, sigma=0.5, min_score=0.01, method=method)
     expected = {0: 0.9, 2: 0.7, 1: decayed} if decayed else {0: 0.9, 2: 0.7}
     assert keep.tolist() == list(expected)
-    torch.testing.assert_close(dets[:, 4].tolist(), list(expected.values()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(dets[:, 4].tolist(), list(expected.values()), rtol=1e-5, atol=0)
     torch.testing.assert_close(dets[:, :4], boxes[keep])
 
 

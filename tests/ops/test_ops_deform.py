@@ -1,9 +1,15 @@
+"""Deformable convolution.
+
+test_ops_fuzz.py compares random cases with references.
+"""
+
+from functools import partial
+
 import pytest
 import references
 import torch
 import torch.nn.functional as F
 from mmcv.ops import deform_conv2d, modulated_deform_conv2d
-from torch.autograd import gradcheck
 
 from mmdense.ops import _deform
 
@@ -40,8 +46,8 @@ def test_without_offsets_it_is_a_convolution(device, rng, stride, padding, dilat
 
 
 def test_uneven_strides_paddings_and_kernels(device, rng):
-    x = torch.randn(1, 4, 7, 9, generator=rng, device=device)
-    weight = torch.randn(2, 4, 3, 1, generator=rng, device=device)
+    normal = partial(torch.randn, generator=rng, device=device, dtype=torch.float64)
+    x, weight = normal(1, 4, 7, 9), normal(2, 4, 3, 1)
     options = (2, 1), (1, 0), (1, 2)
     expected = F.conv2d(x, weight, None, *options)
     out = deform_conv2d(x, x.new_zeros(1, 6, *expected.shape[2:]), weight, *options)
@@ -77,19 +83,6 @@ def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
     torch.testing.assert_close(*grads)
     with pytest.raises(RuntimeError, match='offset output dims'):
         modulated_deform_conv2d(x, offset[:, :, :4], mask, weight, None, 1, 1)
-
-
-@pytest.mark.parametrize(('groups', 'deform_groups'), [(1, 1), (2, 1), (1, 2)])
-def test_gradient(device, rng, groups, deform_groups):
-    x, offset, mask, weight, bias = leaves(rng, groups, deform_groups, size=(2, 2))
-    x, offset, mask = x[:1], offset[:1], mask[:1]
-    for leaf in (x, offset, mask, weight, bias):
-        leaf.requires_grad_()
-    options = dict(nondet_tol=1e-9)
-    sizes = 1, 1, 1, groups, deform_groups
-    assert gradcheck(lambda *t: deform_conv2d(*t, *sizes), (x, offset, weight), **options)
-    inputs = x, offset, mask, weight, bias
-    assert gradcheck(lambda *t: modulated_deform_conv2d(*t, *sizes), inputs, **options)
 
 
 def offsets(kind, rng, offset):
@@ -186,18 +179,3 @@ def test_version_one_goes_backward_once(device, rng, monkeypatch):
     deform_conv2d(x, offset, weight, 1, 1).sum().backward()
     assert len(calls) == 1
     assert all(t.grad.any() for t in (x, offset, weight))
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_halves_are_near_float64(device, rng, dtype):
-    tensors = leaves(rng)
-    results = {}
-    for kind in (torch.float64, dtype):
-        x, offset, mask, weight, bias = (t.to(dtype).to(kind).requires_grad_() for t in tensors)
-        one = deform_conv2d(x, offset, weight, 1, 1)
-        two = modulated_deform_conv2d(x, offset, mask, weight, bias, 1, 1)
-        assert one.dtype == two.dtype == kind
-        grads = torch.autograd.grad(one.sum() + two.sum(), (x, offset, mask, weight, bias))
-        results[kind] = [one, two, *grads]
-    for low, high in zip(results[dtype], results[torch.float64], strict=True):
-        torch.testing.assert_close(low.double(), high, rtol=0.03, atol=0.2)

@@ -1,4 +1,4 @@
-"""The import of ``mmcv._ext``, and what the module is."""
+"""The import of ``mmcv._ext`` and the module's attributes."""
 
 import importlib
 import importlib.machinery
@@ -26,7 +26,7 @@ OSERROR = '_ext.py', "raise OSError('undefined symbol: _ZN2at\\nmore')"
 
 
 def load(folder, *files):
-    """Import ``mmcv._ext`` as if mmcv were in ``folder``, beside the one in use."""
+    """Import ``mmcv._ext`` as if mmcv were in ``folder``, without replacing the loaded one."""
     for name, text in files:
         (folder / name).write_text(text)
     spec = ops._Finder().find_spec('mmcv._ext', [str(folder)])
@@ -42,7 +42,7 @@ def choose(monkeypatch):
 
 
 @pytest.mark.parametrize('choice', [None, 'auto'])
-def test_auto_takes_an_extension_that_loads(tmp_path, monkeypatch, choice):
+def test_auto_uses_an_extension_that_loads(tmp_path, monkeypatch, choice):
     monkeypatch.delenv('MMDENSE_OPS', raising=False)
     if choice:
         monkeypatch.setenv('MMDENSE_OPS', choice)
@@ -75,7 +75,7 @@ def test_auto_warns_once_of_an_extension_that_fails(tmp_path, choose, files):
     assert module.__file__ == ops.OURS
 
 
-def test_torchvision_never_looks(tmp_path, choose):
+def test_torchvision_ignores_extensions(tmp_path, choose):
     choose('torchvision')
     for file in (GARBAGE, THEIRS):
         with warnings.catch_warnings():
@@ -83,7 +83,7 @@ def test_torchvision_never_looks(tmp_path, choose):
             assert callable(load(tmp_path, file).nms)
 
 
-def test_compiled_takes_nothing_else(tmp_path, choose):
+def test_compiled_accepts_nothing_else(tmp_path, choose):
     choose('compiled')
     with pytest.raises(ImportError, match='MMDENSE_OPS=compiled.* installed without it.*=auto'):
         load(tmp_path)
@@ -94,13 +94,13 @@ def test_compiled_takes_nothing_else(tmp_path, choose):
     assert load(tmp_path, THEIRS).nms == 'theirs'
 
 
-def test_an_unknown_choice_lists_the_known(tmp_path, choose):
+def test_an_unknown_choice_lists_the_choices(tmp_path, choose):
     choose('tensorrt')
     with pytest.raises(ValueError, match="'tensorrt'.*auto, torchvision, compiled"):
         load(tmp_path)
 
 
-def test_the_finder_answers_for_one_name():
+def test_the_finder_finds_one_name():
     finder = ops._Finder()
     for name in ('mmcv', 'mmcv.ops', 'mmcv._ext.x', 'other._ext'):
         assert finder.find_spec(name, ['/tmp']) is None
@@ -112,7 +112,7 @@ def test_install_is_idempotent():
     assert sum(isinstance(finder, ops._Finder) for finder in sys.meta_path) == 1
 
 
-def test_the_module_is_a_real_one():
+def test_the_module_is_complete():
     module = sys.modules['mmcv._ext']
     assert ops.backend() == 'torchvision'
     assert isinstance(module, types.ModuleType)

@@ -1,8 +1,11 @@
+"""Focal losses.
+
+test_ops_fuzz.py compares random cases with references.
+"""
+
 import pytest
-import references
 import torch
 from mmcv.ops import SigmoidFocalLoss, sigmoid_focal_loss, softmax_focal_loss
-from torch.autograd import gradcheck
 
 TARGET = [0, 2, 3, 1, 2]  # of three classes: 3 is the background
 
@@ -27,17 +30,6 @@ def test_sigmoid_by_hand(device):
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])
-def test_sigmoid_equals_its_definition(logits, target, gamma, alpha):
-    logits.requires_grad_()
-    exact = logits.detach().cpu().requires_grad_()
-    expected = references.sigmoid_focal_loss(exact, target.cpu(), gamma, alpha)
-    loss = sigmoid_focal_loss(logits, target, gamma, alpha, None, 'none')
-    torch.testing.assert_close(loss.cpu(), expected)
-    (grad,) = torch.autograd.grad(loss.sum(), logits)
-    torch.testing.assert_close(grad.cpu(), torch.autograd.grad(expected.sum(), exact)[0])
-
-
 def test_sigmoid_of_sure_mistakes_is_the_logit(device):
     """1 - p would be 0 in float32, and its logarithm whatever it is clamped to."""
     logits = torch.tensor([[17.0, 30, 80]], device=device)
@@ -51,43 +43,6 @@ def test_softmax_of_certainty_has_a_gradient(device, gamma):
     target = torch.tensor([0], device=device)
     softmax_focal_loss(logits, target, gamma, 0.25, None, 'sum').backward()
     assert not logits.grad.any()
-
-
-@pytest.mark.parametrize(('gamma', 'alpha'), [(2.0, 0.25), (1.5, 0.6), (0.0, 0.5)])
-def test_softmax_equals_its_definition(logits, target, gamma, alpha):
-    target = target % 3
-    logits.requires_grad_()
-    prob = logits.detach().softmax(1).cpu()
-    expected, slope = references.softmax_focal_loss(prob, target.cpu(), gamma, alpha)
-    loss = softmax_focal_loss(logits, target, gamma, alpha, None, 'none')
-    torch.testing.assert_close(loss.cpu(), expected)
-    # mmcv's own backward can't broadcast the gradient of single losses.
-    loss = softmax_focal_loss(logits, target, gamma, alpha, None, 'sum')
-    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0].cpu(), slope)
-
-
-@pytest.mark.parametrize('function', [sigmoid_focal_loss, softmax_focal_loss])
-@pytest.mark.parametrize('reduction', ['mean', 'sum'])
-@pytest.mark.parametrize('weighted', [False, True])
-def test_gradient(logits, target, function, reduction, weighted):
-    weight = logits.new_tensor([0.5, 1, 3]) if weighted else None
-    target = target % 3
-    assert gradcheck(
-        lambda x: function(x, target, 2.0, 0.25, weight, reduction), logits.requires_grad_()
-    )
-
-
-def test_weights_go_by_the_target(logits, target):
-    weight = logits.new_tensor([0.5, 1, 3])
-    rows = logits.new_tensor([0.5, 3, 1, 1, 3])  # the background, which has no weight, counts once
-    plain = sigmoid_focal_loss(logits, target, 2.0, 0.25, None, 'none')
-    loss = sigmoid_focal_loss(logits, target, 2.0, 0.25, weight, 'none')
-    torch.testing.assert_close(loss, plain * rows[:, None])
-    target = target % 3
-    rows[2] = 0.5
-    plain = softmax_focal_loss(logits, target, 2.0, 0.25, None, 'none')
-    loss = softmax_focal_loss(logits, target, 2.0, 0.25, weight, 'none')
-    torch.testing.assert_close(loss, plain * rows)
 
 
 def test_softmax_skips_negative_targets(logits, target):
@@ -110,18 +65,6 @@ def test_extreme_logits_stay_finite(device, function, dtype, gamma):
     assert loss.isfinite()
     assert loss > 20  # alpha times the clamped logarithm, 87, at least
     assert logits.grad.isfinite().all()
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_halves_are_near_float64(logits, target, dtype):
-    low = logits.to(dtype).requires_grad_()
-    high = low.detach().double().requires_grad_()
-    results = []
-    for x in (low, high):
-        loss = sigmoid_focal_loss(x, target, 2.0, 0.25, None, 'none')
-        results.append((loss.double(), torch.autograd.grad(loss.sum(), x)[0].double()))
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=0.02, atol=0.01)
 
 
 def test_no_rows_and_the_module(device, logits, target):

@@ -1,7 +1,7 @@
 """Every operator of mmdense.ops against references.py, on random arguments.
 
 Shapes, dtypes, memory layouts, empty tensors, degenerate and distant boxes; forward, and backward
-where there is one. A case is its operator and its seed. This runs one alone, and says what it drew:
+where there is one. An operator and a seed make a case. This runs one and prints its arguments if it fails:
 
     python tests/ops/test_ops_fuzz.py nms 17
 """
@@ -29,11 +29,11 @@ SUMS = 200
 
 
 class Draw:
-    """What one case is made of. Draws are told apart by names, which a failure shows.
+    """The random arguments of a case, by name, for the message of a failure.
 
     Args:
         key: Operator, seed and attempt.
-        device: That of the operator; references run on the CPU.
+        device: Of the operator. References run on the CPU.
     """
 
     def __init__(self, key, device):
@@ -64,7 +64,7 @@ class Draw:
         layout = self.random.choice(LAYOUTS)
         if layout == 'transposed' and tensor.ndim > 1:
             tensor = tensor.transpose(0, -1).contiguous().transpose(0, -1)
-        elif layout == 'strided' and tensor.ndim:  # what lies between must not be read
+        elif layout == 'strided' and tensor.ndim:  # the gaps must not be read
             room = tensor.new_full((*tensor.shape[:-1], 2 * tensor.size(-1) + 1), torch.nan)
             tensor = room[..., 1::2].copy_(tensor)
         elif layout == 'expanded' and tensor.ndim and len(tensor):
@@ -118,13 +118,13 @@ class Draw:
 
 
 def check(name, got, expected, loose=1.0):
-    """Compare a tensor with what it should be, in float64, but for the rounding of its dtype.
+    """Compare a tensor with its float64 reference, within the rounding of its dtype.
 
     Args:
         name: Of the tensor.
-        got: What the operator gave.
-        expected: What the reference gave, on the CPU.
-        loose: How many times the usual rounding.
+        got: The operator's result.
+        expected: The reference's result, on the CPU.
+        loose: Factor of the usual rounding error.
     """
     assert got.shape == expected.shape, f'{name}: {got.shape}, not {expected.shape}'
     own = torch.finfo(got.dtype).eps
@@ -145,7 +145,7 @@ def check(name, got, expected, loose=1.0):
 
 
 def check_gradients(draw, leaves, out, expected, loose=1.0):
-    """Compare an output, and the gradients of ``leaves``, which are pairs of ours and theirs."""
+    """Compare an output and the gradients of ``leaves``, pairs of a tensor and its reference."""
     check('output', out, expected, loose)
     grad = draw.tensor('grad', *out.shape, dtype=out.dtype)
     ours = torch.autograd.grad(out, [leaf for leaf, _ in leaves.values()], grad)
@@ -159,12 +159,12 @@ def check_gradients(draw, leaves, out, expected, loose=1.0):
 
 
 def leaf(tensor):
-    """Return a tensor that wants a gradient, and its like in float64."""
+    """Return a tensor that requires a gradient, and its float64 copy."""
     exact = tensor.cpu().double().requires_grad_()
     return tensor.requires_grad_(), exact
 
 
-# One function an operator: draws, computes the reference, runs ours, compares.
+# One function for each operator: draw, compute the reference, run the operator, compare.
 
 
 def nms(draw):
@@ -462,7 +462,7 @@ def sync_bn(draw):
 
 
 def check_float32(name, got, expected, loose):
-    """Compare what was computed in float32, whatever it is kept in."""
+    """Compare a result that was computed in float32, whatever its dtype."""
     assert got.shape == expected.shape, name
     own = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)
     size = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
@@ -532,7 +532,7 @@ def case(operator, seed, device='cpu'):
     raise AssertionError(f'{operator} {seed}: {ATTEMPTS} ambiguous draws')
 
 
-FIRST = 20  # cases of the daily loop
+FIRST = 20  # cases that are not slow
 
 
 @pytest.mark.parametrize('operator', OPERATORS)
@@ -633,7 +633,7 @@ print('end')
 
 @pytest.mark.slow
 def test_mistakes_are_errors_of_python_and_never_crash():
-    """Wrong shapes, dtypes and indices: in a process of their own, which they might end."""
+    """Wrong shapes, dtypes and indices, in a separate process because they might crash it."""
     done = subprocess.run(
         [sys.executable, '-c', MISTAKES], capture_output=True, text=True, timeout=300
     )

@@ -1,3 +1,8 @@
+"""Synchronized batch norm in one process.
+
+test_ops_fuzz.py compares random cases with references.
+"""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Ours against what mmcv's compiled operators returned; see make_mmcv_reference.py."""
+"""Comparison with recorded results of mmcv's compiled operators; see make_mmcv_reference.py."""
 
 import importlib.util
 from pathlib import Path
