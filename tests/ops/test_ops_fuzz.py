@@ -1,8 +1,8 @@
 """Every operator of mmdense.ops against references.py, on random arguments.
 
 Shapes, dtypes, memory layouts, empty tensors, degenerate and distant boxes; forward, and backward
-where there is one. An operator and a seed make a case. This runs one, and prints its arguments if it
-fails:
+where there is one. An operator and a seed make a case. This runs one, and prints its arguments if
+it fails:
 
     python tests/ops/test_ops_fuzz.py nms 17
 """
