@@ -141,27 +141,6 @@ def test_resuming_does_not_execute_the_config_of_a_checkpoint(demo, tmp_path):
 # Configs and annotations
 
 
-@pytest.mark.parametrize(
-    ('key', 'name'),
-    [
-        ('model.backbone', 'os.mkdir'),
-        ('custom_hooks.0', 'mmengine.mkdir_or_exist'),
-        ('train_dataloader.dataset', 'this'),
-        ('model.backbone', '__import__("os")'),
-    ],
-)
-def test_options_call_nothing_that_is_not_registered(key, name, demo, tmp_path):
-    """mmengine calls anything that it can import under the name of a type."""
-    made = tmp_path / 'made'
-    options = {f'{key}.type': name, f'{key}.path': str(made), f'{key}.dir_name': str(made)}
-    with pytest.raises(UserError, match='nothing is registered under that name'):
-        build_runner(demo(**options), loaders=('train',))
-    assert not made.exists()
-    assert 'this' not in sys.modules
-    MODELS.build(dict(type='os.mkdir', path=str(made)))
-    assert made.is_dir()
-
-
 def test_options_that_look_like_code_stay_text(demo):
     texts = ["__import__('os').mkdir('made')", '{{ fileBasename }}', '$(touch made)', '`id`']
     for text in texts:
@@ -201,8 +180,8 @@ def test_names_of_configs(name, tmp_path, capsys):
     with pytest.raises(SystemExit, match='2'):
         main()
     shown = name.replace('\n', '\\n')
-    message = f"error: {tmp_path}/{shown}.py, line 1: '(' was never closed\n"
-    assert capsys.readouterr().err == message
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path}/{shown}.py: SyntaxError: '(' was never closed")
 
 
 def test_control_codes_are_escaped(capsys):
