@@ -296,11 +296,12 @@ class Sweep:
                     for i, sample in enumerate(samples)
                 ]
         for kind, title, runs in (('infer', 'inference', infers), ('train', 'training', steps)):
-
-            def tell(text: str, title: str = title) -> None:
-                progress(f'{title}: {text}')
-
-            figures = measure(runs, rounds=rounds, device=device, progress=tell)
+            figures = measure(
+                runs,
+                rounds=rounds,
+                device=device,
+                progress=lambda text, title=title: progress(f'{title}: {text}'),
+            )
             for name, values in figures.items():
                 if 'error' in values:
                     rows[name]['error'] = f'{title} not measured: {values["error"]}'
