@@ -60,7 +60,7 @@ def draw_test_images(
     for i in range(min(count, len(dataset))):
         truth = dataset[i]['data_samples']
         (prediction,) = predictor(truth.img_path)
-        yield predictor.draw_truth(truth.img_path, truth)
+        yield predictor.draw(truth.img_path, truth, truth=True)
         yield predictor.draw(truth.img_path, prediction, score_thr)
 
 

@@ -1,7 +1,7 @@
-"""ONNX files of a model's networks, checked against the model by onnxruntime.
+"""Export parts of a model to ONNX, checked against the model by onnxruntime.
 
-What a file holds ends where Python begins: anchors, box decoding, NMS and everything behind
-proposals are the caller's.
+A file ends where a model's Python code begins: anchors, box decoding, NMS and everything after
+proposals are up to the caller.
 
 Shapes: N images of C channels, H x W pixels, K classes.
 """
@@ -29,29 +29,26 @@ import mmdense
 from mmdense.apis.deployment import TOLERANCE, relative_difference
 from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
-from mmdense.models.backbones import Backbone
 from mmdense.models.deploy import deploy as deploy_backbone
 
-__all__ = ['PARTS', 'Check', 'Exported', 'Preprocessing', 'export_onnx']
+__all__ = ['PARTS', 'TOLERANCE', 'Exported', 'Preprocessing', 'export_onnx']
 
 PARTS = ('backbone', 'neck', 'model')
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
-# What a file leaves open, in the order in which it is tried.
-FREEDOMS = (tuple(AXES.values()), ('batch',), ())
+DYNAMIC_AXES = (('batch', 'height', 'width'), ('batch',), ())  # in the order of trying
 HEAD_OUTPUTS = ('cls_score', 'bbox_pred')
-LOGGERS = ('torch.onnx', 'torch.export', 'onnxscript', 'onnx_ir')
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to the pixels of a file, 0 to 255, before the model's network sees them.
+    """What the model's data preprocessor does to pixels from 0 to 255.
 
     Attributes:
-        channels: Their order: 'RGB', 'BGR', or '' where the model has no preprocessor.
-        mean: Subtracted per channel; empty where nothing is.
-        std: Divided by after that.
-        multiple: What height and width were padded to a multiple of, on the right and below.
+        channels: Their order, 'RGB' or 'BGR'; '' if the model has no data preprocessor.
+        mean: Subtracted per channel; empty if nothing is.
+        std: Divided by per channel, after that.
+        multiple: Height and width are padded to a multiple of this, at the bottom and right.
     """
 
     channels: str = ''
@@ -61,32 +58,20 @@ class Preprocessing:
 
 
 @dataclass(frozen=True)
-class Check:
-    """How far onnxruntime's outputs are from torch's for one batch of random images.
-
-    Attributes:
-        image: N, H and W.
-        differences: Per output the largest difference, as a share of its largest value.
-    """
-
-    image: tuple[int, int, int]
-    differences: Mapping[str, float]
-
-
-@dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """An exported file.
 
     Attributes:
         file: The file.
-        part: One of ``PARTS``.
-        bytes: Its size.
-        opset: Version of ONNX's operators.
-        shapes: Of the input ``image`` and of each output; sides that are open are words.
-        fixed: Why batch or sizes are fixed that were to be open; empty if none is.
-        checks: One for each batch and size that was tried.
-        preprocessing: Of the model.
-        normalized: Whether the file does its part of it: subtracts the mean, divides by std.
+        part: The exported part, one of ``PARTS``.
+        bytes: File size, with external weights.
+        opset: Version of the ONNX operators.
+        shapes: Shapes of the input ``image`` and of each output; dynamic axes are names.
+        fixed: Why axes are fixed that were to be dynamic; '' if none is.
+        checks: (N, H, W) of each checked batch -> output -> largest difference from the model, as a
+            share of the output's largest value.
+        preprocessing: Preprocessing of the model.
+        normalized: Whether the file itself subtracts the mean and divides by std.
     """
 
     file: Path
@@ -95,9 +80,13 @@ class Exported:
     opset: int
     shapes: Mapping[str, tuple[int | str, ...]]
     fixed: str
-    checks: tuple[Check, ...]
+    checks: Mapping[tuple[int, int, int], Mapping[str, float]]
     preprocessing: Preprocessing
     normalized: bool
+
+
+class _ExportError(Exception):
+    """The model cannot be exported with these dynamic axes, or the file differs from it."""
 
 
 def export_onnx(
@@ -110,36 +99,36 @@ def export_onnx(
     fixed: bool = False,
     normalize: bool = False,
 ) -> Exported:
-    """Write a part of a model as an ONNX file of standard operators, in float32.
+    """Export a part of a model to an ONNX file of standard operators, in float32.
 
-    Inputs and outputs are named: ``image`` [N, C, H, W]; a backbone's maps ``c2``, ``c3``, ... and
-    a neck's ``p2``, ``p3``, ... by the logarithm of the stride; a dense head's ``cls_score_0``, ...
-    and ``bbox_pred_0``, ... by level, as they leave it; a segmentor's ``logits`` [N, K, H, W], of
-    the image's size, or ``depth`` [N, 1, H, W]. Batch, height and width are left open where torch
-    can export that; else sizes, and then the batch, are fixed.
+    The input is ``image`` [N, C, H, W]. Outputs are the feature maps of a backbone, ``c2``, ``c3``,
+    ... (log2 of the stride), or of a neck, ``p2``, ``p3``, ...; the raw outputs of a dense head by
+    level, ``cls_score_0``, ..., ``bbox_pred_0``, ...; or a segmentor's ``logits`` [N, K, H, W] or
+    ``depth`` [N, 1, H, W], of the image's size. Batch, height and width are dynamic if torch can
+    export that; otherwise only the batch is, or nothing.
 
-    onnxruntime then runs the file on random images: of that size, of another batch, another size
-    and an odd one. Where an output differs from the model's by more than 1e-4 of its largest value
-    the file is thrown away.
+    onnxruntime then runs the file on random images: of the given size, of another batch size, of
+    another size, and of an odd size. If an output differs from the model's by more than 1e-4 of its
+    largest value, no file is written.
 
     Args:
-        model: A detector, segmentor or backbone, with its weights; left alone.
-        file: NAME.onnx; what is there already is overwritten. Above 1.5 GB the weights go to
+        model: A detector, segmentor or backbone with its weights; it is not modified.
+        file: Path of the .onnx file, overwritten if it exists. Above 1.5 GB, weights go to
             NAME.onnx.data beside it.
-        part: 'backbone'; 'neck', for both; 'model', for dense heads and segmentors as well. By
-            default as much as there is.
-        size: H and W that it is checked at, and that are fixed if sizes are.
-        deploy: Take the backbone's form for deployment; it is compared with what it was before.
-        fixed: Fix the batch at 1, and the size.
-        normalize: Let the file subtract the mean and divide by std.
+        part: 'backbone'; 'neck', after the backbone; 'model', with the dense head or segmentation
+            head too. By default as much as the model allows.
+        size: H and W of the check, and of the input if its size is fixed.
+        deploy: Export the backbone's form for deployment, checked against the form before.
+        fixed: Fix the batch size at 1, and the image size.
+        normalize: Subtract the mean and divide by std in the file.
 
     Raises:
-        UserError: Missing packages, a torch before 2.5, a file that cannot be written, a part that
-            the model doesn't have or that cannot be exported, outputs that differ.
+        UserError: if packages are missing, torch is older than 2.5, the file cannot be written, the
+            model does not have the part, it cannot be exported, or the outputs differ.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
-        raise UserError(f'ONNX needs more packages: pip install {" ".join(missing)}')
+        raise UserError(f'ONNX export needs more packages: pip install {" ".join(missing)}')
     if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters:  # before 2.5
         raise UserError(
             f'torch {torch.__version__} is too old for ONNX: pip install -U torch torchvision'
@@ -148,106 +137,93 @@ def export_onnx(
     if file.suffix != '.onnx':
         raise UserError(f'{file} must end in .onnx')
     check_writable(file)
-    part = _choose(model, part)
-    preprocessing = _preprocessing(model)
+    part = _choose_part(model, part)
+    preprocessing = _preprocessing_of(model)
     if normalize and not preprocessing.mean:
         raise UserError(f'{type(model).__name__} has no mean and std to normalize by')
     expected = _Network(model, part, preprocessing if normalize else None)
-    names = _names(expected, size)
+    names = _output_names(expected, size)
     network = expected
     if deploy:
         network = copy.deepcopy(expected)
         deploy_backbone(network)
     for module in network.modules():
         if getattr(module, 'inplace', False):
-            module.inplace = False  # torch takes activations apart that write in place
-    notes = dict(part=part, version=mmdense.__version__, preprocessing=vars(preprocessing))
-    why = ''
+            module.inplace = False  # torch.export decomposes in-place activations
+    metadata = dict(part=part, version=mmdense.__version__, preprocessing=vars(preprocessing))
+    reason = ''
     with tempfile.TemporaryDirectory(prefix='.export-', dir=file.parent) as folder:
-        written = Path(folder, file.name)
-        for free in FREEDOMS[-1:] if fixed else FREEDOMS:
+        draft = Path(folder, file.name)
+        for dynamic in DYNAMIC_AXES[-1:] if fixed else DYNAMIC_AXES:
             try:
-                shapes, opset = _write(network, written, names, size, free, notes)
-                checks = _check(written, expected, size, free)
+                shapes, opset = _write(network, draft, names, size, dynamic, metadata)
+                checks = _check(draft, expected, size, dynamic)
                 break
-            except _Failed as error:
-                if not free:
-                    raise UserError(f'no {file} written: {error}') from error
-                why = why or str(error)
-        count = 0
-        for each in Path(folder).iterdir():
-            count += each.stat().st_size
-            each.replace(file.parent / each.name)
+            except _ExportError as error:
+                if not dynamic:
+                    raise UserError(f'{file} was not written: {error}') from error
+                reason = reason or str(error)
+        written = list(Path(folder).iterdir())  # the draft, and external weights
+        total = sum(path.stat().st_size for path in written)
+        for path in written:
+            path.replace(file.parent / path.name)
     return Exported(
-        file=file,
-        part=part,
-        bytes=count,
-        opset=opset,
-        shapes=shapes,
-        fixed=why,
-        checks=tuple(checks),
-        preprocessing=preprocessing,
-        normalized=normalize,
+        file, part, total, opset, shapes, reason, checks, preprocessing, normalized=normalize
     )
 
 
-class _Failed(Exception):
-    """A network that torch cannot export in one way, or a file that is not the network."""
-
-
-def _choose(model: nn.Module, part: str | None) -> str:
-    """Return the part of a model that is to be exported."""
+def _choose_part(model: nn.Module, part: str | None) -> str:
     kind = type(model).__name__
-    neck = getattr(model, 'neck', None) is not None
-    whole = _is_segmentor(model) or _is_dense(model)
+    has_neck = getattr(model, 'neck', None) is not None
+    has_head = _is_segmentor(model) or _is_dense_detector(model)
     if part is None:
-        return 'model' if whole else 'neck' if neck else 'backbone'
+        return 'model' if has_head else 'neck' if has_neck else 'backbone'
     if part not in PARTS:
         raise ValueError(f'part is {part!r}, must be one of {PARTS}')
-    if part == 'neck' and not neck:
+    if part == 'neck' and not has_neck:
         raise UserError(f'{kind} has no neck: export its backbone')
-    if part == 'model' and not whole:
+    if part == 'model' and not has_head:
         raise UserError(
-            f'{kind} is exported up to its neck: proposals, and boxes made from them, are not '
-            'for ONNX here'
+            f'{kind} can be exported up to its neck only: its proposals, and everything after '
+            'them, are not supported'
         )
     return part
 
 
 def _is_segmentor(model: nn.Module) -> bool:
-    return isinstance(getattr(model, 'decode_head', None), nn.Module) and not isinstance(
-        model.decode_head, nn.ModuleList
-    )
+    head = getattr(model, 'decode_head', None)
+    return isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
 
 
-def _is_dense(model: nn.Module) -> bool:
-    """Whether it is a detector of one stage, whose head reads the neck's maps."""
+def _is_dense_detector(model: nn.Module) -> bool:
+    """Return whether a model is a one-stage detector, whose head reads the neck's outputs."""
     between = any(hasattr(model, name) for name in ('roi_head', 'encoder'))
     return hasattr(model, 'bbox_head') and not between
 
 
-def _preprocessing(model: nn.Module) -> Preprocessing:
-    said = getattr(model, 'data_preprocessor', None)
-    flips = getattr(said, '_channel_conversion', getattr(said, 'channel_conversion', None))
-    if flips is None:  # (the second name is mmseg's own of 1.2)
+def _preprocessing_of(model: nn.Module) -> Preprocessing:
+    preprocessor = getattr(model, 'data_preprocessor', None)
+    for name in ('_channel_conversion', 'channel_conversion'):  # mmengine's, mmseg 1.2's
+        if hasattr(preprocessor, name):
+            flips = getattr(preprocessor, name)
+            break
+    else:
         return Preprocessing()
-    values = [getattr(said, name, None) for name in ('mean', 'std')]
-    mean, std = ((), ()) if values[0] is None else [tuple(v.flatten().tolist()) for v in values]
-    return Preprocessing(
-        channels='RGB' if flips else 'BGR',  # mmcv reads BGR
-        mean=mean,
-        std=std,
-        multiple=getattr(said, 'pad_size_divisor', 1),
+    mean, std = (
+        () if value is None else tuple(value.flatten().tolist())
+        for value in (getattr(preprocessor, key, None) for key in ('mean', 'std'))
     )
+    multiple = getattr(preprocessor, 'pad_size_divisor', 1)
+    return Preprocessing('RGB' if flips else 'BGR', mean, std, multiple)  # mmcv reads BGR
 
 
 class _Network(nn.Module):
     """A part of a model as one network: images [N, C, H, W] to a tuple of tensors.
 
     Args:
-        model: Copied to the CPU, in float32, in evaluation.
+        model: The model; copied to the CPU in float32, in evaluation mode.
         part: One of ``PARTS``.
-        normalization: Mean and std to normalize by.
+        normalization: The mean and std to normalize by.
     """
 
     def __init__(self, model: nn.Module, part: str, normalization: Preprocessing | None) -> None:
@@ -270,35 +246,41 @@ class _Network(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         x = image if self.mean is None else (image - self.mean) / self.std
-        maps = self.backbone(x)
+        features = self.backbone(x)
         if self.neck is not None:
-            maps = self.neck(maps)
+            features = self.neck(features)
         if self.head is None:
-            return (maps,) if isinstance(maps, Tensor) else tuple(maps)
+            return (features,) if isinstance(features, Tensor) else tuple(features)
         if self.segments:
             size = image.shape[2:]
             meta = dict(ori_shape=size, img_shape=size, pad_shape=size)
-            return (self.head.predict(maps, [meta], self.test_cfg),)
-        found = self.head(maps)
-        if isinstance(found, Tensor) or len(found) != len(HEAD_OUTPUTS):
+            return (self.head.predict(features, [meta], self.test_cfg),)
+        outputs = self.head(features)
+        if isinstance(outputs, Tensor) or len(outputs) != len(HEAD_OUTPUTS):
             raise UserError(
-                f'what {type(self.head).__name__} returns is not scores and boxes alone: export '
-                'the neck'
+                f'{type(self.head).__name__} returns more than scores and boxes: export the neck'
             )
-        return tuple(level for levels in found for level in levels)
+        return tuple(level for levels in outputs for level in levels)
 
-    def images(self, number: int, height: int, width: int) -> Tensor:
-        """Return random images as the network takes them, always the same."""
+    def random_images(self, number: int, height: int, width: int) -> Tensor:
+        """Return random images in the network's range, the same in each call."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(number, self.channels, height, width, generator=generator)
         return images if self.mean is None else images * self.std + self.mean
 
+    def run(self, image: tuple[int, int, int]) -> tuple[Tensor, ...]:
+        """Return the outputs for random images, given by N, H and W."""
+        try:
+            with torch.no_grad():
+                return self(self.random_images(*image))
+        except ValueError as error:  # the image is too small
+            raise UserError(str(error)) from error
+
 
 class _AdaptivePool(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` for maps of open size, for which ONNX has no operator.
+    """``nn.AdaptiveAvgPool2d`` for dynamic sizes, which ONNX has no operator for.
 
-    Means over windows are products with what each pixel's share of them is: [N, C, H, W] to
-    [N, C, h, w].
+    Means over windows are matrix products: [N, C, H, W] to [N, C, h, w].
 
     Args:
         size: h and w.
@@ -315,13 +297,13 @@ class _AdaptivePool(nn.Module):
         return rows @ x @ columns.t()
 
 
-def _windows(number: int, side: int, like: Tensor) -> Tensor:
-    """Return the shares [number, side] of pixels in windows, which torch lets overlap."""
-    index = torch.arange(number, device=like.device)[:, None]
+def _windows(count: int, side: int, like: Tensor) -> Tensor:
+    """Return the weights [count, side] of pixels in windows, which may overlap."""
+    index = torch.arange(count, device=like.device)[:, None]
     pixel = torch.arange(side, device=like.device)
-    inside = (pixel >= index * side // number) & (pixel * number < (index + 1) * side)
-    shares = inside.to(like.dtype)
-    return shares / shares.sum(1, keepdim=True)
+    inside = (pixel >= index * side // count) & (pixel * count < (index + 1) * side)
+    weights = inside.to(like.dtype)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _replace_pools(module: nn.Module) -> None:
@@ -329,51 +311,32 @@ def _replace_pools(module: nn.Module) -> None:
         if type(child) is nn.AdaptiveAvgPool2d:
             sides = child.output_size
             sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
-            if None not in sides:  # a side as long as the map's
+            if None not in sides:  # None keeps the input's side
                 setattr(module, name, _AdaptivePool(sides))
         else:
             _replace_pools(child)
 
 
-def _outputs(network: _Network, image: tuple[int, int, int]) -> tuple[Tensor, ...]:
-    """Return what a network makes of random images of N, H and W."""
-    try:
-        with torch.no_grad():
-            return network(network.images(*image))
-    except ValueError as error:  # too small an image
-        raise UserError(str(error)) from error
-
-
-def _names(network: _Network, size: tuple[int, int]) -> list[str]:
-    """Return names for a network's outputs."""
-    outputs = _outputs(network, (1, *size))
+def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:
+    outputs = network.run((1, *size))
     if network.segments:
         return ['depth' if hasattr(network.head, 'max_depth') else 'logits']
     if network.head is not None:
         levels = range(len(outputs) // len(HEAD_OUTPUTS))
         return [f'{name}_{level}' for name in HEAD_OUTPUTS for level in levels]
-    if network.neck is None and isinstance(network.backbone, Backbone):
-        levels = [round(math.log2(stride)) for stride in network.backbone.out_strides]
-    else:
-        levels = _levels(outputs, size)
     letter = 'c' if network.neck is None else 'p'
     names: list[str] = []
-    for level in levels:
-        again = levels[: len(names)].count(level)
-        names.append(f'{letter}{level}' + (f'_{again}' if again else ''))
-    return names
-
-
-def _levels(maps: Sequence[Tensor], size: tuple[int, int]) -> list[int]:
-    """Return the logarithm of each map's stride: where sides are rounded, one more than before."""
-    side, levels = max(size), []
-    for x in maps:
-        pixels = max(x.shape[2:])
-        if levels and abs(pixels - side / 2 ** (levels[-1] + 1)) < 1:
-            levels.append(levels[-1] + 1)
+    levels: list[int] = []
+    for x in outputs:
+        side = max(x.shape[2:])
+        if levels and abs(side - max(size) / 2 ** (levels[-1] + 1)) < 1:  # sides are rounded
+            level = levels[-1] + 1
         else:
-            levels.append(round(math.log2(side / pixels)))
-    return levels
+            level = round(math.log2(max(size) / side))
+        repeats = levels.count(level)
+        names.append(f'{letter}{level}' + (f'_{repeats}' if repeats else ''))
+        levels.append(level)
+    return names
 
 
 def _write(
@@ -381,19 +344,15 @@ def _write(
     file: Path,
     names: list[str],
     size: tuple[int, int],
-    free: Sequence[str],
-    notes: Mapping[str, Any],
+    dynamic: Sequence[str],
+    metadata: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[int | str, ...]], int]:
-    """Write a network to a file, with the axes in ``free`` open; return shapes and the opset.
-
-    Raises:
-        _Failed: torch cannot, or fixes an axis.
-    """
-    axes = {axis: name for axis, name in AXES.items() if name in free}
+    """Write a network with these dynamic axes to a file; return its shapes and opset."""
+    axes = {axis: name for axis, name in AXES.items() if name in dynamic}
     height, width = size
-    if 'width' in free and height == width:
-        width += 32  # what is equal here might be taken for equal always
-    images = network.images(2 if 'batch' in free else 1, height, width)
+    if 'width' in dynamic and height == width:
+        width += 32  # torch might take two equal sides for one
+    images = network.random_images(2 if 'batch' in dynamic else 1, height, width)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -405,92 +364,80 @@ def _write(
                 dynamo=True,
                 verbose=False,
             )
-    except Exception as error:  # of whatever library: torch's says more in its cause
-        raise _Failed(f'torch cannot export it ({one_line(error.__cause__ or error)})') from error
+    except Exception as error:  # torch and onnxscript raise many; the cause says most
+        reason = one_line(error.__cause__ or error)
+        raise _ExportError(f'torch cannot export it ({reason})') from error
     graph = program.model.graph
-    values = [*graph.inputs, *graph.outputs]
     for value in graph.outputs:
         for axis, name in AXES.items():
             side = value.shape[axis]
-            if not isinstance(side, int) and side.value not in free:  # a long formula
+            if not isinstance(side, int) and side.value not in dynamic:  # a long formula
                 value.shape[axis] = f'{value.name}_{name}'
-    shapes = {value.name: tuple(map(_side, value.shape)) for value in values}
+    shapes = {
+        value.name: tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
+        for value in (*graph.inputs, *graph.outputs)
+    }
     for axis, name in axes.items():
         if isinstance(shapes['image'][axis], int):
-            raise _Failed(f'torch exports it for one {name} alone')
-    for node in graph:  # lines of our sources, which nobody else has
+            raise _ExportError(f'torch exports it for one {name} only')
+    for node in graph:  # stack traces of this machine
         node.metadata_props.clear()
-    program.model.metadata_props['mmdense'] = json.dumps(notes)
+    program.model.metadata_props['mmdense'] = json.dumps(metadata)
     program.save(file, external_data=False)
     return shapes, program.model.opset_imports['']
 
 
-def _side(side: Any) -> int | str:
-    return side if isinstance(side, int) else str(side.value)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what exporting says on the way: it either works, or ends in an error."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    levels = [logger.level for logger in loggers]
+    """Silence the exporter, which either works or raises an error."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(level)
 
 
 def _check(
-    file: Path, expected: _Network, size: tuple[int, int], free: Sequence[str]
-) -> list[Check]:
-    """Compare a file's outputs with a network's on random images.
-
-    Raises:
-        _Failed: onnxruntime cannot run it, or an output differs.
-    """
-    session = _session(file)
-    height, width = size
-    images = [(1, height, width)]
-    if 'batch' in free:
-        images.append((3, height, width))
-    if 'height' in free:
-        images += [(1, height + 32, width + 64), (1, height + 45, width + 13)]
-    return [_compare(session, expected, image) for image in images]
-
-
-def _session(file: Path) -> Any:
+    file: Path, expected: _Network, size: tuple[int, int], dynamic: Sequence[str]
+) -> dict[tuple[int, int, int], dict[str, float]]:
+    """Compare a file's outputs with a network's on batches of random images."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        return onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-    except Exception as error:  # onnxruntime has a dozen of its own
-        raise _Failed(f'onnxruntime cannot load it ({one_line(error)})') from error
+        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+    except Exception as error:  # onnxruntime has a dozen classes of errors
+        raise _ExportError(f'onnxruntime cannot load it ({one_line(error)})') from error
+    height, width = size
+    batches = [(1, height, width)]
+    if 'batch' in dynamic:
+        batches.append((3, height, width))
+    if 'height' in dynamic:
+        batches += [(1, height + 32, width + 64), (1, height + 45, width + 13)]
+    return {batch: _compare(session, expected, batch) for batch in batches}
 
 
-def _compare(session: Any, expected: _Network, image: tuple[int, int, int]) -> Check:
-    wanted = _outputs(expected, image)
-    shown = ' x '.join(map(str, image))
+def _compare(session: Any, expected: _Network, batch: tuple[int, int, int]) -> dict[str, float]:
+    """Return the largest difference of each output, as a share of its largest value."""
+    images = f'images of {" x ".join(map(str, batch))}'
     names = [output.name for output in session.get_outputs()]
     try:
-        found = session.run(names, dict(image=expected.images(*image).numpy()))
-    except Exception as error:  # as above
-        raise _Failed(f'onnxruntime cannot run it on {shown} ({one_line(error)})') from error
+        outputs = session.run(names, dict(image=expected.random_images(*batch).numpy()))
+    except Exception as error:
+        raise _ExportError(f'onnxruntime cannot run it on {images} ({one_line(error)})') from error
     differences = {}
-    for name, a, b in zip(names, found, wanted, strict=True):
+    for name, a, b in zip(names, outputs, expected.run(batch), strict=True):
         if a.shape != tuple(b.shape):
-            raise _Failed(f'{name} is {a.shape} for images of {shown}, must be {tuple(b.shape)}')
+            raise _ExportError(f'{name} is {a.shape} for {images}, must be {tuple(b.shape)}')
         differences[name] = relative_difference(torch.from_numpy(a), b)
-        if not differences[name] <= TOLERANCE:
-            raise _Failed(
+        if not differences[name] <= TOLERANCE:  # NaN too
+            raise _ExportError(
                 f'{name} differs from the model by {differences[name]:.1e} of its largest value '
-                f'for images of {shown}, and may by {TOLERANCE:.0e}'
+                f'for {images} (allowed: {TOLERANCE:.0e})'
             )
-    return Check(image, differences)
+    return differences

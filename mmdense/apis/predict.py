@@ -176,51 +176,40 @@ class Predictor:
         return dict(img=pixels, img_path=None, img_id=0, img_shape=shape, ori_shape=shape)
 
     def draw(
-        self, image: ImageSource, sample: BaseDataElement, score_thr: float = 0.3
+        self,
+        image: ImageSource,
+        sample: BaseDataElement,
+        score_thr: float = 0.3,
+        *,
+        truth: bool = False,
     ) -> np.ndarray:
-        """Draw a prediction on its image.
+        """Draw a prediction, or the ground truth, on its image.
 
         Detection: masks if there are any, and boxes with class and score, the best ones on top.
         Segmentation: the classes' colours over the image, with the names of larger segments.
 
         Args:
             image: The image.
-            sample: The prediction.
-            score_thr: Instances with a lower score are left out.
+            sample: The prediction; for ground truth, a data sample of a test set whose pipeline
+                loads annotations after resizing.
+            score_thr: Predicted instances with a lower score are left out.
+            truth: Draw the ground truth, if there is any: dashed, without scores.
 
         Returns:
             uint8 [H, W, 3] in RGB.
 
         Raises:
-            UserError: if the image cannot be read, or is not of the prediction's size.
+            UserError: if the image cannot be read, or is not of the sample's size.
         """
         rgb = self._load_rgb(image, sample)
-        if self.segments:
-            return draw_label_map(rgb, _label_map(sample.pred_sem_seg), self.classes, self.palette)
-        instances = sample.pred_instances
-        instances = _to_numpy(instances[instances.scores >= score_thr])
-        return draw_instances(rgb, instances, self.classes, self.palette)
-
-    def draw_truth(self, image: ImageSource, sample: BaseDataElement) -> np.ndarray:
-        """Draw the ground truth on its image as :meth:`draw` does, with dashed outlines.
-
-        Args:
-            image: The image.
-            sample: A data sample of the test set, whose pipeline loads annotations after resizing.
-                Without annotations, nothing is drawn.
-
-        Returns:
-            uint8 [H, W, 3] in RGB.
-
-        Raises:
-            UserError: as :meth:`draw`.
-        """
-        rgb = self._load_rgb(image, sample)
-        if self.segments and 'gt_sem_seg' in sample:
-            return draw_label_map(rgb, _label_map(sample.gt_sem_seg), self.classes, self.palette)
-        if not self.segments and 'gt_instances' in sample:
-            instances = _to_numpy(sample.gt_instances)
-            return draw_instances(rgb, instances, self.classes, self.palette)
+        source = 'gt' if truth else 'pred'
+        label_map, instances = sample.get(f'{source}_sem_seg'), sample.get(f'{source}_instances')
+        if self.segments and label_map is not None:
+            return draw_label_map(rgb, _to_label_map(label_map), self.classes, self.palette)
+        if not self.segments and instances is not None:
+            if not truth:
+                instances = instances[instances.scores >= score_thr]
+            return draw_instances(rgb, _to_numpy(instances), self.classes, self.palette)
         return rgb
 
     def _load_rgb(self, image: ImageSource, sample: BaseDataElement) -> np.ndarray:
@@ -325,13 +314,13 @@ def _to_numpy(instances: InstanceData) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _label_map(segmentation: PixelData) -> np.ndarray:
+def _to_label_map(segmentation: PixelData) -> np.ndarray:
     return segmentation.data.squeeze(0).cpu().numpy().astype(np.int64)
 
 
 def _segments(sample: BaseDataElement) -> dict[str, np.ndarray]:
     """Return the classes of a segmentation as instances."""
-    label_map, logits = _label_map(sample.pred_sem_seg), sample.seg_logits.data
+    label_map, logits = _to_label_map(sample.pred_sem_seg), sample.seg_logits.data
     if len(logits) > 1:
         probabilities = logits.softmax(0).amax(0)
     else:  # one channel for two classes, after mmseg's sigmoid

@@ -317,7 +317,7 @@ class Sweep:
         """Draw a prediction or the truth; return the file, relative to the folder."""
         path = sample.img_path
         if truth:
-            picture = predictor.draw_truth(path, sample)
+            picture = predictor.draw(path, sample, truth=True)
         else:
             picture = predictor.draw(path, predictor(path)[0], SCORE_THRESHOLD)
         (self.folder / 'pictures').mkdir(exist_ok=True)

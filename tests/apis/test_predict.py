@@ -363,18 +363,19 @@ def test_ground_truth_is_drawn_dashed(mask_detector, segmentor):
         labels=torch.tensor([3]),
         masks=BitmapMasks(masks, 200, 300),
     )
-    drawing = mask_detector.draw_truth(image, Sample(ori_shape=(200, 300), gt_instances=truth))
+    sample = Sample(ori_shape=(200, 300), gt_instances=truth)
+    drawing = mask_detector.draw(image, sample, truth=True)
     side = (drawing[80:161, 20] == mask_detector.palette[3]).all(-1)
     assert 0.3 < side.mean() < 0.7
     assert (drawing[85:135, 45:95] != 128).any()
     labels = torch.full((1, 200, 300), 255)
     labels[:, :, :100] = 1
     truth = Sample(ori_shape=(200, 300), gt_sem_seg=PixelData(data=labels))
-    drawing = segmentor.draw_truth(image, truth)
+    drawing = segmentor.draw(image, truth, truth=True)
     assert (drawing[:, 100:] == 128).all()  # ignored
     assert (drawing[:, :100] != 128).any()
     for predictor in (mask_detector, segmentor):  # a pipeline that loads no annotations
-        assert (predictor.draw_truth(image, Sample(ori_shape=(200, 300))) == image).all()
+        assert (predictor.draw(image, Sample(ori_shape=(200, 300)), truth=True) == image).all()
 
 
 def test_a_drawing_needs_the_image_of_its_sample(detector, pixels):
