@@ -1,4 +1,4 @@
-"""Predictions on images of all kinds, how they are drawn, and what is written of them."""
+"""Predictions on images of all kinds: drawn, and written in COCO's format."""
 
 import json
 
@@ -12,8 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from bad_data import EPS, bomb
-from mmdense.apis import Predictor, classes, predict
-from mmdense.apis.predict import find_images, save_predictions
+from mmdense.apis import Predictor, find_images, predict, save_predictions
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -37,12 +36,11 @@ MASKS = dict(
 )
 
 
-def config(task='detection', ann_file='nowhere.json', masks=False):
-    """Return a demo's config whose detector lets every box through."""
+def config(task='detection', masks=False):
+    """Return the config of a demo; its detector keeps boxes of any score."""
     cfg = load_config(str(DEMOS[task]))
     if task == 'detection':
         cfg.model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=4)
-        cfg.test_evaluator.ann_file = str(ann_file)
     if masks:
         cfg.merge_from_dict(dict(model=MASKS))
     return cfg
@@ -81,21 +79,12 @@ def file(pixels, tmp_path):
     return tmp_path / 'image.png'
 
 
-@pytest.fixture
-def log(monkeypatch):
-    lines = []
-    for module in (predict, classes):
-        monkeypatch.setattr(module, 'print_log', lambda text, *args: lines.append(text))
-    return lines
-
-
 def save(model, file, **meta):
     torch.save(dict(state_dict=model.state_dict(), meta=meta), file)
     return file
 
 
 def same(one, other):
-    """Whether two predictions are the same."""
     if 'pred_sem_seg' in one:
         return torch.equal(one.seg_logits.data, other.seg_logits.data)
     one, other = one.pred_instances, other.pred_instances
@@ -144,35 +133,27 @@ def test_a_checkpoint_replaces_pretrained_weights(detector, pixels, tmp_path):
     cfg.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='timm://nothing')
     checkpoint = save(detector.model, tmp_path / 'x.pth')
     torch.manual_seed(1)
-    assert same(Predictor(cfg, checkpoint, device='cpu')(pixels)[0], detector(pixels)[0])
-    assert cfg.model.backbone.init_cfg.checkpoint == 'timm://nothing'  # the caller's is left alone
+    deployed = Predictor(cfg, checkpoint, device='cpu', deploy=True)
+    assert cfg.model.backbone.init_cfg.checkpoint == 'timm://nothing'  # not modified
+    assert deployed.model.backbone.form == 'deployed'
+    a, b = (p(pixels)[0].pred_instances.scores for p in (detector, deployed))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-def test_a_checkpoint_must_fill_the_model(detector, pixels, tmp_path, log):
-    with pytest.raises(UserError, match=r'^no checkpoint nowhere\.pth$'):
-        predictor(config(), 'nowhere.pth')
+def test_a_checkpoint_must_fill_the_model(detector, tmp_path):
     state = detector.model.state_dict()
     del state['neck.fpn_convs.0.conv.weight']
-    torch.save(dict(state_dict=state), tmp_path / 'x.pth')
+    file = tmp_path / 'x.pth'
+    torch.save(dict(state_dict=state), file)
     with pytest.raises(
         UserError, match=r'x\.pth fills .*missing: neck\.fpn_convs\.0\.conv\.weight'
     ):
-        predictor(config(), tmp_path / 'x.pth')
-    assert predictor(config(), tmp_path / 'x.pth', min_loaded=0.9).classes == DIGITS
-    assert predictor(config(), tmp_path / 'x.pth', min_coverage=0.9).classes == DIGITS  # its alias
-    assert not log
-    predictor(config())
-    assert log == ['no checkpoint: random weights']
+        predictor(config(), file)
+    for name in ('min_loaded', 'min_coverage'):  # the second is a deprecated alias
+        assert predictor(config(), file, **{name: 0.9}).classes == DIGITS
 
 
-def test_deployed(detector, pixels, tmp_path):
-    deployed = predictor(config(), save(detector.model, tmp_path / 'x.pth'), deploy=True)
-    assert deployed.model.backbone.form == 'deployed'
-    one, other = (p(pixels)[0].pred_instances for p in (detector, deployed))
-    torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-4)
-
-
-def test_the_config_s_own_reading_and_norms(file, pixels):
+def test_the_config_s_image_loader_and_norms(file, pixels):
     cfg = config()
     cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # resized without rounding
     cfg.model.neck.norm_cfg = dict(type='SyncBN')
@@ -181,79 +162,28 @@ def test_the_config_s_own_reading_and_norms(file, pixels):
     assert same(model(file)[0], model(pixels)[0])
 
 
-def test_models_that_cannot_be(file):
-    with pytest.raises(UserError, match=r'^no config nowhere\.py'):
-        predictor('nowhere.py')
-    with pytest.raises(UserError, match=r'nyu-480x480\.py predicts depth: '):
-        predictor(str(NYU))
+def test_errors_name_config_checkpoint_device_or_pipeline():
+    headless, without = config(), config()
+    headless.test_dataloader.dataset.pipeline = headless.test_dataloader.dataset.pipeline[1:]
+    without.pop('test_dataloader')
+    for arguments, message in (
+        (['nowhere.py'], r'^no config nowhere\.py'),
+        ([config(), 'nowhere.pth'], r'^no checkpoint nowhere\.pth$'),
+        ([str(NYU)], r'nyu-480x480\.py predicts depth: '),
+        ([headless], 'must begin with LoadImageFromFile, not Resize'),
+        ([without], 'has no test_dataloader'),
+    ):
+        with pytest.raises(UserError, match=message):
+            predictor(*arguments)
     with pytest.raises(UserError, match='^no device abacus: '):
         Predictor(config(), device='abacus')
-    cfg = config()
-    cfg.test_dataloader.dataset.pipeline = cfg.test_dataloader.dataset.pipeline[1:]
-    with pytest.raises(UserError, match='must begin with LoadImageFromFile, not Resize'):
-        predictor(cfg)
-    cfg.pop('test_dataloader')
-    with pytest.raises(UserError, match='has no test_dataloader'):
-        predictor(cfg)
 
 
-# Names, colours and ids
-
-
-def test_classes_come_from_the_checkpoint_the_config_or_the_data_set(detector, tmp_path, log):
-    def of(meta, cfg=None):
-        found = predictor(cfg or config(), save(detector.model, tmp_path / 'x.pth', **meta))
-        return found.classes, found.palette
-
-    letters, colours = tuple('abcdefghij'), [(i, i, i) for i in range(10)]
-    digit_colours = [tuple(c) for c in config().metainfo.palette]
-    both = dict(classes=letters, palette=colours)
-    assert of(dict(dataset_meta=both)) == (letters, colours)
-    assert of(dict(dataset_meta=dict(CLASSES=letters))) == (letters, digit_colours)
-    assert of(dict(CLASSES=letters, PALETTE=colours, epoch=3)) == (letters, colours)
-    assert of(dict(dataset_meta=dict(both, palette='random'))) == (letters, digit_colours)
-    assert of({}) == (DIGITS, digit_colours)
-    assert of(dict(dataset_meta=dict(classes=('cat', 'dog')))) == (DIGITS, digit_colours)
-    assert not log
-    cfg = config()
-    del cfg.test_dataloader.dataset.metainfo
-    cfg.test_dataloader.dataset.type = 'mmdet.VOCDataset'
-    classes, palette = of({}, cfg)  # VOC has twenty
-    assert classes == tuple(f'class {i}' for i in range(10))
-    assert len(palette) >= 10
-    assert log == ['neither the checkpoint nor the config names 10 classes']
-    cfg.model.roi_head.bbox_head.num_classes = 20
-    assert predictor(cfg).classes[:2] == ('aeroplane', 'bicycle')
-
-
-def test_category_ids_are_those_of_the_annotations(tmp_path, log):
-    def ids(cfg):
-        model = predictor(cfg)
-        return [c['id'] for c in model.categories], model.classes
-
-    file = tmp_path / 'truth.json'
-    known = [dict(id=3 * i + 2, name=name) for i, name in enumerate(('sky', *DIGITS))]
-    file.write_text(json.dumps(dict(categories=known)))
-    assert ids(config(ann_file=file)) == ([3 * i + 2 for i in range(1, 11)], DIGITS)
-    # mmdet counts labels in the file's order.
-    file.write_text(json.dumps(dict(categories=known[::-1])))
-    del log[:]
-    backwards = [3 * i + 2 for i in range(1, 11)][::-1]
-    assert ids(config(ann_file=file)) == (backwards, DIGITS[::-1])
-    assert sum('order of the annotation file' in line for line in log) == 1
-    # A file that is damaged or of another data set says nothing.
-    file.write_text('[{')
-    assert ids(config(ann_file=file)) == ([*range(1, 11)], DIGITS)
-    file.write_text(json.dumps(dict(categories=known[:-1])))
-    assert ids(config(ann_file=file)) == ([*range(1, 11)], DIGITS)
-    assert ids(config()) == ([*range(1, 11)], DIGITS)
-    assert ids(config('segmentation'))[0] == [1, 2]
-    cfg = config()
-    del cfg.test_dataloader.dataset.metainfo
-    cfg.model.roi_head.bbox_head.num_classes = 80
-    found, classes = ids(cfg)
-    assert dict(zip(found, classes, strict=True)).items() >= {1: 'person', 13: 'stop sign'}.items()
-    assert (found[-1], classes[-1]) == (90, 'toothbrush')
+def test_random_weights_are_logged(monkeypatch):
+    lines = []
+    monkeypatch.setattr(predict, 'print_log', lambda text, *args: lines.append(text))
+    predictor(config())
+    assert lines == ['no checkpoint: random weights']
 
 
 # Images
@@ -290,7 +220,7 @@ def test_photographs_are_turned_upright(detector, pixels, tmp_path):
     assert (detector.draw(file, sample, 2) == upright[..., ::-1]).all()
 
 
-def test_files_that_are_no_images(detector, pixels, tmp_path):
+def test_damaged_files(detector, pixels, tmp_path):
     whole = cv2.imencode('.jpg', cv2.resize(pixels, (400, 300)))[1].tobytes()
     png = cv2.imencode('.png', cv2.resize(pixels, (400, 300)))[1].tobytes()
     for name, content, reason in (
@@ -312,15 +242,12 @@ def test_files_that_are_no_images(detector, pixels, tmp_path):
             detector(path)
 
 
-def test_arrays_that_are_no_images(detector, pixels):
+def test_arrays_that_are_no_images(detector, segmentor, pixels):
     for array in (pixels[..., 0], pixels[..., :2], pixels / 255, pixels[:0]):
         with pytest.raises(UserError, match=r'must be uint8 \[H, W, 3\] in BGR, not '):
             detector(array)
-
-
-def test_images_that_cannot_be_used(detector, segmentor):
     with pytest.raises(UserError, match=r'^the image: cannot be preprocessed \('):
-        detector(np.zeros((1, 2000, 3), np.uint8))  # no pixel is left of its height
+        detector(np.zeros((1, 2000, 3), np.uint8))  # resized to a height of 0
     with pytest.raises(UserError, match='^the image: .*(small|at least)'):
         segmentor(np.zeros((3, 3, 3), np.uint8))
 
@@ -387,32 +314,26 @@ def test_a_drawing_needs_the_image_of_its_sample(detector, pixels):
 # COCO's format
 
 
-def test_results_of_boxes(detector, pixels):
-    (sample,) = detector(pixels)
-    results = detector.coco(sample, 7)
-    found = sample.pred_instances
-    assert len(results) == len(found) > 1
+@pytest.mark.parametrize('kind', ['detector', 'mask_detector'])
+def test_results_of_instances(kind, pixels, request):
+    model = request.getfixturevalue(kind)
+    (sample,) = model(pixels)
+    results = json.loads(json.dumps(model.coco(sample, 7)))
+    instances = sample.pred_instances
+    assert len(results) == len(instances) > 1
     for i, result in enumerate(results):
-        assert set(result) == {'image_id', 'category_id', 'bbox', 'score'}
-        assert result['image_id'] == 7
-        assert result['category_id'] == found.labels[i] + 1
+        assert (result['image_id'], result['category_id']) == (7, instances.labels[i] + 1)
         x, y, width, height = result['bbox']
         box = torch.tensor([x, y, x + width, y + height])
-        torch.testing.assert_close(box, found.bboxes[i], rtol=0, atol=0.01)
-        assert abs(result['score'] - found.scores[i]) < 1e-4
+        torch.testing.assert_close(box, instances.bboxes[i], rtol=0, atol=0.01)
+        assert abs(result['score'] - instances.scores[i]) < 1e-4
+        assert ('segmentation' in result) == (kind == 'mask_detector')
+        if 'segmentation' in result:
+            mask = coco_mask.decode(result['segmentation'])
+            assert (mask == instances.masks[i].numpy()).all()
     middle = results[1]['score']
-    assert 0 < len(detector.coco(sample, 7, middle + 1e-3)) < len(results)
-    assert detector.coco(sample, 7, 1.0) == []
-    json.dumps(results)
-
-
-def test_results_of_masks(mask_detector, pixels):
-    (sample,) = mask_detector(pixels)
-    results = mask_detector.coco(sample, 7)
-    assert results
-    for i, result in enumerate(results):
-        mask = coco_mask.decode(json.loads(json.dumps(result['segmentation'])))
-        assert (mask == sample.pred_instances.masks[i].numpy()).all()
+    assert 0 < len(model.coco(sample, 7, middle + 1e-3)) < len(results)
+    assert model.coco(sample, 7, 1.0) == []
 
 
 def test_results_of_segments(segmentor, pixels):
@@ -428,7 +349,7 @@ def test_results_of_segments(segmentor, pixels):
         assert abs(result['score'] - surest[labels == label].mean()) < 1e-4
 
 
-def test_results_of_segments_by_a_threshold(segmentor):
+def test_results_of_segments_with_one_channel(segmentor):
     labels, probabilities = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0.1, 0.3, 0.8, 0.6]]])
     sample = Sample(
         pred_sem_seg=PixelData(data=labels.float()), seg_logits=PixelData(data=probabilities)
@@ -466,7 +387,7 @@ def test_folders_are_searched_in_order(tmp_path):
     ]
 
 
-def test_images_of_one_name_get_pictures_of_their_own(tmp_path, monkeypatch):
+def test_images_of_one_name_get_different_pictures(tmp_path, monkeypatch):
     touch(tmp_path, 'a/x.jpg', 'b/x.jpg', 'c/x.bmp', 'c/x.bmp.png', 'c/x.png')
     names = ['a/x.jpg', 'b/x.jpg', 'c/x.bmp.png', 'c/x.bmp_.png', 'c/x.png']
     sources = ['b/x.jpg', 'a', str(tmp_path / 'a/x.jpg'), 'c']
@@ -476,7 +397,7 @@ def test_images_of_one_name_get_pictures_of_their_own(tmp_path, monkeypatch):
     assert len(found) == 5
 
 
-def test_images_that_are_not_there(tmp_path):
+def test_missing_images(tmp_path):
     touch(tmp_path, 'in/a.txt', 'x/pictures/a.jpg')
     with pytest.raises(UserError, match=r'no image found in .*in \(suffixes: \.bmp'):
         find_images([tmp_path / 'in'], tmp_path / 'out')
@@ -487,7 +408,7 @@ def test_images_that_are_not_there(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmentor', 'mask_detector'])
-def test_what_is_written(kind, file, pixels, request):
+def test_predictions_json_and_pictures(kind, file, pixels, request):
     model, folder = request.getfixturevalue(kind), file.parent
     (folder / 'bad.jpg').touch()
     cv2.imwrite(str(folder / 'low.jpg'), pixels[:40])
@@ -524,7 +445,7 @@ def test_what_is_written(kind, file, pixels, request):
         assert json.loads((out / 'predictions.json').read_text())['annotations'] == []
 
 
-def test_nothing_is_written_below_a_file(detector, file):
+def test_an_output_folder_that_is_a_file(detector, file):
     results = save_predictions(detector, {file: file.parent / 'x.png'}, file / 'out')
     with pytest.raises(UserError, match='cannot write'):
         next(results)
