@@ -23,7 +23,7 @@ __all__ = ['Launch', 'Record', 'Refused']
 # Operators that launch nothing, besides views.
 FREE = (
     *('empty', 'empty_like', 'empty_strided', 'new_empty', 'new_empty_strided', 'set_', 'resize_'),
-    *('_unsafe_view', 'is_same_size', 'lift_fresh'),
+    *('_unsafe_view', 'device', 'is_same_size', 'lift_fresh', 'promote_types'),
 )
 WRITES = ('copy_', 'fill_', 'zero_')  # operators that don't read what they write to
 WAITS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero', 'unique_dim')
@@ -171,14 +171,17 @@ def _size(x: Tensor) -> int:
 def _cost(name: str, func: Any, args: tuple, kwargs: dict, outputs: Any) -> tuple[int, int, int]:
     """Return kernels, bytes and FLOPs of an operator."""
     inputs, results = list(_tensors((args, kwargs))), list(_tensors(outputs))
-    flops = 0
-    if func._overloadpacket in flop_registry:
-        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=outputs)
     if name == 'convolution_backward':
         grad, x, weight = args[:3]
         wanted = args[10] if len(args) > 10 else kwargs['output_mask']
-        size = (wanted[0] + wanted[1]) * (_size(grad) + _size(weight) + _size(x))
+        products = wanted[0] + wanted[1]
+        # torch's own counter takes a depthwise convolution for a dense one.
+        flops = 2 * products * grad.numel() * math.prod(weight.shape[1:])
+        size = products * (_size(grad) + _size(weight) + _size(x))
         return sum(wanted), size + wanted[2] * _size(grad), flops
+    flops = 0
+    if func._overloadpacket in flop_registry:
+        flops = flop_registry[func._overloadpacket](*args, **kwargs, out_val=outputs)
     written = {
         id(x)
         for i, argument in enumerate(func._schema.arguments)
