@@ -401,8 +401,8 @@ def family_row(family: str, networks: list[Backbone], figures: dict, cpu: dict) 
         'params (M)': span([count_parameters(net) / 1e6 for net in networks], 1),
         'GMACs': span([backbone_macs(net, (224, 224)) / 1e9 for net in networks], 2),
         'ImageNet top-1 (%)': span(top1, 1),
-        'inference speed': ', '.join(speeds) or '-',
-        'training memory': ', '.join(memory) or '-',
+        'speed against timm': ', '.join(speeds) or '-',
+        'memory against timm': ', '.join(memory) or '-',
     }
 
 
