@@ -192,7 +192,8 @@ def build_error(error: Exception) -> str | None:
     if not builds or isinstance(error, UserError):
         return None
     refused = isinstance(error, AssertionError | KeyError | TypeError | ValueError) and all(
-        frame.f_code.co_name.startswith(('__init__', 'build')) and module.startswith(LIBRARIES)
+        frame.f_code.co_name.startswith(('__init__', 'build'))
+        and module.partition('.')[0] in LIBRARIES
         for (frame, _), module in [*zip(calls, modules, strict=True)][builds[-1] + 1 :]
     )
     missing = builds[-1] == len(calls) - 1 and isinstance(error, RuntimeError)
