@@ -32,7 +32,7 @@ train_pipeline = [
 train_dataloader = dict(batch_size=4, num_workers=8, dataset=dict(pipeline=train_pipeline))
 
 max_epochs = 36
-train_cfg = dict(max_epochs=max_epochs)
+train_cfg = dict(type='mmdense.EpochBasedTrainLoop', max_epochs=max_epochs)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=1000),
     dict(

@@ -3,3 +3,5 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py', 'mmdet::_base_/schedules/schedule_1x.py',
     './default_runtime.py'
 ]
+
+train_cfg = dict(type='mmdense.EpochBasedTrainLoop')

@@ -5,6 +5,8 @@ _base_ = [
     './default_runtime.py'
 ]
 
+train_cfg = dict(type='mmdense.EpochBasedTrainLoop')
+
 # For tools/test.py --tta: predictions with and without flip are merged by NMS.
 tta_model = dict(
     type='DetTTAModel', tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100))

@@ -39,7 +39,7 @@ optim_wrapper = dict(
     paramwise_cfg=dict(flat_decay_mult=0.0),
     clip_grad=dict(max_norm=10.0))
 max_epochs = 8
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
+train_cfg = dict(type='mmdense.EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [

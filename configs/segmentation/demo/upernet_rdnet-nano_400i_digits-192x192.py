@@ -31,7 +31,7 @@ optim_wrapper = dict(
         flat_decay_mult=0.0, custom_keys=dict(conv_seg=dict(lr_mult=10.0, decay_mult=0.0))),
     clip_grad=dict(max_norm=10.0))
 max_iters = 400
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
+train_cfg = dict(type='mmdense.IterBasedTrainLoop', max_iters=max_iters, val_interval=100)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 param_scheduler = [

@@ -22,7 +22,7 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=1e-3, begin=0, end=500, by_epoch=False),
     dict(type='PolyLR', power=0.9, eta_min=1e-6, begin=500, end=max_iters, by_epoch=False)
 ]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=2500)
+train_cfg = dict(type='mmdense.IterBasedTrainLoop', max_iters=max_iters, val_interval=2500)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 default_hooks = dict(
