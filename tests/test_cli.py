@@ -11,11 +11,11 @@ from mmdense.errors import UserError
 
 def setting(text):
     """Return the value that KEY=text gives, and the one that mmengine gives it."""
-    ours, mmengine = argparse.ArgumentParser(), argparse.ArgumentParser()
-    cli.add_cfg_options(ours)
+    parser, mmengine = argparse.ArgumentParser(), argparse.ArgumentParser()
+    cli.add_cfg_options(parser)
     mmengine.add_argument('--cfg-options', nargs='+', action=DictAction)
     command = ['--cfg-options', f'key={text}']
-    return [parser.parse_args(command).cfg_options['key'] for parser in (ours, mmengine)]
+    return [p.parse_args(command).cfg_options['key'] for p in (parser, mmengine)]
 
 
 AS_IN_MMENGINE = """

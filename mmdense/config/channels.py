@@ -106,7 +106,7 @@ def fill_channels(cfg: Config) -> None:
     ``in_channels='auto'`` of the bbox head becomes the neck's ``out_channels``.
 
     Args:
-        cfg: A whole config; changed in place.
+        cfg: A complete config; changed in place.
 
     Raises:
         UserError: 'auto' is used elsewhere, or the backbone cannot be built.
@@ -203,7 +203,7 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     starts from random weights: then nothing is frozen.
 
     Args:
-        cfg: A whole config; changed in place, with the channels of necks and heads.
+        cfg: A complete config; changed in place, with the channels of necks and heads.
         backbone: The config of one of mmdense's backbones. Its ``out_indices`` and what it freezes
             are replaced.
 

@@ -34,7 +34,7 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Train in mixed precision.
 
     Args:
-        cfg: A whole config.
+        cfg: A complete config.
         dtype: 'bfloat16', which a CPU supports too; 'float16', with the config's loss scale or a
             dynamic one; None for the config's type, or float16 if it trains in float32.
 

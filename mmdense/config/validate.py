@@ -190,7 +190,7 @@ def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None
 
     Args:
         model: A detector or segmentor.
-        cfg: The whole config.
+        cfg: The complete config.
         loaders: Whose data sets: of 'train', 'val' and 'test'.
 
     Raises:

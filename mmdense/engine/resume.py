@@ -29,7 +29,7 @@ def use_checkpoint(
     seed resumes with the seed it was started with.
 
     Args:
-        cfg: A whole config; changed in place.
+        cfg: A complete config; changed in place.
         resume: A checkpoint; 'auto' for the latest one in the work dir, if any; None for the
             config's ``resume``.
         load_from: The weights of a complete model to start from; by default the config's.

@@ -39,7 +39,7 @@ def check_model(file, **options):
 
 @pytest.fixture(autouse=True)
 def _no_data_set_is_read(monkeypatch):
-    """Mistakes are found before: the files do not exist."""
+    """Every mistake must be reported before: the files do not exist."""
 
     def fail(self):
         raise AssertionError('a data set was read')
