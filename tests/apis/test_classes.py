@@ -52,8 +52,8 @@ def test_names_of_the_data_set_or_numbers(log):
 
 def test_category_ids_of_the_annotation_file(tmp_path, log):
     def categories(names=DIGITS):
-        found = coco_categories(ConfigDict(test_evaluator=dict(ann_file=str(file))), names)
-        return [c['id'] for c in found], tuple(c['name'] for c in found)
+        values = coco_categories(ConfigDict(test_evaluator=dict(ann_file=str(file))), names)
+        return [c['id'] for c in values], tuple(c['name'] for c in values)
 
     file = tmp_path / 'truth.json'
     known = [dict(id=3 * i + 2, name=name) for i, name in enumerate(('sky', *DIGITS))]

@@ -221,14 +221,14 @@ def test_photographs_are_turned_upright(detector, pixels, tmp_path):
 
 
 def test_damaged_files(detector, pixels, tmp_path):
-    whole = cv2.imencode('.jpg', cv2.resize(pixels, (400, 300)))[1].tobytes()
+    jpeg = cv2.imencode('.jpg', cv2.resize(pixels, (400, 300)))[1].tobytes()
     png = cv2.imencode('.png', cv2.resize(pixels, (400, 300)))[1].tobytes()
     for name, content, reason in (
         ('nothing.jpg', b'', 'empty file$'),
         ('text.jpg', b'no image at all', 'not an image that can be read$'),
-        ('half.jpg', whole[: len(whole) // 2], r'damaged \(OSError: image file is truncated'),
+        ('half.jpg', jpeg[: len(jpeg) // 2], r'damaged \(OSError: image file is truncated'),
         ('half.png', png[: len(png) // 2], r'damaged \(.*[Tt]runcated'),
-        ('head.jpg', whole[:20], 'not an image that can be read$|damaged'),
+        ('head.jpg', jpeg[:20], 'not an image that can be read$|damaged'),
         ('bomb.png', bomb(50_000, 50_000), 'exceeds limit of 178956970 pixels'),
         ('drawing.png', EPS, 'not an image that can be read$'),
     ):
@@ -378,8 +378,8 @@ def test_folders_are_searched_in_order(tmp_path):
         (folder / 'sub/c.tif', pictures / 'sub/c.tif.png'),
     ]
     # A file is taken whatever its name, and once.
-    found = find_images([tmp_path / 'odd.name', folder, folder / 'a.png'], out)
-    assert [p.relative_to(pictures).as_posix() for p in found.values()] == [
+    pictures_of = find_images([tmp_path / 'odd.name', folder, folder / 'a.png'], out)
+    assert [p.relative_to(pictures).as_posix() for p in pictures_of.values()] == [
         'odd.name.png',
         'in/a.png',
         'in/b.JPG',
@@ -392,9 +392,11 @@ def test_images_of_one_name_get_different_pictures(tmp_path, monkeypatch):
     names = ['a/x.jpg', 'b/x.jpg', 'c/x.bmp.png', 'c/x.bmp_.png', 'c/x.png']
     sources = ['b/x.jpg', 'a', str(tmp_path / 'a/x.jpg'), 'c']
     monkeypatch.chdir(tmp_path)
-    found = find_images(sources, 'out')
-    assert sorted(p.as_posix() for p in found.values()) == [f'out/pictures/{n}' for n in names]
-    assert len(found) == 5
+    pictures_of = find_images(sources, 'out')
+    assert sorted(p.as_posix() for p in pictures_of.values()) == [
+        f'out/pictures/{n}' for n in names
+    ]
+    assert len(pictures_of) == 5
 
 
 def test_missing_images(tmp_path):
@@ -437,8 +439,8 @@ def test_predictions_json_and_pictures(kind, file, pixels, request):
             assert areas == [a['area'] for a in truth.anns.values()]
     for image in written['images']:
         (sample,) = model(image['file_name'])
-        own = [truth.anns[i] for i in truth.getAnnIds(image['id'])]
-        assert [a['bbox'] for a in own] == [r['bbox'] for r in model.coco(sample, 0)]
+        annotations = [truth.anns[i] for i in truth.getAnnIds(image['id'])]
+        assert [a['bbox'] for a in annotations] == [r['bbox'] for r in model.coco(sample, 0)]
     nothing = list(save_predictions(model, images, out, score_thr=1.0))
     assert nothing == failures
     if kind != 'segmentor':
