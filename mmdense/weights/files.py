@@ -28,11 +28,6 @@ from torch import Tensor
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write
 
-try:
-    from numpy._core import multiarray
-except ImportError:  # numpy 1
-    from numpy.core import multiarray
-
 __all__ = ['check_target', 'read_checkpoint', 'serialize', 'write_checkpoint']
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own variable
@@ -141,8 +136,8 @@ def _training_values() -> list[Any]:
     """Return the types and functions that rebuild mmengine's, numpy's and argparse's values."""
     # numpy 2 renamed the module; a file of either is readable under either.
     arrays = [
-        _named(f'numpy.{module}.multiarray', function)
-        for function in (multiarray._reconstruct, multiarray.scalar)
+        _named(f'numpy.{module}.multiarray', value.__reduce__()[0])
+        for value in (np.zeros(0), np.float64(0))
         for module in ('core', '_core')
     ]
     dtypes = {type(np.dtype(code)) for code in '?bhilqBHILQefdUM'}
@@ -167,14 +162,10 @@ def _named(module: str, function: Callable) -> Callable:
 
 
 def check_target(file: str | Path, *, new: bool = True) -> Path:
-    """Return the path of a checkpoint that can be written.
-
-    Args:
-        file: NAME.pth or NAME.safetensors.
-        new: Refuse a file that exists.
+    """Return the path of a checkpoint to write; ``new`` refuses a file that exists.
 
     Raises:
-        UserError: Another suffix, an existing file, or a missing folder.
+        UserError: Another suffix than .pth and .safetensors, an existing file, or a missing folder.
     """
     file = Path(file).expanduser()
     if file.suffix not in SUFFIXES:

@@ -156,7 +156,7 @@ def load_into(
     backbones = {
         (f'{name}.' if name else ''): net
         for name, net in module.named_modules()
-        if _is_backbone(net)
+        if hasattr(net, 'not_pretrained')
     }
     try:
         state_dict = state_dict_of(checkpoint)
@@ -180,7 +180,7 @@ def load_into(
     absent = {name for name in expected if name.endswith(COUNTER) and name not in weights}
     absent |= {*missing, *wrong_shape}
     missing = [name for name in missing if name not in wrong_shape]
-    if _is_backbone(module):  # checkpoints of complete models have these too
+    if '' in backbones:  # checkpoints of complete models have these too
         missing = [name for name in missing if not name.startswith(module.not_pretrained)]
     if not weights:  # no key has the prefix
         unexpected = list(state_dict)
@@ -240,21 +240,12 @@ def load_checked(
     return weights
 
 
-def _is_backbone(module: nn.Module) -> bool:
-    """Return whether a module is a backbone of mmdense: it knows what is never pretrained."""
-    return hasattr(module, 'not_pretrained')
-
-
 def _map_keys(
     state_dict: Mapping[str, Tensor], expected: Iterable[str]
 ) -> tuple[dict[str, Tensor], list[str], Format | None]:
     """Rename the keys of a known format, unless the model has more of them as they are.
 
-    Returns:
-        The weights, the dropped keys, and the format if the keys were renamed.
-
-    Raises:
-        ValueError: Tensors that cannot be of the format.
+    Returns the weights, the dropped keys, and the format if the keys were renamed.
     """
     source_format = recognise(state_dict)
     if source_format is not None:
@@ -383,6 +374,8 @@ class PretrainedInit(MMEnginePretrainedInit):
             message = str(error)
             if self.checkpoint not in message:
                 message = f'{self.checkpoint}: {message}'
-            raise UserError(f'{message} {SCRATCH}' if _is_backbone(module) else message) from error
+            if hasattr(module, 'not_pretrained'):
+                message += f' {SCRATCH}'
+            raise UserError(message) from error
         if hasattr(module, '_params_init_info'):
             update_init_info(module, init_info=self._get_init_info())

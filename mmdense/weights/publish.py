@@ -17,7 +17,6 @@ from mmdense.weights.files import check_target, read_checkpoint, serialize
 
 __all__ = ['Published', 'publish']
 
-DIGITS = 8  # of the checksum
 EMA_PREFIX = 'module.'  # of the names in mmengine's ema_state_dict
 
 
@@ -83,7 +82,7 @@ def publish(
         weights, overflowing = _halve(weights)
     content = serialize(target, weights, meta)
     digest = hashlib.sha256(content).hexdigest()
-    file = target.with_name(f'{target.stem}-{digest[:DIGITS]}{target.suffix}')
+    file = target.with_name(f'{target.stem}-{digest[:8]}{target.suffix}')
     existed = file.exists()
     if not existed:
         atomic_write(file, content)
@@ -106,8 +105,9 @@ def _split(
     checkpoint: dict[str, Any], source: Path
 ) -> tuple[Mapping[str, Tensor], dict[str, Any], tuple[str, ...]]:
     """Return weights, ``meta``, and the names of everything else."""
-    bare = 'state_dict' not in checkpoint
-    weights = checkpoint if bare else checkpoint['state_dict']
+    if 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    weights = checkpoint['state_dict']
     if not isinstance(weights, Mapping) or not weights:
         raise UserError(f'{source} holds no weights')
     for name, value in weights.items():
@@ -116,8 +116,6 @@ def _split(
                 f'{source} holds no state_dict to publish: {name} in it is not a tensor '
                 f'({type(value).__name__})'
             )
-    if bare:
-        return weights, {}, ()
     meta = checkpoint.get('meta')
     meta = dict(meta) if isinstance(meta, Mapping) else {}
     left_out = [name for name in checkpoint if name not in ('state_dict', 'meta')]

@@ -82,9 +82,8 @@ def fetch(url: str) -> Path:
     Raises:
         UserError: None of these has the file.
     """
-    name = Path(urlparse(url).path).name
-    checksum = CHECKSUM.search(name)
     file = _place(url)
+    checksum = CHECKSUM.search(file.name)
     error = None
     if not file.is_file() and int(os.environ.get('LOCAL_RANK', 0)) == 0:
         try:
@@ -95,7 +94,7 @@ def fetch(url: str) -> Path:
     barrier()  # also after a failure: the others wait here
     if not file.is_file():
         reason = one_line(error) if error else 'see the log of the first process'
-        raise UserError(f'{url} could not be downloaded ({reason}): {_put(name)}') from error
+        raise UserError(f'{url} could not be downloaded ({reason}): {_put(file.name)}') from error
     return file
 
 

@@ -79,11 +79,8 @@ def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'a {type(checkpoint).__name__} is not a checkpoint')
-    weights = checkpoint
-    for entry in ENTRIES:
-        if isinstance(checkpoint.get(entry), Mapping) and checkpoint[entry]:
-            weights = checkpoint[entry]
-            break
+    entries = [checkpoint.get(name) for name in ENTRIES]
+    weights = next((e for e in entries if isinstance(e, Mapping) and e), checkpoint)
     for key, value in weights.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f'no state dict: {key!r} is of type {type(value).__name__}')

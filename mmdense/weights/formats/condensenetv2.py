@@ -22,16 +22,13 @@ INTEGERS = dict(_mask=torch.uint8, _count=torch.int64, _stage=torch.int64)
 
 
 def _values(weights: dict[str, Any]) -> dict[str, Any]:
-    forms = {
-        form
-        for key in weights
-        for form, mark in (('learned', '._mask'), ('condensed', '.index'))
-        if key.endswith(mark)
-    }
-    if len(forms) != 1:
+    trained, converted = (
+        any(key.endswith(leaf) for key in weights) for leaf in ('._mask', '.index')
+    )
+    if trained == converted:
         raise ValueError(
             'neither a trained nor a converted CondenseNetV2: it has '
-            + ('both masks and indices' if forms else 'no masks and no indices')
+            + ('both masks and indices' if trained else 'no masks and no indices')
         )
     changed = {}
     for key, value in weights.items():

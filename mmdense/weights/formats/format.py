@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ['AFFINE', 'Format', 'Mapped', 'NORM', 'Rule', 'below']
+__all__ = ['AFFINE', 'Format', 'Mapped', 'NORM', 'Rule']
 
 # A pattern of a complete key, and mmdense's key (with the pattern's groups), or None to drop it.
 Target = str | Callable[[re.Match], str] | None
@@ -93,11 +93,3 @@ class Format:
                 raise ValueError(f'{sources[key]} and {key} are both {key}')
             renamed[key] = state_dict[key]
         return Mapped(renamed, dropped, unknown)
-
-
-def below(prefix: str, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Return rules for the same keys with a prefix, which mmdense's keys get too."""
-    return tuple(
-        (re.escape(prefix) + pattern, None if target is None else prefix + target)
-        for pattern, target in rules
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmdense.weights.formats.format import AFFINE, Format, below
+from mmdense.weights.formats.format import AFFINE, Format
 
 __all__ = ['MMLAB', 'RDNET']
 
@@ -32,5 +32,9 @@ MMLAB = Format(
     name='rdnet-mmlab',
     about='RDNet: detectors of mmdet 2.x and segmentors of mmseg 0.x',
     sign=r'backbone\.timm_model\.(?:stem|dense_stages)[._]',
-    rules=(*below('backbone.', RULES), (rf'{PARTS}\..+', r'\g<0>'), (r'ema_\w+', None)),
+    rules=(
+        *((rf'backbone\.{key}', target and f'backbone.{target}') for key, target in RULES),
+        (rf'{PARTS}\..+', r'\g<0>'),
+        (r'ema_\w+', None),
+    ),
 )

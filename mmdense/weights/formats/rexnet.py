@@ -45,25 +45,13 @@ def _block(source: str, target: str, *, expanded: bool = True, gated: bool = Tru
     return rules
 
 
-def _encoder(slices: dict[str, range], target: str) -> list[Rule]:
-    """Return the rules for clovaai's sequence of modules.
-
-    Modules 0 and 1 are the stem, 3 to 18 the blocks, 19 and 20 the last convolution.
-
-    Args:
-        slices: Name of each part of the sequence -> numbers of its modules.
-        target: Prefix of mmdense's keys.
-    """
-    rules = []
-    for name, numbers in slices.items():
-        for number in numbers:
-            source, block = rf'{name}\.{number}', f'{target}features.{number - 3}'
-            if number in (0, 1):
-                rules.append(_module(source, f'{target}stem.{("conv", "bn")[number]}'))
-            elif 3 <= number < 19:
-                rules += _block(source, block, expanded=number > 3, gated=number > 5)
-            elif number >= 19:
-                rules.append(_module(source, f'{target}features.16.{("conv", "bn")[number - 19]}'))
+def _encoder(sequence: str, target: str) -> list[Rule]:
+    """Return the rules for clovaai's sequence: stem, activation, 16 blocks, last convolution."""
+    numbers = {0: 'stem.conv', 1: 'stem.bn', 19: 'features.16.conv', 20: 'features.16.bn'}
+    rules = [_module(rf'{sequence}\.{k}', target + module) for k, module in numbers.items()]
+    for i in range(16):
+        block = rf'{sequence}\.{i + 3}'
+        rules += _block(block, f'{target}features.{i}', expanded=i > 0, gated=i > 2)
     return rules
 
 
@@ -71,26 +59,18 @@ CLOVAAI = Format(
     name='rexnet-clovaai',
     about="ReXNet: clovaai's (the authors') classifiers",
     sign=r'features\.\d+\.out\.\d',
-    rules=(*_encoder(dict(features=range(21)), ''), (rf'output\.1\.{AFFINE}', None)),
+    rules=(*_encoder('features', ''), (rf'output\.1\.{AFFINE}', None)),
 )
 # The U-Net's encoder is the same sequence, cut into slices that keep the numbers. In mmdense it is
 # an EncoderDecoder or DepthEstimator of ReXNet(taps='unet') and ReXUNetHead or ReXUNetDepthHead,
 # width 1.0, one output channel. The published sigmoids are disparities: ReXUNetDepthHead's depths
 # take fine-tuning, its ``disparities`` don't.
-SLICES = dict(
-    conv0=range(4),
-    conv1=range(4, 5),
-    conv2=range(5, 7),
-    conv3=range(7, 9),
-    conv4=range(9, 15),
-    conv5=range(15, 21),
-)
 UNET = Format(
     name='rexnet-unet',
     about='ReXNet U-Net: encoder and decoder',
     sign=r'decode_conv\d\.out\.',
     rules=(
-        *_encoder(SLICES, 'backbone.'),
+        *_encoder('conv[0-5]', 'backbone.'),
         *(
             rule
             for k in range(1, 7)
