@@ -47,10 +47,6 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
     Besides tensors a file may hold plain Python values, values of numpy and mmengine, and a
     script's parsed arguments. The content decides which kind of file it is, not the suffix.
 
-    Args:
-        file: The file.
-        map_location: Device of the tensors.
-
     Returns:
         The checkpoint, without ``meta['config']``; of a safetensors file
         ``dict(state_dict=..., meta=...)`` with the file's metadata.
@@ -180,12 +176,7 @@ def check_target(file: str | Path, *, new: bool = True) -> Path:
 def write_checkpoint(
     file: str | Path, state_dict: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write weights to a new file, completely or not at all.
-
-    Args:
-        file: NAME.pth, or NAME.safetensors, which holds ``meta`` as JSON.
-        state_dict: The weights.
-        meta: Values that :func:`read_checkpoint` returns as ``meta``.
+    """Write a new file, completely or not at all. In .safetensors, ``meta`` is stored as JSON.
 
     Raises:
         UserError: As :func:`check_target`, :func:`serialize` and :func:`.atomic_write`.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -214,18 +213,8 @@ def load_checked(
 ) -> dict[str, Tensor]:
     """Load a checkpoint, log the report, and refuse a checkpoint that fills too little.
 
-    Args:
-        module: A backbone or a complete model.
-        checkpoint: Content of a checkpoint file.
-        source: Name of the checkpoint, for the messages.
-        min_loaded: As in :meth:`LoadReport.require`; 0 only reports. So is ``part``.
-        prefix: As in :func:`load_into`, and so is ``fix``.
-
-    Returns:
-        The weights with the model's names.
-
-    Raises:
-        UserError: As :func:`load_into` and :meth:`LoadReport.require`.
+    Arguments and errors are those of :func:`load_into` and :meth:`LoadReport.require`;
+    ``min_loaded=0`` only reports. Returns the weights with the model's names.
     """
     weights, report = load_into(module, checkpoint, prefix=prefix, fix=fix)
     format_of = f' ({report.format.about})' if report.format else ''
@@ -286,33 +275,26 @@ def _adapt_first_conv(net: nn.Module, weights: dict[str, Tensor], prefix: str) -
 def _hint(state_dict: Mapping[str, Tensor], expected: Iterable[str], matched: int, fix: str) -> str:
     """Return the prefix to remove, or to add, for more tensors to match; '' if none helps."""
     names = {name for name in expected if not name.endswith(COUNTER)}
-    hints = {matched: ''}
-    for prefix, number in [('', len(state_dict)), *_prefixes(state_dict)]:
-        if number > matched:
-            with suppress(ValueError):
-                weights = _map_keys(_below(prefix, state_dict), names)[0]
-                text = f"without the prefix '{prefix}': {fix.format(prefix=prefix)}"
-                hints.setdefault(
-                    len(weights.keys() & names), text if prefix else 'without a prefix'
-                )
+    found = {}  # hint -> number of names that would match
+    for prefix in ('', *_prefixes(state_dict)):
+        hint = f"without the prefix '{prefix}': {fix.format(prefix=prefix)}"
+        with suppress(ValueError):
+            weights = _map_keys(_below(prefix, state_dict), names)[0]
+            found[hint if prefix else 'without a prefix'] = len(weights.keys() & names)
     weights = _map_keys(state_dict, ())[0]
-    for prefix, number in _prefixes(names):
-        if number > matched:
-            text = f"with the prefix '{prefix}'"
-            if prefix == 'backbone.':
-                text += ': name the file in model.backbone.init_cfg.checkpoint'
-            hints.setdefault(len({prefix + name for name in weights} & names), text)
-    best = max(hints)
-    return hints[best] and f'{best} would match {hints[best]}'
+    for prefix in _prefixes(expected):
+        hint = f"with the prefix '{prefix}'"
+        if prefix == 'backbone.':
+            hint += ': name the file in model.backbone.init_cfg.checkpoint'
+        found[hint] = len({prefix + name for name in weights} & names)
+    best = max(found, key=found.get)
+    return f'{found[best]} would match {best}' if found[best] > matched else ''
 
 
-def _prefixes(names: Iterable[str]) -> list[tuple[str, int]]:
-    """Return the prefixes of up to three words with their numbers of names, most frequent first."""
-    prefixes: Counter[str] = Counter()
-    for name in names:
-        words = name.split('.')
-        prefixes.update('.'.join(words[:n]) + '.' for n in range(1, min(4, len(words))))
-    return prefixes.most_common()
+def _prefixes(names: Iterable[str]) -> dict[str, None]:
+    """Return the prefixes of up to three words, once each, in order."""
+    words = [name.split('.') for name in names]
+    return dict.fromkeys('.'.join(w[:n]) + '.' for w in words for n in range(1, min(4, len(w))))
 
 
 def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None) -> float | None:
@@ -336,8 +318,7 @@ class PretrainedInit(MMEnginePretrainedInit):
 
     Args:
         checkpoint: A file (.pth, .safetensors), a URL, or a scheme such as ``timm://NAME``.
-        prefix: Take the checkpoint's keys with this prefix, without it.
-        map_location: Device that the tensors are read to.
+        prefix, map_location: As in mmengine.
         min_loaded: Least share of the module's tensors that must be loaded, from 0 to 1. By
             default all tensors of an mmdense backbone, also within a complete model (RDNet's
             output norms, which are never pretrained, are optional), and of any other module at

@@ -108,13 +108,9 @@ def _place(url: str) -> Path:
 
 
 def locate(filename: str) -> Path | str:
-    """Return where weights would come from, without loading them or using the network.
+    """Return the existing file, or else the URL, that a config's ``filename`` stands for.
 
-    Args:
-        filename: A file, a URL, or SCHEME://NAME, as in a config.
-
-    Returns:
-        An existing file, or the URL that would be downloaded.
+    Nothing is loaded, and the network isn't used.
 
     Raises:
         UserError: There is no such file, scheme or name.

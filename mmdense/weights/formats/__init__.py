@@ -49,11 +49,7 @@ def recognise(state_dict: Mapping[str, Any], name: str | None = None) -> Format 
 
 
 def convert(checkpoint: Mapping[str, Any], name: str | None = None) -> dict[str, Tensor]:
-    """Return a checkpoint's weights with mmdense's keys.
-
-    Args:
-        checkpoint: Content of a file of a known format; it stays unchanged.
-        name: The format, one of ``FORMATS``; recognised by default.
+    """Return a checkpoint's weights with mmdense's keys; the checkpoint stays unchanged.
 
     Raises:
         ValueError: No weights, no known format, or keys that the format doesn't have.
@@ -70,9 +66,7 @@ def convert(checkpoint: Mapping[str, Any], name: str | None = None) -> dict[str,
 def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
     """Return the state dict in a checkpoint, without the prefixes of wrappers.
 
-    Args:
-        checkpoint: A state dict, or a dict with an entry ``state_dict_ema``, ``model_ema``,
-            ``state_dict`` or ``model``; the first of these is taken.
+    The first of ``ENTRIES`` is taken, or else the checkpoint is a state dict itself.
 
     Raises:
         ValueError: It holds no weights.
