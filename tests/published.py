@@ -329,50 +329,6 @@ def condensenetv2(arch, form, seed=0):
     return state
 
 
-def run_condensenetv2(state, arch, x):
-    """Return the feature maps of a released model, step by step."""
-    groups = CONDENSENETV2[arch][2]
-    state = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in state.items()}
-    maps, before = [], 1
-
-    def normed(x, name, act):
-        names = ('running_mean', 'running_var', 'weight', 'bias')
-        return act(F.batch_norm(x, *(state[f'{name}.{n}'] for n in names), eps=1e-5))
-
-    def shuffled(x, rows):
-        n, c, h, w = x.shape
-        return x.view(n, rows, c // rows, h, w).transpose(1, 2).reshape(n, c, h, w)
-
-    x = F.conv2d(x, state['features.init_conv.weight'], stride=2, padding=1)
-    for prefix, block, _, g in condensenetv2_layers(arch)[0]:
-        if block > before:
-            maps.append(x)
-            x, before = F.avg_pool2d(x, 2), block
-        act = (lambda x: x * F.relu6(x + 3) / 6) if block >= 3 else F.relu
-        weights = [state[f'{prefix}{conv}.conv.weight'] for conv in ('conv_1', 'conv_2', 'sfr')]
-        converted = f'{prefix}conv_1.index' in state
-        if converted:
-            y = normed(x[:, state[f'{prefix}conv_1.index']], f'{prefix}conv_1.norm', act)
-            y = shuffled(F.conv2d(y, weights[0], groups=groups), groups)
-        else:
-            y = normed(x, f'{prefix}conv_1.norm', act)
-            y = F.conv2d(y, weights[0] * state[f'{prefix}conv_1._mask'])
-        y = normed(y, f'{prefix}conv_2.norm', act)
-        y = F.conv2d(y, weights[1], padding=1, groups=groups)
-        if block >= 4:
-            gate = F.relu(F.linear(y.mean((2, 3)), state[f'{prefix}se.fc.0.weight']))
-            gate = torch.sigmoid(F.linear(gate, state[f'{prefix}se.fc.2.weight']))
-            y = y * gate[..., None, None]
-        z = normed(y, f'{prefix}sfr.norm', act)
-        if converted:
-            z = F.conv2d(shuffled(z, g // groups), weights[2], groups=groups)
-            z = torch.einsum('nihw,io->nohw', z, state[f'{prefix}sfr.index'])
-        else:
-            z = F.conv2d(z, weights[2] * state[f'{prefix}sfr._mask'])
-        x = torch.cat([x + z, y], 1)
-    return [*maps, x]
-
-
 class CondenseNetV2:
     """A released CondenseNetV2; its arguments are those of :func:`condensenetv2`."""
 
@@ -383,4 +339,44 @@ class CondenseNetV2:
         return self.state
 
     def __call__(self, x):
-        return run_condensenetv2(self.state, self.arch, x)
+        """Return the feature maps, step by step."""
+        groups = CONDENSENETV2[self.arch][2]
+        state = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in self.state.items()}
+        maps, before = [], 1
+
+        def normed(x, name, act):
+            names = ('running_mean', 'running_var', 'weight', 'bias')
+            return act(F.batch_norm(x, *(state[f'{name}.{n}'] for n in names), eps=1e-5))
+
+        def shuffled(x, rows):
+            n, c, h, w = x.shape
+            return x.view(n, rows, c // rows, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+        x = F.conv2d(x, state['features.init_conv.weight'], stride=2, padding=1)
+        for prefix, block, _, g in condensenetv2_layers(self.arch)[0]:
+            if block > before:
+                maps.append(x)
+                x, before = F.avg_pool2d(x, 2), block
+            act = (lambda x: x * F.relu6(x + 3) / 6) if block >= 3 else F.relu
+            weights = [state[f'{prefix}{conv}.conv.weight'] for conv in ('conv_1', 'conv_2', 'sfr')]
+            converted = f'{prefix}conv_1.index' in state
+            if converted:
+                y = normed(x[:, state[f'{prefix}conv_1.index']], f'{prefix}conv_1.norm', act)
+                y = shuffled(F.conv2d(y, weights[0], groups=groups), groups)
+            else:
+                y = normed(x, f'{prefix}conv_1.norm', act)
+                y = F.conv2d(y, weights[0] * state[f'{prefix}conv_1._mask'])
+            y = normed(y, f'{prefix}conv_2.norm', act)
+            y = F.conv2d(y, weights[1], padding=1, groups=groups)
+            if block >= 4:
+                gate = F.relu(F.linear(y.mean((2, 3)), state[f'{prefix}se.fc.0.weight']))
+                gate = torch.sigmoid(F.linear(gate, state[f'{prefix}se.fc.2.weight']))
+                y = y * gate[..., None, None]
+            z = normed(y, f'{prefix}sfr.norm', act)
+            if converted:
+                z = F.conv2d(shuffled(z, g // groups), weights[2], groups=groups)
+                z = torch.einsum('nihw,io->nohw', z, state[f'{prefix}sfr.index'])
+            else:
+                z = F.conv2d(z, weights[2] * state[f'{prefix}sfr._mask'])
+            x = torch.cat([x + z, y], 1)
+        return [*maps, x]

@@ -190,21 +190,10 @@ def test_every_name_counts(kind, log, tmp_path):
     assert table(text)['missing'] == (0, 0, '')
 
 
-@pytest.mark.parametrize(
-    ('content', 'message'),
-    [
-        (dict(state_dict={}), 'no state dict: '),
-        ({}, 'no state dict: empty'),
-        (dict(epoch=3), "no state dict: 'epoch' is of type int"),
-        (dict(state_dict=dict(a=[1])), "no state dict: 'a' is of type list"),
-    ],
-)
-def test_files_without_weights(content, message, tmp_path):
+def test_a_file_without_weights(tmp_path):
     file = tmp_path / 'x.pth'
-    torch.save(content, file)
-    text = error_of(initialise, 'RDNet', str(file))
-    assert text.startswith(f'{file}: {message}')
-    assert text.endswith(SCRATCH)
+    torch.save({}, file)
+    assert error_of(initialise, 'RDNet', str(file)) == f'{file}: no state dict: empty {SCRATCH}'
 
 
 # Prefixes
@@ -395,14 +384,6 @@ def test_other_image_channels(kind, channels, log, tmp_path):
     for other in (3, 5):
         text = error_of(initialise, kind, file, in_channels=other)
         assert f'wrong shape: {name} (file: [' in text
-
-
-def test_other_channels_under_other_names(tmp_path):
-    weights = weights_of('RDNet')
-    file = save(tmp_path, with_prefix('net.', as_feature_extractor(weights)))
-    net = initialise('RDNet', file, dict(prefix='net'), in_channels=4)
-    expected = adapt_input_conv(4, weights['stem.0.weight'])
-    assert_equal(net.state_dict(), {**weights, 'stem.0.weight': expected})
 
 
 def test_all_convolutions_that_read_the_image_are_adapted():
@@ -664,12 +645,6 @@ def test_the_hook_leaves_fitting_checkpoints_alone():
     load_by_hook(Classifier(), checkpoint, resume=True)
     assert checkpoint['state_dict'] is weights
     assert checkpoint['meta'] == dict(epoch=3)
-
-
-def test_the_part_counts_unless_a_run_is_resumed():
-    checkpoint = dict(state_dict=classifier_weights(classes=7))
-    load_by_hook(Classifier(), dict(checkpoint))
-    error_of(load_by_hook, Classifier(), checkpoint, resume=True)
 
 
 @pytest.mark.parametrize('resume', [False, True])
