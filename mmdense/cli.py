@@ -60,11 +60,7 @@ class _Settings(DictAction):
 
 
 def example(arguments: str) -> dict[str, Any]:
-    """Return parser settings: an example at the end of the help, whose line breaks are kept.
-
-    Args:
-        arguments: The command line after ``python``.
-    """
+    """Return parser settings that end the help in an example: ``python`` and ``arguments``."""
     return dict(
         epilog=f'example:\n  python {arguments}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,12 +68,7 @@ def example(arguments: str) -> dict[str, Any]:
 
 
 def config_parser(description: str | None, arguments: str) -> argparse.ArgumentParser:
-    """Return a parser for a command on a config file, without the command's own options.
-
-    Args:
-        description: One sentence about the command.
-        arguments: As for :func:`example`.
-    """
+    """Return a parser for a command on a config file, with an :func:`example`."""
     parser = argparse.ArgumentParser(description=description, **example(arguments))
     parser.add_argument('config', help='config file')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints (work_dirs/CONFIG)')
@@ -122,24 +113,15 @@ def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
     parser.add_argument(
         '--min-coverage',
         dest='min_loaded',
-        type=share,
+        type=_min_coverage,
         default=argparse.SUPPRESS,
-        action=_DeprecatedAlias,
         help=argparse.SUPPRESS,
     )
 
 
-class _DeprecatedAlias(argparse.Action):
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: Any,
-        values: Any,
-        option: str | None = None,
-    ) -> None:
-        name = f'--{self.dest.replace("_", "-")}'
-        sys.stderr.write(f'warning: {option} is a deprecated alias of {name}\n')
-        setattr(namespace, self.dest, values)
+def _min_coverage(text: str) -> float:
+    sys.stderr.write('warning: --min-coverage is a deprecated alias of --min-loaded\n')
+    return share(text)
 
 
 def share(text: str) -> float:
@@ -153,15 +135,7 @@ def share(text: str) -> float:
 def parse_config(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
 ) -> tuple[argparse.Namespace, Config]:
-    """Parse a command line and read the config that it names.
-
-    Args:
-        parser: A :func:`config_parser`.
-        argv: The arguments; by default those of the process.
-
-    Raises:
-        UserError: As :func:`.load_config`.
-    """
+    """Parse a command line by a :func:`config_parser`, and load the config that it names."""
     args = parser.parse_args(argv)
     cfg = load_config(
         args.config, options=args.cfg_options, work_dir=args.work_dir, launcher=args.launcher

@@ -64,11 +64,7 @@ class Reader:
 
 
 def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reader]:
-    """Yield the necks and heads of a model's config that read the backbone.
-
-    Args:
-        model: The config of a detector or segmentor.
-        channels: C_i of the backbone.
+    """Yield the necks and heads of a model's config that read the backbone's maps of C_i channels.
 
     Raises:
         UserError: A head reads a feature map that does not exist.
@@ -99,14 +95,11 @@ def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reade
 
 
 def fill_channels(cfg: Config) -> None:
-    """Replace ``in_channels='auto'`` by the backbone's channels.
+    """Replace ``in_channels='auto'`` in a complete config by the backbone's channels, in place.
 
     It may be used in the (first) neck, or in the heads of a segmentor without one, where
     ``in_index`` counts. With mmdet's SSDNeck the first ``out_channels`` become the backbone's, and
     ``in_channels='auto'`` of the bbox head becomes the neck's ``out_channels``.
-
-    Args:
-        cfg: A complete config; changed in place.
 
     Raises:
         UserError: 'auto' is used elsewhere, or the backbone cannot be built.
@@ -143,16 +136,9 @@ class FeatureMaps(NamedTuple):
 
 
 def backbone_maps(backbone: Mapping[str, Any], scope: str | None) -> FeatureMaps:
-    """Return the feature maps that a backbone returns.
+    """Return the feature maps of the backbone that :func:`build_part` builds.
 
     A backbone that has no ``out_channels`` and ``out_strides`` runs once, on 256 x 256 pixels.
-
-    Args:
-        backbone: Its config.
-        scope: The config's ``default_scope``.
-
-    Raises:
-        UserError: It cannot be built.
     """
     net = build_part(backbone, scope)
     if hasattr(net, 'out_strides'):
@@ -171,6 +157,10 @@ def backbone_maps(backbone: Mapping[str, Any], scope: str | None) -> FeatureMaps
 def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
     """Build a model or a part of one without its weights, on the meta device if possible.
 
+    Args:
+        node: Its config.
+        scope: The complete config's ``default_scope``.
+
     Raises:
         UserError: It cannot be built; with the reason.
     """
@@ -182,7 +172,7 @@ def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
             try:
                 with torch.device('meta'):
                     return registry.build(node)
-            except (RuntimeError, NotImplementedError):  # Swin's constructor reads a value
+            except RuntimeError:  # Swin's constructor reads a value
                 return registry.build(node)
         except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f'cannot build {node.get("type")}: {one_line(error)}') from error
@@ -197,15 +187,16 @@ def remove_weights(node: Any) -> None:
 
 
 def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
-    """Replace the backbone of a config, keeping the strides of its feature maps.
+    """Replace the backbone of a complete config, keeping the strides of its feature maps.
 
-    Frozen stages and norm statistics stay frozen, up to the same stride, unless the new backbone
-    starts from random weights: then nothing is frozen.
+    The channels of necks and heads change with it, in place. Frozen stages and norm statistics stay
+    frozen, up to the same stride, unless the new backbone starts from random weights: then nothing
+    is frozen.
 
     Args:
-        cfg: A complete config; changed in place, with the channels of necks and heads.
-        backbone: The config of one of mmdense's backbones. Its ``out_indices`` and what it freezes
-            are replaced.
+        cfg: The config.
+        backbone: Config of one of mmdense's backbones, whose ``out_indices`` and frozen parts are
+            replaced.
 
     Raises:
         UserError: It has no feature map at one of the strides.

@@ -1,4 +1,7 @@
-"""Changes that the options of the tools make to a config, in place."""
+"""Changes that the options of the tools make to a complete config, in place.
+
+All raise UserError if the config does not have what they change.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +37,9 @@ def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Train in mixed precision.
 
     Args:
-        cfg: A complete config.
+        cfg: A config.
         dtype: 'bfloat16', which a CPU supports too; 'float16', with the config's loss scale or a
             dynamic one; None for the config's type, or float16 if it trains in float32.
-
-    Raises:
-        UserError: The config has an optimizer wrapper of another kind.
     """
     wrapper = cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
@@ -82,11 +82,7 @@ def use_channels_last(cfg: Config) -> None:
 
 
 def use_compiled_backbone(cfg: Config) -> None:
-    """Compile the backbone for training.
-
-    Raises:
-        UserError: The config compiles the complete model.
-    """
+    """Compile the backbone for training, unless the config compiles the complete model."""
     if cfg.get('compile'):
         raise UserError(
             f'{cfg.filename} compiles the complete model: --compile-backbone needs '
@@ -96,15 +92,9 @@ def use_compiled_backbone(cfg: Config) -> None:
 
 
 def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = None) -> None:
-    """Change the length of a schedule. In an epoch-based one, warm-ups in iterations stay.
+    """Change the length of a schedule, in the unit that the config counts.
 
-    Args:
-        cfg: Changed in place.
-        epochs: New length of a config that counts epochs.
-        iters: New length of a config that counts iterations.
-
-    Raises:
-        UserError: If the config counts the other unit, or the length is below 1.
+    In an epoch-based schedule, warm-ups in iterations stay.
     """
     by_epoch = 'max_epochs' in cfg.train_cfg
     unit = 'epochs' if by_epoch else 'iters'
@@ -136,11 +126,7 @@ def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = No
 
 
 def use_tensorboard(cfg: Config) -> None:
-    """Log to TensorBoard too, in the work dir.
-
-    Raises:
-        UserError: TensorBoard is not installed, or the config has no visualizer.
-    """
+    """Log to TensorBoard too, in the work dir."""
     if find_spec('tensorboard') is None:
         raise UserError('--tensorboard needs a package: pip install tensorboard')
     if 'visualizer' not in cfg:
@@ -159,22 +145,14 @@ def _use_hook(cfg: Config, kind: str) -> None:
 
 
 def use_auto_scale_lr(cfg: Config) -> None:
-    """Scale the learning rate by the actual over the base batch size.
-
-    Raises:
-        UserError: The config has no base batch size.
-    """
+    """Scale the learning rate by the actual over the base batch size."""
     if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
         raise UserError(f'{cfg.filename} has no auto_scale_lr.base_batch_size to scale from')
     cfg.auto_scale_lr.enable = True
 
 
 def use_tta(cfg: Config) -> None:
-    """Test with the config's ``tta_model`` and ``tta_pipeline``.
-
-    Raises:
-        UserError: The config has none.
-    """
+    """Test with the config's ``tta_model`` and ``tta_pipeline``."""
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise UserError(f'{cfg.filename} has no tta_model and tta_pipeline')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
@@ -186,11 +164,7 @@ def use_tta(cfg: Config) -> None:
 
 
 def write_predictions(cfg: Config, out: str) -> None:
-    """Write test predictions: one .pkl file (detection) or a folder of label maps (segmentation).
-
-    Raises:
-        UserError: The file of a detector does not end in .pkl.
-    """
+    """Write test predictions: a .pkl file (detection) or a folder of label maps (segmentation)."""
     metrics = cfg.test_evaluator
     metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
     if cfg.default_scope == 'mmseg':
@@ -203,11 +177,7 @@ def write_predictions(cfg: Config, out: str) -> None:
 
 
 def use_show_dir(cfg: Config, folder: str) -> None:
-    """Save images of the test predictions in ``folder``.
-
-    Raises:
-        UserError: The config has no visualization hook.
-    """
+    """Save images of the test predictions in ``folder``."""
     if 'visualization' not in cfg.get('default_hooks', {}):
         raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
     folder = str(Path(folder).resolve())  # mmdet would add a relative path to its work dir

@@ -70,11 +70,7 @@ def dicts(node: Any) -> Iterator[dict]:
 
 
 def check_parts(cfg: Config) -> None:
-    """Check the types and arguments of all parts that a runner builds.
-
-    Raises:
-        UserError: As :func:`check_part`.
-    """
+    """Call :func:`check_part` for all that a runner builds from a config."""
     for section, registries in REGISTRIES.items():
         check_part(cfg.get(section), registries, cfg.get('default_scope'), section)
 
@@ -144,12 +140,9 @@ def arguments(built: Callable) -> list[str]:
 
 
 def find(kind: Any, registries: Sequence[Registry], scope: str | None) -> Callable | None:
-    """Return what is registered under a name, or None.
+    """Return what is registered under a name, in ``scope`` first, or None.
 
-    Args:
-        kind: The name; a class or function is returned as it is.
-        registries: Where to look, in this order.
-        scope: Where to look first, such as 'mmdet'.
+    A class or function is returned as it is.
     """
     if not isinstance(kind, str):
         return kind if callable(kind) else None

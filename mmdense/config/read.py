@@ -21,11 +21,7 @@ __all__ = ['load_config', 'read_config']
 
 
 def read_config(path: str) -> Config:
-    """Return a config as its file and its bases define it.
-
-    Raises:
-        UserError: The file or a base cannot be read. The line has the place of the error.
-    """
+    """Return a config as its file and its bases define it, or raise UserError with the place."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f'no config {path}{suggest_file(path, "*.py")}')

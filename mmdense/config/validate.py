@@ -1,4 +1,8 @@
-"""Validating a config: each mistake is one line that says how to fix it."""
+"""Validating a config: each mistake is one line that says how to fix it, a UserError.
+
+``loaders`` are those that will run, of 'train', 'val' and 'test'; ``model`` is a detector or
+segmentor.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +40,6 @@ SECTIONS = sorted(
     | {'custom_imports', 'model_wrapper_cfg', 'runner_type', 'sync_bn'}
     | {'data_root', 'tta_model', 'tta_pipeline'}
 )
-# Sections with names like those of common variables (data_roots, tta_pipelines).
-LIKE_VARIABLES = ('data_root', 'tta_pipeline')
 # Parts that read all feature maps of a detector's neck -> the attribute with their channels.
 NECK_READERS = {
     re.compile(r'rpn_head|bbox_head'): 'in_channels',
@@ -49,12 +51,9 @@ NECK_READERS = {
 
 
 def check_sections(cfg: Config, path: str) -> None:
-    """Find a misspelt section, which nothing would read.
-
-    Raises:
-        UserError: The name of a dict is close to that of a section.
-    """
-    names = [name for name in SECTIONS if name not in LIKE_VARIABLES]
+    """Refuse a misspelt section, which nothing would read."""
+    # Without those that are close to common variables: data_roots, tta_pipelines.
+    names = [name for name in SECTIONS if name not in ('data_root', 'tta_pipeline')]
     for name, value in cfg.items():
         items = value if isinstance(value, list | tuple) else [value]
         if name in SECTIONS or not items or not all(isinstance(item, dict) for item in items):
@@ -67,14 +66,9 @@ def check_sections(cfg: Config, path: str) -> None:
 
 
 def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Refuse options that would have no effect.
+    """Refuse options of ``--cfg-options`` that would have no effect on a config.
 
-    Args:
-        cfg: The config before the options.
-        options: Dotted keys -> values, as ``--cfg-options`` gives them.
-
-    Raises:
-        UserError: Nothing reads the key, as far as can be told before building.
+    Misspelt arguments are left to :func:`.check_parts`, which sees them when all are merged.
     """
     for key in options:
         section, *_ = names = key.split('.')
@@ -96,34 +90,24 @@ def check_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def _check_key(cfg: Mapping[str, Any], key: str, names: Sequence[str]) -> None:
-    """Compare a new key with its siblings, unless they are arguments, which are checked later."""
+    """Compare a new key with its siblings, unless they are arguments."""
     node = cfg
     for name in names:
         if isinstance(node, list | tuple) and name.isdigit() and int(name) < len(node):
             node = node[int(name)]
-            continue
-        if not isinstance(node, dict | Config):
-            return
-        if name not in node:
-            close = difflib.get_close_matches(name, [*node], n=1, cutoff=0.85)
-            if close and 'type' not in node and node is not cfg:
+        elif isinstance(node, dict | Config) and name in node:
+            node = node[name]
+        else:
+            siblings = node if isinstance(node, dict) and 'type' not in node else ()
+            if difflib.get_close_matches(name, siblings, n=1, cutoff=0.85):
                 raise UserError(
-                    f'--cfg-options {key}: there is no {name!r} yet{suggest_name(name, node)}'
+                    f'--cfg-options {key}: there is no {name!r} yet{suggest_name(name, siblings)}'
                 )
             return
-        node = node[name]
 
 
 def check_data_files(cfg: Config, loaders: Sequence[str]) -> None:
-    """Check that the annotation files and folders of data sets exist.
-
-    Args:
-        cfg: As :func:`.load_config` returns it.
-        loaders: Whose data sets: of 'train', 'val' and 'test'.
-
-    Raises:
-        UserError: One does not.
-    """
+    """Check that the annotation files and folders of the data sets exist."""
     for loader in loaders:
         place = f'{loader}_dataloader'
         for where, dataset in iter_dataset_configs(cfg.get(place), place):
@@ -143,15 +127,7 @@ def check_data_files(cfg: Config, loaders: Sequence[str]) -> None:
 
 
 def check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
-    """Compare the channels of the backbone's feature maps with those that the config states.
-
-    Args:
-        model: A detector or segmentor.
-        cfg: The config of the model.
-
-    Raises:
-        UserError: A neck or head expects others.
-    """
+    """Compare the channels of the backbone's feature maps with those in the model's config."""
     channels = getattr(getattr(model, 'backbone', None), 'out_channels', None)
     if not isinstance(channels, tuple):  # not one of mmdense's backbones
         return
@@ -164,11 +140,7 @@ def check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
 
 
 def check_neck(model: nn.Module) -> None:
-    """Compare the output channels of a detector's neck with those that its heads expect.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Compare the output channels of a detector's neck with those that its heads expect."""
     given = _channels(getattr(model, 'neck', None), 'out_channels')
     for name, part in model.named_modules():
         key = next((key for places, key in NECK_READERS.items() if places.fullmatch(name)), '')
@@ -186,16 +158,7 @@ def _channels(part: nn.Module | None, key: str) -> int | list[int] | None:
 
 
 def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None:
-    """Compare the heads' numbers of classes with the data sets', before any file is read.
-
-    Args:
-        model: A detector or segmentor.
-        cfg: The complete config.
-        loaders: Whose data sets: of 'train', 'val' and 'test'.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Compare the heads' numbers of classes with the data sets', before any file is read."""
     for loader in loaders:
         place = f'{loader}_dataloader'
         for where, node in iter_dataset_configs(cfg.get(place), place):
@@ -208,21 +171,11 @@ def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None
 
 
 def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -> None:
-    """Compare the heads' numbers of classes with those of one data set, unless it is panoptic.
-
-    Args:
-        model: A detector or segmentor.
-        metainfo: The data set's.
-        where: The data set's place in the config, for messages.
-
-    Raises:
-        UserError: They differ.
-    """
+    """Compare the heads' numbers of classes with those of one data set, unless it is panoptic."""
     classes = metainfo.get('classes')
     if isinstance(classes, str):
         raise UserError(f'{where}: classes must be a tuple: for one class write ({classes!r},)')
-    panoptic, words = 'thing_classes' in metainfo, hasattr(model, 'language_model')
-    if classes is None or panoptic or words:
+    if classes is None or 'thing_classes' in metainfo or hasattr(model, 'language_model'):
         return
     for name, head in model.named_modules():
         number = getattr(head, 'num_classes', None)

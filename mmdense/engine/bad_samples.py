@@ -31,12 +31,9 @@ class NamedPipeline(Compose):
     """A data set's pipeline that names the sample it fails on, in worker processes too.
 
     When a transform fails, :mod:`mmdense.datasets.check` looks at the sample: its first error is
-    raised in one line. If it finds none, the transform's error is raised with the image's name. A
-    label outside the classes is an error here, because on the device it would have no name.
-
-    Args:
-        pipeline: The pipeline.
-        options: How the data set reads files.
+    raised in one line, a UserError. If it finds none, the transform's error is raised with the
+    image's name. A label outside the classes is an error here, because on the device it would have
+    no name.
     """
 
     def __init__(self, pipeline: Compose, options: ReadOptions) -> None:
@@ -45,12 +42,7 @@ class NamedPipeline(Compose):
         self.options = options
 
     def __call__(self, info: dict) -> dict | None:
-        """Run the transforms on a sample, as the data set lists it.
-
-        Raises:
-            UserError: The sample's files are at fault.
-            RuntimeError: A transform is.
-        """
+        """Run the transforms on a sample, as the data set lists it."""
         if 'img_path' not in info:  # not one image
             return super().__call__(info)
         sample = to_sample(info)
@@ -85,11 +77,7 @@ class NamedPipeline(Compose):
 class _NamingRunner:
     @staticmethod
     def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Build a data loader whose errors name the file at fault.
-
-        Raises:
-            UserError: An annotation file is at fault.
-        """
+        """Build a data loader; annotation files and samples at fault raise UserError."""
         try:
             loader = mmengine.runner.Runner.build_dataloader(dataloader, *args, **kwargs)
         except Exception as error:  # pycocotools, mmdet and numpy each raise their own

@@ -20,12 +20,7 @@ from torch import nn
 
 from mmdense.config.edit import drop_amp
 from mmdense.config.parts import check_parts, dicts, find
-from mmdense.config.validate import (
-    check_channels,
-    check_classes,
-    check_data_files,
-    check_neck,
-)
+from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
 from mmdense.engine.bad_samples import FlexibleRunner, Runner
 from mmdense.engine.hooks import LoadReportHook, unwrap
 from mmdense.errors import UserError, one_line, suggest_file

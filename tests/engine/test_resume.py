@@ -25,18 +25,15 @@ def training(file, iteration=1, **more):
 
 
 def damage(file):
-    """Change one byte of the weights, which leaves the file's structure intact."""
-    content = bytearray(file.read_bytes())
+    """Change one byte of the weights, which leaves the file's structure and date intact."""
+    content, time = bytearray(file.read_bytes()), file.stat().st_mtime_ns
     content[len(content) // 2] ^= 1
-    time = file.stat().st_mtime_ns
     file.write_bytes(content)
     os.utime(file, ns=(time, time))
 
 
 def cut(file):
-    time = file.stat().st_mtime_ns
     file.write_bytes(file.read_bytes()[:-2000])
-    os.utime(file, ns=(time, time))
 
 
 @pytest.fixture
@@ -111,13 +108,6 @@ def test_weights_cannot_be_resumed(tmp_path):
     assert find_training(tmp_path) is None
 
 
-def test_one_changed_byte_is_noticed(tmp_path):
-    file = training(tmp_path / 'a.pth')
-    damage(file)
-    with pytest.raises(UserError, match='a.pth is damaged'):
-        read_training(file)
-
-
 # What a config becomes
 
 
@@ -176,8 +166,9 @@ def test_load_from(tmp_path):
     cfg = load_config(COCO, options=dict(load_from=str(file)))
     use_checkpoint(cfg, None)
     assert 'init_cfg' not in cfg.model.backbone
-    for load_from, choice in (('nowhere.pth', None), (None, 'nowhere.pth')):
-        with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+    wrong = str(tmp_path / 'xx.pth')
+    for load_from, choice in ((wrong, None), (None, wrong)):
+        with pytest.raises(UserError, match=rf'^no checkpoint {wrong}; did you mean {file}\?'):
             use_checkpoint(cfg, choice, load_from)
     with pytest.raises(UserError, match='choose one'):
         use_checkpoint(cfg, 'auto', str(file))
