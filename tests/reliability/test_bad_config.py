@@ -44,9 +44,9 @@ def _no_data_set_is_read(monkeypatch):
     monkeypatch.setattr(BaseDataset, 'full_init', fail)
 
 
-def leaf(tmp_path, text, base=DETECTOR, name='leaf.py'):
+def leaf(tmp_path, text, base=DETECTOR):
     """Write a config that inherits another."""
-    file = tmp_path / name
+    file = tmp_path / 'leaf.py'
     file.write_text(f'_base_ = {str(base)!r}\n{text}\n')
     return file
 
