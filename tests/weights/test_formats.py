@@ -15,7 +15,6 @@ import torch
 import torchvision
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from torch import nn
 from torch.nn import functional as F
 
@@ -519,15 +518,6 @@ def test_other_checkpoints_of_condensenetv2():
         spoil(condensed[name])
         with pytest.raises(ValueError, match=f'^{name} must be a matrix .* single 1 in each row'):
             convert(condensed)
-
-
-def test_paths_of_condensenetv2(tmp_path, monkeypatch):
-    (tmp_path / 'weights').mkdir()
-    torch.save(published.condensenetv2('tiny', 'condensed'), tmp_path / 'weights/x.pth')
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv('HOME', str(tmp_path))
-    for path in ('weights/x.pth', '~/weights/x.pth', tmp_path / 'weights/x.pth'):
-        assert list(CheckpointLoader.load_checkpoint(f'condensenetv2://{path}')) == ['state_dict']
 
 
 # Checkpoints of mmdense, and of other networks

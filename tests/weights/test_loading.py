@@ -243,8 +243,6 @@ def test_other_prefixes(tmp_path):
     _, report = load_into(build('RDNet'), with_prefix('net.', weights))
     assert 'remove it by tools/convert_weights.py --prefix net.' in report.hint
     assert report.share() == 0
-    file = save(tmp_path, with_prefix('module.', weights))  # of a wrapper: it needs no option
-    assert_equal(initialise('RDNet', file).state_dict(), weights)
 
 
 # Optional and unexpected tensors

@@ -213,7 +213,7 @@ def test_nothing_that_lists_name_is_run(server, lists, tmp_path):
     assert not made.exists()
 
 
-def test_locate_loads_nothing(server, lists, tmp_path):
+def test_locate_loads_nothing(server, lists, tmp_path, monkeypatch):
     url = f'{server.url}/x.pth'
     names = (url, 'torchvision://net.v1', 'modelzoo://net.v1', 'openmmlab://old', 'mmcls://net.v1')
     assert {locate(name) for name in names} == {url}
@@ -230,10 +230,12 @@ def test_locate_loads_nothing(server, lists, tmp_path):
     ):
         assert re.search(message, error_of(locate, name))
     torch.save(tensors(), tmp_path / 'mine.pth')
+    monkeypatch.setenv('HOME', str(tmp_path))
     for name in (
         'openmmlab://mine',
         f'{tmp_path}/mine.pth',
         f'condensenetv2://{tmp_path}/mine.pth',
+        'condensenetv2://~/mine.pth',
     ):
         assert locate(name) == tmp_path / 'mine.pth'
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from mmdense.weights.formats.format import AFFINE, NORM, Format
 
 __all__ = ['DENSENET', 'MMPRETRAIN']
@@ -27,15 +25,6 @@ DENSENET = Format(
 BACKBONE = r'(?:backbone\.)?'
 
 
-def _layer(match: re.Match) -> str:
-    """Number blocks and layers from 1."""
-    return f'features.denseblock{int(match[1]) + 1}.denselayer{int(match[2]) + 1}.{match[3]}'
-
-
-def _transition(match: re.Match) -> str:
-    return f'features.transition{int(match[1]) + 1}.{match[2]}'
-
-
 MMPRETRAIN = Format(
     name='densenet-mmpretrain',
     about="DenseNet: mmpretrain's (mmcls's) classifiers",
@@ -43,8 +32,15 @@ MMPRETRAIN = Format(
     rules=(
         (rf'{BACKBONE}stem\.0\.weight', 'features.conv0.weight'),
         (rf'{BACKBONE}stem\.1\.({NORM})', r'features.norm0.\1'),
-        (rf'{BACKBONE}stages\.(\d+)\.block\.(\d+)\.({LAYER}[12]\.{NORM})', _layer),
-        (rf'{BACKBONE}transitions\.(\d+)\.({LAYER}\.{NORM})', _transition),
+        # Blocks, layers and transitions are numbered from 1.
+        (
+            rf'{BACKBONE}stages\.(\d+)\.block\.(\d+)\.({LAYER}[12]\.{NORM})',
+            lambda m: f'features.denseblock{int(m[1]) + 1}.denselayer{int(m[2]) + 1}.{m[3]}',
+        ),
+        (
+            rf'{BACKBONE}transitions\.(\d+)\.({LAYER}\.{NORM})',
+            lambda m: f'features.transition{int(m[1]) + 1}.{m[2]}',
+        ),
         # The fourth is the network's last norm, with an activation and no convolution.
         (rf'{BACKBONE}transitions\.3\.0\.({NORM})', r'features.norm5.\1'),
         (rf'head\.fc\.{AFFINE}', None),
