@@ -103,7 +103,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
             reason = 'mmcv is installed without it'
         else:
             try:
-                return _load(self.compiled)
+                importlib.import_module('torch')  # the extension links against its libraries
+                module = importlib.util.module_from_spec(self.compiled)
+                self.compiled.loader.exec_module(module)
+                return module
             except (ImportError, OSError) as error:
                 detail, origin = str(error).partition('\n')[0], self.compiled.origin
                 reason = f'{detail if origin in detail else f"{origin}: {detail}"} (does not load)'
@@ -126,11 +129,3 @@ class _Loader(importlib.machinery.SourceFileLoader):
         else:
             # create_module() has run it already. The import system has set this finder's spec.
             module.__spec__, module.__loader__ = self.compiled, self.compiled.loader
-
-
-def _load(spec: importlib.machinery.ModuleSpec) -> ModuleType:
-    """Load and run the compiled module of ``spec``."""
-    importlib.import_module('torch')  # the extension links against its libraries
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

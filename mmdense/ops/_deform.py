@@ -8,6 +8,8 @@ zero and passes no gradient on. torchvision's kernel has a one-sided derivative 
 the first row and column of every zero-initialized layer sample, and crashes on NaN.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,14 +17,7 @@ from torch import Tensor
 from mmdense.ops._common import widen
 
 
-@torch.no_grad()
-def deform_conv_forward(
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    output: Tensor,
-    columns: Tensor,
-    ones: Tensor,
+def _geometry1(
     kW: int,
     kH: int,
     dW: int,
@@ -34,10 +29,40 @@ def deform_conv_forward(
     group: int,
     deformable_group: int,
     im2col_step: int,
+) -> tuple[int, ...]:
+    """Return torchvision's arguments, from those that mmcv passes by name to version 1."""
+    return dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
+
+
+def _geometry2(
+    kernel_h: int,
+    kernel_w: int,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    group: int,
+    deformable_group: int,
+) -> tuple[int, ...]:
+    """Return the same for version 2."""
+    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
+    return *strides, *pads, *dilations, group, deformable_group
+
+
+@torch.no_grad()
+def deform_conv_forward(
+    input: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    output: Tensor,
+    columns: Tensor,
+    ones: Tensor,
+    **geometry: int,
 ) -> None:
     """Write ``output``."""
-    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
-    output.copy_(_forward(input, weight, offset, None, None, geometry))
+    output.copy_(_forward(input, weight, offset, None, None, _geometry1(**geometry)))
 
 
 @torch.no_grad()
@@ -49,21 +74,10 @@ def deform_conv_backward_input(
     gradOffset: Tensor,
     weight: Tensor,
     columns: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
     """Write the gradients of the input and of the offsets."""
-    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
-    grads = _backward(gradOutput, input, weight, offset, None, geometry)
+    grads = _backward(gradOutput, input, weight, offset, None, None, _geometry1(**geometry))
     gradInput.copy_(grads[0])
     gradOffset.copy_(grads[2])
     # torchvision computes all gradients at once and mmcv asks for the weight's in its next call,
@@ -79,25 +93,15 @@ def deform_conv_backward_parameters(
     gradWeight: Tensor,
     columns: Tensor,
     ones: Tensor,
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
     scale: float,
-    im2col_step: int,
+    **geometry: int,
 ) -> None:
     """Add ``scale`` times the gradient of the weight to ``gradWeight``."""
-    geometry = dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
     owner, grad_weight = vars(columns).pop('mmdense_pending', (None, None))
     if owner is not gradOutput:
         weight = torch.zeros_like(gradWeight)
-        grad_weight = _backward(gradOutput, input, weight, offset, None, geometry)[1]
+        grads = _backward(gradOutput, input, weight, offset, None, None, _geometry1(**geometry))
+        grad_weight = grads[1]
     gradWeight.add_(grad_weight.to(gradWeight), alpha=scale)
 
 
@@ -111,23 +115,13 @@ def modulated_deform_conv_forward(
     mask: Tensor,
     output: Tensor,
     columns: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **geometry: int,
 ) -> None:
     """Write ``output``; ``bias`` counts only ``with_bias``."""
-    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    geometry = *strides, *pads, *dilations, group, deformable_group
     offset, mask = (_reread(field, output) for field in (offset, mask))
-    output.copy_(_forward(input, weight, offset, mask, bias if with_bias else None, geometry))
+    bias = bias if with_bias else None
+    output.copy_(_forward(input, weight, offset, mask, bias, _geometry2(**geometry)))
 
 
 @torch.no_grad()
@@ -145,24 +139,13 @@ def modulated_deform_conv_backward(
     grad_offset: Tensor,
     grad_mask: Tensor,
     grad_output: Tensor,
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
     with_bias: bool,
+    **geometry: int,
 ) -> None:
     """Write all gradients; that of the bias only ``with_bias``."""
-    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    geometry = *strides, *pads, *dilations, group, deformable_group
     outs = grad_input, grad_weight, grad_offset, grad_mask, grad_bias
     offset, mask = (_reread(field, grad_output) for field in (offset, mask))
-    grads = _backward(grad_output, input, weight, offset, mask, geometry)
+    grads = _backward(grad_output, input, weight, offset, mask, None, _geometry2(**geometry))
     for out, grad in zip(outs if with_bias else outs[:4], grads, strict=False):
         unread = out.numel() - grad.numel()
         if unread:
@@ -182,35 +165,30 @@ def _reread(field: Tensor, output: Tensor) -> Tensor:
     return field.flatten(1)[:, : channels * size.numel()].unflatten(1, (channels, *size))
 
 
-def _forward(
+def _arguments(
     input: Tensor,
     weight: Tensor,
     offset: Tensor,
     mask: Tensor | None,
     bias: Tensor | None,
     geometry: tuple[int, ...],
-) -> Tensor:
+) -> tuple:
+    """Return the arguments that torchvision's forward and backward share."""
     used = mask is not None
     mask = offset.new_zeros(len(offset), 1) if mask is None else mask
     bias = weight.new_zeros(len(weight)) if bias is None else bias
     tensors = widen(input, weight, _readable(input, weight, offset, geometry), mask, bias)
-    return torch.ops.torchvision.deform_conv2d(*tensors, *geometry, used)
+    return *tensors, *geometry, used
 
 
-def _backward(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor | None,
-    geometry: tuple[int, ...],
-) -> tuple[Tensor, ...]:
+def _forward(*inputs: Any) -> Tensor:
+    return torch.ops.torchvision.deform_conv2d(*_arguments(*inputs))
+
+
+def _backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     """Return the gradients of input, weight, offset, mask and bias."""
-    used = mask is not None
-    mask = offset.new_zeros(len(offset), 1) if mask is None else mask
-    offset = _readable(input, weight, offset, geometry)
-    tensors = widen(grad, input, weight, offset, mask, weight.new_zeros(len(weight)))
-    return torch.ops.torchvision._deform_conv2d_backward(*tensors, *geometry, used)
+    arguments = *widen(grad), *_arguments(*inputs)
+    return torch.ops.torchvision._deform_conv2d_backward(*arguments)
 
 
 def _readable(input: Tensor, weight: Tensor, offset: Tensor, geometry: tuple[int, ...]) -> Tensor:

@@ -65,13 +65,11 @@ def carafe_forward(
     routput: Tensor,
     rmasks: Tensor,
     output: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
+    **sizes: int,
 ) -> None:
     """Write ``output``, and the features to ``rfeatures``, for the backward."""
     rfeatures.copy_(features)
-    carafe_naive_forward(features, masks, output, kernel_size, group_size, scale_factor)
+    carafe_naive_forward(features, masks, output, **sizes)
 
 
 @torch.no_grad()
@@ -85,13 +83,10 @@ def carafe_backward(
     rmask_grad: Tensor,
     bottom_grad: Tensor,
     mask_grad: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
+    **sizes: int,
 ) -> None:
     """Write the gradients of features and masks."""
-    sizes = kernel_size, group_size, scale_factor
-    carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, *sizes)
+    carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, **sizes)
 
 
 def _split(map_: Tensor, groups: int, scale: int) -> Tensor:
@@ -159,32 +154,27 @@ COLLECT = 0
 
 
 @torch.no_grad()
-def psamask_forward(
-    input: Tensor,
-    output: Tensor,
-    psa_type: int,
-    num_: int,
-    h_feature: int,
-    w_feature: int,
-    h_mask: int,
-    w_mask: int,
-    half_h_mask: int,
-    half_w_mask: int,
-) -> None:
+def psamask_forward(input: Tensor, output: Tensor, psa_type: int, **sizes: int) -> None:
     """Write ``output`` [N, H * W, H, W], which is zero outside the mask."""
-    halves = half_h_mask, half_w_mask
     # Position in the mask: target pixel - pixel + half.
-    outs, pixels, limits = (h_feature, w_feature), (h_feature, w_feature), (h_mask, w_mask)
-    index, inside = _places(outs, pixels, halves, -1, limits, input.device)
-    full = (input.gather(1, index.expand(num_, -1, -1, -1)) * inside).flatten(2)
+    index, inside = _places(-1, input.device, **sizes)
+    full = (input.gather(1, index) * inside).flatten(2)
     output.copy_((full if psa_type == COLLECT else full.transpose(1, 2)).reshape(output.shape))
 
 
 @torch.no_grad()
-def psamask_backward(
-    grad_output: Tensor,
-    grad_input: Tensor,
-    psa_type: int,
+def psamask_backward(grad_output: Tensor, grad_input: Tensor, psa_type: int, **sizes: int) -> None:
+    """Write the gradient [N, h_mask * w_mask, H, W]; each value has at most one output."""
+    # Target pixel: position in the mask + pixel - half.
+    index, inside = _places(1, grad_output.device, **sizes)
+    grad = grad_output.flatten(2)
+    grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).reshape(grad_output.shape)
+    grad_input.copy_(grad.gather(1, index) * inside)
+
+
+def _places(
+    sign: int,
+    device: torch.device,
     num_: int,
     h_feature: int,
     w_feature: int,
@@ -192,24 +182,13 @@ def psamask_backward(
     w_mask: int,
     half_h_mask: int,
     half_w_mask: int,
-) -> None:
-    """Write the gradient [N, h_mask * w_mask, H, W]; each value has at most one output."""
-    halves = half_h_mask, half_w_mask
-    # Target pixel: position in the mask + pixel - half.
-    outs, pixels, limits = (h_mask, w_mask), (h_feature, w_feature), (h_feature, w_feature)
-    index, inside = _places(outs, pixels, halves, 1, limits, grad_output.device)
-    grad = grad_output.flatten(2)
-    grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).reshape(grad_output.shape)
-    grad_input.copy_(grad.gather(1, index.expand(num_, -1, -1, -1)) * inside)
-
-
-Pair = tuple[int, int]
-
-
-def _places(
-    outs: Pair, pixels: Pair, halves: Pair, sign: int, limits: Pair, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return out + sign * (pixel - half) as a flat index [A * B, H, W], and its validity."""
+    """Return out + sign * (pixel - half) as a flat index [N, A * B, H, W], and its validity.
+
+    ``out`` is a position in the mask if the sign is positive, else a target pixel.
+    """
+    pixels, mask, halves = (h_feature, w_feature), (h_mask, w_mask), (half_h_mask, half_w_mask)
+    outs, limits = (mask, pixels) if sign > 0 else (pixels, mask)
     ranges = [
         torch.arange(out, device=device)[:, None]
         + sign * (torch.arange(size, device=device) - half)
@@ -219,4 +198,4 @@ def _places(
     y, x = y.clamp(0, limits[0] - 1), x.clamp(0, limits[1] - 1)
     index = y[:, None, :, None] * limits[1] + x[:, None]
     inside = y_in[:, None, :, None] & x_in[:, None]
-    return index.flatten(0, 1), inside.flatten(0, 1)
+    return index.flatten(0, 1).expand(num_, -1, -1, -1), inside.flatten(0, 1)

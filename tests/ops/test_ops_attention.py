@@ -52,12 +52,3 @@ def test_equals_mmcv_in_plain_torch(inputs):
     for one, other in zip(*grads, strict=True):
         assert one.any()
         torch.testing.assert_close(one, other)
-
-
-def test_no_queries(inputs):
-    value, shapes, locations, weights = inputs
-    value.requires_grad_()
-    out = attend(value, shapes, locations[:, :0], weights[:, :0])
-    assert out.shape == (2, 0, 6)
-    out.sum().backward()
-    assert not value.grad.any()

@@ -3,8 +3,6 @@
 test_ops_fuzz.py compares random cases with references.
 """
 
-from functools import partial
-
 import pytest
 import references
 import torch
@@ -45,15 +43,6 @@ def test_without_offsets_it_is_a_convolution(device, rng, stride, padding, dilat
     torch.testing.assert_close(out, expected / 2 + bias[:, None, None])
 
 
-def test_uneven_strides_paddings_and_kernels(device, rng):
-    normal = partial(torch.randn, generator=rng, device=device, dtype=torch.float64)
-    x, weight = normal(1, 4, 7, 9), normal(2, 4, 3, 1)
-    options = (2, 1), (1, 0), (1, 2)
-    expected = F.conv2d(x, weight, None, *options)
-    out = deform_conv2d(x, x.new_zeros(1, 6, *expected.shape[2:]), weight, *options)
-    torch.testing.assert_close(out, expected)
-
-
 def test_offsets_are_y_then_x(device, rng):
     x, offset, mask, weight, _ = leaves(rng)
     offset.zero_()[:, 0::2] = 1  # y
@@ -62,14 +51,6 @@ def test_offsets_are_y_then_x(device, rng):
     torch.testing.assert_close(deform_conv2d(x, offset, weight, 1, 1), moved)
     out = modulated_deform_conv2d(x, offset, torch.ones_like(mask), weight, None, 1, 1)
     torch.testing.assert_close(out, moved)
-
-
-def test_deform_groups_move_their_own_channels(device, rng):
-    x, offset, mask, weight, _ = leaves(rng, deform_groups=2)
-    halves = (t.chunk(2, 1) for t in (x, offset, mask, weight))
-    parts = [modulated_deform_conv2d(*half, None, 1, 1) for half in zip(*halves, strict=True)]
-    out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 2)
-    torch.testing.assert_close(out, sum(parts))
 
 
 def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
@@ -85,19 +66,15 @@ def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
         modulated_deform_conv2d(x, offset[:, :, :4], mask, weight, None, 1, 1)
 
 
-def offsets(kind, rng, offset):
-    """Offsets [2, 18, 5, 6]: none, or whole pixels that reach the rim and beyond it."""
-    if kind == 'zero':
-        return torch.zeros_like(offset)
-    return torch.randint(-7, 8, offset.shape, generator=rng, device=rng.device).to(offset)
-
-
 @pytest.mark.parametrize('kind', ['zero', 'whole pixels'])
 @pytest.mark.parametrize('modulated', [False, True])
 def test_gradients_at_the_rim_follow_mmcv(device, rng, kind, modulated):
     """A sample exactly one pixel outside has no slope: every DCN begins with such a rim."""
     x, offset, mask, weight, _ = leaves(rng)
-    offset = offsets(kind, rng, offset)
+    if kind == 'zero':
+        offset.zero_()
+    else:  # they reach the rim and beyond it
+        offset = torch.randint(-7, 8, offset.shape, generator=rng, device=device).to(offset)
     inputs = [t.requires_grad_() for t in (x, offset, weight, *([mask] if modulated else []))]
     if modulated:
         out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)

@@ -5,19 +5,7 @@ test_ops_fuzz.py compares random cases with references.
 
 import pytest
 import torch
-from mmcv.ops import SigmoidFocalLoss, sigmoid_focal_loss, softmax_focal_loss
-
-TARGET = [0, 2, 3, 1, 2]  # of three classes: 3 is the background
-
-
-@pytest.fixture
-def logits(rng, device):
-    return torch.randn(5, 3, generator=rng, device=device, dtype=torch.float64) * 2
-
-
-@pytest.fixture
-def target(device):
-    return torch.tensor(TARGET, device=device)
+from mmcv.ops import sigmoid_focal_loss, softmax_focal_loss
 
 
 def test_sigmoid_by_hand(device):
@@ -45,15 +33,6 @@ def test_softmax_of_certainty_has_a_gradient(device, gamma):
     assert not logits.grad.any()
 
 
-def test_softmax_skips_negative_targets(logits, target):
-    logits.requires_grad_()
-    target = (target % 3).index_fill(0, target.new_tensor([1]), -1)
-    loss = softmax_focal_loss(logits, target, 2.0, 0.25, None, 'none')
-    softmax_focal_loss(logits, target, 2.0, 0.25, None, 'sum').backward()
-    assert (loss == 0).tolist() == [False, True, False, False, False]
-    assert logits.grad.any(1).tolist() == [True, False, True, True, True]
-
-
 @pytest.mark.parametrize('function', [sigmoid_focal_loss, softmax_focal_loss])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('gamma', [2.0, 0.0])
@@ -65,11 +44,3 @@ def test_extreme_logits_stay_finite(device, function, dtype, gamma):
     assert loss.isfinite()
     assert loss > 20  # alpha times the clamped logarithm, 87, at least
     assert logits.grad.isfinite().all()
-
-
-def test_no_rows_and_the_module(device, logits, target):
-    empty = logits[:0].clone().requires_grad_()
-    loss = SigmoidFocalLoss(2.0, 0.25, reduction='sum')(empty, target[:0])
-    loss.backward()
-    assert loss == 0
-    assert empty.grad.shape == (0, 3)

@@ -577,6 +577,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as
 sizes = dict(kernel_h=3, kernel_w=3, stride_h=1, stride_w=1, pad_h=1, pad_w=1, dilation_h=1)
 sizes |= dict(dilation_w=1, group=1, deformable_group=1, with_bias=False)
 none, index = r(0), torch.tensor([0])
+psa = dict(num_=1, h_feature=4, w_feature=4, h_mask=3, w_mask=3, half_h_mask=1, half_w_mask=1)
 for mistake in (
     lambda: _ext.nms(r(4, 3), r(4), 0.5, 0),
     lambda: _ext.nms(r(4, 4), r(3), 0.5, 0),
@@ -617,8 +618,8 @@ for mistake in (
     lambda: _ext.masked_im2col_forward(r(1, 2, 4, 4), index + 70, index, r(18, 1), 3, 3, 1, 1),
     lambda: _ext.masked_im2col_forward(r(1, 2, 4, 4), index - 70, index, r(18, 1), 3, 3, 1, 1),
     lambda: _ext.masked_col2im_forward(r(2, 1), index + 70, index, r(1, 2, 4, 4), 4, 4, 2),
-    lambda: _ext.psamask_forward(r(1, 8, 4, 4), r(1, 16, 4, 4), 0, 1, 4, 4, 3, 3, 1, 1),
-    lambda: _ext.psamask_backward(r(1, 16, 4, 4), r(1, 8, 4, 4), 0, 1, 4, 4, 3, 3, 1, 1),
+    lambda: _ext.psamask_forward(r(1, 8, 4, 4), r(1, 16, 4, 4), 0, **psa),
+    lambda: _ext.psamask_backward(r(1, 16, 4, 4), r(1, 8, 4, 4), 0, **psa),
     lambda: _ext.sync_bn_forward_mean(r(2, 3, 4), r(2)),
 ):
     line = mistake.__code__.co_firstlineno
