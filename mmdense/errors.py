@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ['UserError', 'printable', 'suggest_file', 'suggest_name', 'one_line']
+__all__ = ['UserError', 'printable', 'suggest_file', 'suggest_name', 'first_of', 'one_line']
 
 
 class UserError(RuntimeError):
@@ -38,6 +39,12 @@ def suggest_file(path: str | Path, pattern: str) -> str:
     files = map(str, path.parent.glob(pattern))
     close = difflib.get_close_matches(str(path), files, n=1, cutoff=0.4)
     return f'; did you mean {close[0]}?' if close else ''
+
+
+def first_of(items: Sequence[Any], count: int = 5) -> str:
+    """Return the first items, and how many there are more."""
+    more = f' and {len(items) - count} more' if len(items) > count else ''
+    return ', '.join(map(str, items[:count])) + more
 
 
 def one_line(error: Exception) -> str:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import cv2
 import mmcv
 import numpy as np
 from PIL import Image
 
-from mmdense.errors import one_line, printable
+from mmdense.errors import first_of, one_line, printable
 
-__all__ = ['ERROR', 'Finding', 'ReadOptions', 'Sample', 'check_sample', 'first_of', 'map_labels']
+__all__ = ['ERROR', 'Finding', 'ReadOptions', 'Sample', 'check_sample', 'map_labels']
 
 ERROR, WARNING = 'error', 'warning'
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's limit; mmdense.patches sets OpenCV's to the same
@@ -270,8 +269,3 @@ def _check_labels(numbers: np.ndarray, options: ReadOptions) -> Problems:
         text = f'{first_of(unknown)} found, but the {options.classes} classes are {known}'
         return [('unknown label', text)]
     return [] if used.any() else [('no labels', 'no pixel has a class')]
-
-
-def first_of(items: Sequence[Any], count: int = 5) -> str:
-    more = f' and {len(items) - count} more' if len(items) > count else ''
-    return ', '.join(map(str, items[:count])) + more

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from mmdense.datasets.check import Finding, Sample, first_of
-from mmdense.errors import one_line
+from mmdense.datasets.check import Finding, Sample
+from mmdense.errors import first_of, one_line
 
 __all__ = ['CocoCheck']
 

@@ -32,11 +32,7 @@ class AtomicFileBackend(LocalBackend):
         self._outdated: list[Path] = []
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        """Write a file and make its folder.
-
-        Raises:
-            WriteError: If it can't be written. An existing file stays.
-        """
+        """Write a file and make its folder; an existing file stays if there is a WriteError."""
         Path(filepath).parent.mkdir(parents=True, exist_ok=True)
         atomic_write(Path(filepath), obj)
 

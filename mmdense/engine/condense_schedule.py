@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from mmengine.dist import broadcast
@@ -68,7 +67,7 @@ class CondenseScheduleHook(Hook):
         # As Python numbers, since reading the buffers would wait for the device.
         self._stage = self._net.stage
         self._share = self._net.connections()
-        self._remove()  # of an interrupted run
+        self.after_train(runner)  # of an interrupted run
         if self.group_lasso:
             model = unwrap(runner.model)
             self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
@@ -98,16 +97,11 @@ class CondenseScheduleHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         """Remove the group lasso from the model."""
-        self._remove()
-
-    def _remove(self) -> None:
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
 
-    def _add_loss(
-        self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any], output: Any
-    ) -> Any:
+    def _add_loss(self, model: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
         # It stays until the end of training: compiled code doesn't notice a removed hook.
         training = model.training and kwargs.get('mode') == 'loss' and isinstance(output, dict)
         if not training or self._stage == self._net.last_stage:

@@ -33,7 +33,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     The depths come from ``backbone.layer_depth(name, granularity)``: 0 for the stem, the last one
     for layers that were not pretrained. Necks and heads use the base learning rate. One-dimensional
     parameters and biases have no weight decay. Frozen parameters are left out of the optimizer, and
-    shared ones count once. The scales are logged as a table.
+    shared ones count once. The scales are logged as a table. The optimizer needs ``lr`` and
+    ``weight_decay``.
 
     Settings in ``paramwise_cfg``:
 
@@ -45,10 +46,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
       the last stages of the larger sizes. 'exact' by default.
     - ``custom_keys`` (dict): As in mmengine, settings for the parameters whose names contain a key;
       the longest key wins. ``lr_mult`` and ``decay_mult`` multiply the values above.
-
-    Args:
-        optim_wrapper_cfg: As in mmengine. The optimizer needs ``lr`` and ``weight_decay``.
-        paramwise_cfg: The settings above.
 
     Raises:
         ValueError: If a setting is unknown, missing or out of range, if a custom key matches no
@@ -68,10 +65,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         self.published = cfg.get('mode') == 'published'
         if self.published and self.granularity != 'stage':
             raise ValueError("paramwise_cfg.granularity must be 'stage' in mode 'published'")
-        for name, settings in _mapping('paramwise_cfg.custom_keys', cfg.get('custom_keys', {})):
+        custom = cfg.get('custom_keys', {})
+        _check_keys('paramwise_cfg.custom_keys', custom, custom)
+        for name, settings in custom.items():
             where = f'paramwise_cfg.custom_keys[{name!r}]'
-            if not isinstance(name, str):
-                raise ValueError(f'{where}: a key must be part of a parameter name')
             _check_keys(where, settings, ('lr_mult', 'decay_mult'))
             for key, value in settings.items():
                 if not _is_number(value) or value < 0:
@@ -87,13 +84,7 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         return super().__call__(model)
 
     def add_params(self, params: list[dict], module: nn.Module, **kwargs: Any) -> None:
-        """Append one parameter group per depth and setting, each with its ``depth``.
-
-        Args:
-            params: The list of groups, changed in place.
-            module: A model with a ``backbone``.
-            **kwargs: Ignored. mmengine's own constructor uses them for recursion.
-        """
+        """Append a model's groups to ``params``, one per depth and setting, with its ``depth``."""
         backbone = self._backbone(module)
         name, _ = next(backbone.named_parameters())
         last = backbone.layer_depth(name, self.granularity)[1] - 1
@@ -162,13 +153,9 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _mapping(where: str, value: Any) -> Collection[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f'{where} is {value!r}, must be a dict')
-    return value.items()
-
-
-def _check_keys(where: str, settings: Any, known: tuple[str, ...]) -> None:
-    for key, _ in _mapping(where, settings):
+def _check_keys(where: str, settings: Any, known: Collection[str]) -> None:
+    if not isinstance(settings, Mapping):
+        raise ValueError(f'{where} is {settings!r}, must be a dict')
+    for key in settings:
         if key not in known:
             raise ValueError(f'unknown {where}.{key}{suggest_name(str(key), known)}')

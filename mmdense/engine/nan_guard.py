@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
-from mmdense.errors import UserError
+from mmdense.errors import UserError, first_of
 from mmdense.registry import HOOKS
 
 __all__ = ['NaNGuardHook']
@@ -25,19 +25,12 @@ SHOWN = 8  # images, and losses, in the message
 
 @dataclass(frozen=True)
 class _BadIteration:
-    """The first of several consecutive iterations whose loss was not finite.
+    """The first of several consecutive iterations whose loss was not finite."""
 
-    Attributes:
-        iteration: As in the log, from 1.
-        losses: Such as 'loss_bbox nan'.
-        lr: The highest learning rate.
-        images: Files of the batch.
-    """
-
-    iteration: int
-    losses: tuple[str, ...]
-    lr: float
-    images: tuple[str, ...]
+    iteration: int  # as in the log, from 1
+    losses: tuple[str, ...]  # such as 'loss_bbox nan'
+    lr: float  # the highest
+    images: tuple[str, ...]  # files
 
 
 @HOOKS.register_module(name=['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
@@ -64,6 +57,7 @@ class NaNGuardHook(Hook):
 
     Raises:
         ValueError: If the patience is below 1.
+        UserError: In the run, as described.
     """
 
     # After averaging and logging, before the learning rate changes and checkpoints are written.
@@ -89,11 +83,7 @@ class NaNGuardHook(Hook):
         data_batch: Any = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Check the losses of an iteration.
-
-        Raises:
-            UserError: If training cannot recover or ``patience`` is exhausted.
-        """
+        """Check the losses of an iteration."""
         bad = _bad_losses(runner, outputs or {})
         self._streak = self._streak + 1 if bad else 0
         if self._streak == 1:
@@ -112,11 +102,7 @@ class NaNGuardHook(Hook):
             raise UserError(_message(runner, [first for first in firsts if first], bool(broken)))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to save weights that are not finite.
-
-        Raises:
-            UserError: If there are any.
-        """
+        """Refuse to save weights that are not finite."""
         if self._weights_broken(runner):
             firsts = [self._first] if self._streak else []
             raise UserError(_message(runner, firsts, broken=True))
@@ -157,10 +143,12 @@ def _message(runner: Runner, firsts: Sequence[_BadIteration], broken: bool) -> s
     if firsts:
         start = min(first.iteration for first in firsts)
         firsts = [first for first in firsts if first.iteration == start]
+        losses = [*dict.fromkeys(loss for first in firsts for loss in first.losses)]
+        images = [*dict.fromkeys(image for first in firsts for image in first.images)]
         problem = (
             f'no finite loss since iteration {start} of {runner.max_iters} '
-            f'({_joined(f.losses for f in firsts)}), at learning rate {firsts[0].lr:g}, '
-            f'on {_joined(f.images for f in firsts) or "unknown images"}; at iteration {now} the '
+            f'({first_of(losses, SHOWN)}), at learning rate {firsts[0].lr:g}, '
+            f'on {first_of(images, SHOWN) or "unknown images"}; at iteration {now} the '
             f'weights are {"not finite either" if broken else "finite"}'
         )
     wrapper = runner.optim_wrapper
@@ -174,10 +162,3 @@ def _message(runner: Runner, firsts: Sequence[_BadIteration], broken: bool) -> s
     pointer = Path(runner.work_dir, 'last_checkpoint')
     last = f'last checkpoint: {pointer.read_text()}' if pointer.is_file() else 'no checkpoint yet'
     return f'{problem}. Try {", ".join(remedies)}. These weights were not saved; {last.strip()}'
-
-
-def _joined(parts: Iterable[Sequence[str]]) -> str:
-    """Join the first few distinct parts."""
-    parts = list(dict.fromkeys(chain.from_iterable(parts)))
-    more = f' and {len(parts) - SHOWN} more' if len(parts) > SHOWN else ''
-    return ', '.join(parts[:SHOWN]) + more

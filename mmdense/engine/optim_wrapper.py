@@ -25,10 +25,6 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Autocast on mmengine's device, inside DDP's ``no_sync`` while gradients accumulate.
-
-        Args:
-            model: The model or its wrapper.
-        """
+        """Autocast on mmengine's device, inside DDP's ``no_sync`` while gradients accumulate."""
         with super().optim_context(model), autocast(dtype=torch.bfloat16):
             yield

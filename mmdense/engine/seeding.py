@@ -12,7 +12,8 @@ import itertools
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import _exit, getppid
 from typing import Any
 
@@ -61,8 +62,10 @@ class NumberedBatches:
         object.__setattr__(loader, 'batch_sampler', self)
         if not numbered:
             # torch calls this attribute with the indices of a batch.
-            loader.dataset.__getitems__ = _SeededFetch(loader.dataset)
-            loader.worker_init_fn = _Worker(loader.worker_init_fn)
+            dataset = loader.dataset
+            getitems = getattr(dataset, '__getitems__', None)
+            dataset.__getitems__ = partial(_fetch, dataset, getitems)
+            loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
     def start(self, key: Sequence[int], *, first: int, skip: int) -> None:
         """Set where the loader's next iterator starts.
@@ -85,16 +88,14 @@ class NumberedBatches:
             batch.key = (*key, number)
             yield batch
 
-    def _all(self) -> Iterable[Sequence[int]]:
+    def _all(self) -> Iterator[Sequence[int]]:
         if not self.endless:
-            return self.inner
-        return itertools.chain.from_iterable(self._pass(epoch) for epoch in itertools.count())
-
-    def _pass(self, epoch: int) -> Iterable[Sequence[int]]:
-        set_epoch = getattr(self.sampler, 'set_epoch', None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-        return self.inner
+            yield from self.inner
+            return
+        for epoch in itertools.count():
+            if hasattr(self.sampler, 'set_epoch'):
+                self.sampler.set_epoch(epoch)
+            yield from self.inner
 
     def __len__(self) -> int:
         return len(self.inner)
@@ -110,29 +111,20 @@ class NumberedBatches:
         return self.inner.batch_size
 
 
-class _SeededFetch:
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-        self.fetch = getattr(dataset, '__getitems__', None)
-
-    def __call__(self, indices: Sequence[int]) -> list:
-        if isinstance(indices, Batch):  # another loader of the same data set has plain lists
-            seed_all(*indices.key)
-        if self.fetch is not None:
-            return self.fetch(indices)
-        return [self.dataset[i] for i in indices]
+def _fetch(dataset: Any, getitems: Callable[..., list] | None, indices: Sequence[int]) -> list:
+    if isinstance(indices, Batch):  # another loader of the same data set has plain lists
+        seed_all(*indices.key)
+    if getitems is not None:
+        return getitems(indices)
+    return [dataset[i] for i in indices]
 
 
-class _Worker:
-    def __init__(self, init: Callable[[int], None] | None) -> None:
-        self.init = init
-
-    def __call__(self, worker: int) -> None:
-        if self.init is not None:
-            self.init(worker)
-        if hasattr(signal, 'sigwaitinfo'):  # not on macOS
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            threading.Thread(target=_end_with_parent, daemon=True).start()
+def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
+    if init is not None:
+        init(worker)
+    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -68,11 +68,7 @@ class StopSignal(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """After SIGTERM, end the validation or save a checkpoint once.
-
-        Raises:
-            Stopped: In a single process, for the training loop to catch.
-        """
+        """After SIGTERM, end the validation or save a checkpoint once."""
         if self._since is None:
             return
         if not is_distributed():
