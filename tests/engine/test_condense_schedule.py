@@ -1,18 +1,16 @@
 """CondenseScheduleHook in runs of mmengine's runner."""
 
-import itertools
 import os
 import socket
 from pathlib import Path
 
 import pytest
 import torch
-from mmengine.dataset import InfiniteSampler
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from mmengine.structures import InstanceData, PixelData
+from mmengine.structures import InstanceData
 from torch import nn
 from torch.nn import functional as F
 
@@ -20,12 +18,12 @@ import mmdense  # noqa: F401
 from mmdense.errors import UserError
 from mmdense.models.backbones import CondenseNetV2, DenseNet
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
+from runs import build_runner
 
 ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
 LAST = 3  # stages start after 1/6, 1/3 and 1/2 of the run
 CHANNELS = [16, 20, 24, 28]
 LASSO = 0.01
-NUMBERS = itertools.count()
 
 
 class Classifier(BaseModel):
@@ -70,48 +68,19 @@ def samples(number=48, seed=0):
     return [(image, i % 2) for i, image in enumerate(images)]
 
 
-def build(
-    folder,
-    model,
-    *,
-    iters=12,
-    epochs=None,
-    lasso=0.0,
-    each=None,
-    hooks=(),
-    data=None,
-    collate='default_collate',
-    accumulative_counts=1,
-    **options,
-):
+def build(folder, model, *, lasso=0.0, each=None, hooks=(), data=None, counts=1, **options):
     """Build a runner: batches of 4 in order, a checkpoint for each iteration."""
-    by_epoch = epochs is not None
-    data = samples() if data is None else data
-    sampler = dict(type='DefaultSampler', shuffle=False)
-    if not by_epoch:
-        sampler = dict(type=InfiniteSampler, shuffle=False)
-    custom = [dict(type='mmdense.CondenseScheduleHook', group_lasso=lasso), *hooks]
-    return Runner(
-        model=model,
-        work_dir=str(folder),
-        experiment_name=f'{Path(folder).name}-{next(NUMBERS)}',
-        train_dataloader=dict(
-            dataset=data, sampler=sampler, batch_size=4, collate_fn=dict(type=collate)
-        ),
-        train_cfg=dict(by_epoch=True, max_epochs=epochs)
-        if by_epoch
-        else dict(by_epoch=False, max_iters=iters),
-        optim_wrapper=dict(
-            optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2),
-            accumulative_counts=accumulative_counts,
-        ),
-        custom_hooks=custom if each is None else [*custom, Each(each)],
-        default_hooks=dict(
-            checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1),
-            logger=dict(type='LoggerHook', interval=1),
-        ),
-        log_processor=dict(by_epoch=by_epoch),
-        randomness=dict(seed=0),
+    hooks = [dict(type='mmdense.CondenseScheduleHook', group_lasso=lasso), *hooks]
+    if each is not None:
+        hooks.append(Each(each))
+    optimizer = dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2)
+    return build_runner(
+        folder,
+        model,
+        samples() if data is None else data,
+        batch_size=4,
+        hooks=hooks,
+        optim_wrapper=dict(optimizer=optimizer, accumulative_counts=counts),
         **options,
     )
 
@@ -230,8 +199,8 @@ def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
     assert all(torch.equal(*pair) for pair in zip(masks, expected, strict=True))
 
 
-@pytest.mark.parametrize('accumulative_counts', [1, 2])
-def test_group_lasso_is_a_loss(accumulative_counts, tmp_path):
+@pytest.mark.parametrize('counts', [1, 2])
+def test_group_lasso_is_a_loss(counts, tmp_path):
     """It trains as if the model had added it, and ends with the last stage."""
     names, states, losses = [], [], []
     for lasso, penalty in ((LASSO, 0.0), (0.0, LASSO), (0.0, 0.0)):
@@ -242,7 +211,7 @@ def test_group_lasso_is_a_loss(accumulative_counts, tmp_path):
             model,
             lasso=lasso,
             each=lambda runner, outputs, seen=seen: seen.append(list(outputs)),
-            accumulative_counts=accumulative_counts,
+            counts=counts,
         )
         runner.train()
         names.append(seen)
@@ -295,35 +264,6 @@ def test_an_interrupted_run_leaves_no_second_loss(tmp_path):
     runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, Each)]
     runner.train_loop.run()
     assert not model._forward_hooks
-
-
-def test_masked_weights_have_no_effect(tmp_path):
-    """Momentum still moves them, but they don't reach the output."""
-    model = classifier()
-    old = []
-    moved = 0
-
-    def look(runner, outputs):
-        nonlocal old, moved
-        for i, layer in enumerate(learned(model)):
-            masked = layer._mask == 0
-            assert not layer.weight[masked].any()
-            if old:
-                mask, weight = old[i]
-                assert (layer._mask <= mask).all()
-                moved += int((layer.conv.weight != weight)[mask == 0].sum())
-        old = [(x._mask.clone(), x.conv.weight.detach().clone()) for x in learned(model)]
-
-    build(tmp_path, model, iters=8, each=look).train()
-    assert moved > 0
-    images = samples()[0][0][None]
-    before = model.eval().backbone(images)
-    with torch.no_grad():
-        for layer in learned(model):
-            assert (layer._mask == 0).any()
-            layer.conv.weight[layer._mask == 0] = 100.0
-    for got, expected in zip(model.backbone(images), before, strict=True):
-        assert torch.equal(got, expected)
 
 
 def test_a_pruned_model_continues_from_its_stage(tmp_path):
@@ -383,15 +323,11 @@ def test_frozen_layers(tmp_path):
         ),
     ],
 )
-def test_nothing_to_prune(backbone, message, tmp_path):
-    runner = build(tmp_path, Classifier(backbone()), iters=2)
+def test_nothing_or_too_much_to_prune(backbone, message, tmp_path):
     with pytest.raises(UserError) as error:
-        runner.train()
+        build(tmp_path, Classifier(backbone()), iters=2).train()
     assert str(error.value) == message
-
-
-def test_several_networks_are_refused(tmp_path):
-    model = Classifier(CondenseNetV2(arch=ARCH))
+    model = classifier()
     model.teacher = CondenseNetV2(arch=ARCH)
     with pytest.raises(UserError, match='prunes one CondenseNetV2, not 2'):
         build(tmp_path, model, iters=2).train()
@@ -403,7 +339,8 @@ def test_bad_weights_of_the_group_lasso(weight):
         HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=weight))
 
 
-def detector():
+def test_detectors(tmp_path):
+    """Their losses are lists, and their inputs go through a data preprocessor."""
     from mmdet.structures import DetDataSample
 
     sample = DetDataSample(metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64), scale_factor=1))
@@ -418,47 +355,16 @@ def detector():
         neck=dict(type='FPN', in_channels=CHANNELS, out_channels=8, num_outs=5),
         bbox_head=dict(**head, strides=(4, 8, 16, 32, 64), norm_cfg=None),
     )
-    return model, sample
-
-
-def segmentor():
-    from mmseg.structures import SegDataSample
-
-    sample = SegDataSample(metainfo=dict(img_shape=(64, 64), pad_shape=(64, 64)))
-    sample.gt_sem_seg = PixelData(data=torch.zeros(1, 64, 64, dtype=torch.int64))
-    head = dict(type='FCNHead', num_classes=3, in_channels=28, channels=8, in_index=3)
-    model = dict(
-        type='EncoderDecoder',
-        data_preprocessor=dict(
-            type='SegDataPreProcessor', mean=[128] * 3, std=[60] * 3, size=(64, 64)
-        ),
-        backbone=dict(type='mmdense.CondenseNetV2', arch=ARCH),
-        decode_head=dict(**head, num_convs=1, concat_input=False),
-    )
-    return model, sample
-
-
-@pytest.mark.parametrize(('scope', 'make'), [('mmdet', detector), ('mmseg', segmentor)])
-def test_detectors_and_segmentors(scope, make, tmp_path):
-    model, sample = make()
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, 64, 64), generator=generator, dtype=torch.uint8)
-    data = [dict(inputs=image, data_samples=sample) for _ in range(16)]
+    image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
     sums = []
 
     def look(runner, outputs):
         parts = [v.item() for name, v in outputs.items() if 'loss' in name and name != 'loss']
         sums.append((outputs['loss'].item(), sum(parts), 'loss_group_lasso' in outputs))
 
+    options = dict(data=[dict(inputs=image, data_samples=sample)] * 16, collate='pseudo_collate')
     runner = build(
-        tmp_path,
-        model,
-        iters=4,
-        lasso=LASSO,
-        each=look,
-        data=data,
-        collate='pseudo_collate',
-        default_scope=scope,
+        tmp_path, model, iters=4, lasso=LASSO, each=look, default_scope='mmdet', **options
     )
     runner.train()
     assert runner.model.backbone.stage == LAST

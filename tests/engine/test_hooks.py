@@ -1,26 +1,23 @@
 """Channels-last training and compiled backbones."""
 
-import itertools
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.dataset import InfiniteSampler
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS, MODELS
-from mmengine.runner import Runner
 from torch import nn
 
 import mmdense  # noqa: F401
 from mmdense.errors import UserError
+from runs import build_runner, loader
 
 RDNET = dict(type='mmdense.RDNet', arch=dict(stem=8, growth=(8, 8), down=(1,), blocks=1))
 DENSENET = dict(type='mmdense.DenseNet', arch=dict(growth_rate=4, layers=(1, 2, 1)))
 SIDES = (32, 64, 96)
-NUMBERS = itertools.count()
 
 
 class Tiny(nn.Module):
@@ -67,43 +64,17 @@ class Metric(BaseMetric):
         return dict(number=len(results))
 
 
-def build_runner(folder, model, *, hooks=(), iters=3, **options):
-    loader = dict(
-        dataset=Data(),
-        sampler=dict(type=InfiniteSampler, shuffle=False),
-        batch_size=2,
-        collate_fn=dict(type='default_collate'),
-    )
-    return Runner(
-        model=model,
-        work_dir=str(folder),
-        experiment_name=f'{folder.name}-{next(NUMBERS)}',
-        train_dataloader=loader,
-        train_cfg=dict(by_epoch=False, max_iters=iters, val_interval=2),
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9)),
-        custom_hooks=list(hooks),
-        default_hooks=dict(checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1)),
-        log_processor=dict(by_epoch=False),
-        randomness=dict(seed=0),
-        **options,
-    )
-
-
 def validation():
     data = [Data()[i] for i in range(2)]
-    loader = dict(
-        dataset=data,
-        sampler=dict(type='DefaultSampler', shuffle=False),
-        batch_size=2,
-        collate_fn=dict(type='default_collate'),
-    )
-    return dict(val_dataloader=loader, val_cfg=dict(), val_evaluator=dict(type=Metric))
+    return dict(val_dataloader=loader(data), val_cfg=dict(), val_evaluator=dict(type=Metric))
 
 
-def train(folder, *, backbone=None, **options):
+def train(folder, *, backbone=None, iters=3, **options):
     """Train in float64, so that results don't depend on the order of sums."""
     torch.manual_seed(0)
-    runner = build_runner(folder, Classifier(backbone).double(), **options)
+    wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+    model = Classifier(backbone).double()
+    runner = build_runner(folder, model, Data(), iters=iters, optim_wrapper=wrapper, **options)
     runner.train()
     return runner
 

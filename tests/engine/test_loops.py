@@ -10,12 +10,12 @@ import torch
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.runner import Runner
 from torch import nn
 
 from mmdense.engine import stopping
 from mmdense.engine.stopping import STATUS
 from mmdense.weights.files import read_checkpoint
+from runs import build_runner, loader
 
 NUMBERS = itertools.count()
 LOOPS = dict(
@@ -75,30 +75,24 @@ def build(folder, kind, *hooks, checkpoint=None, batch_size=2, resume=None, accu
     torch.manual_seed(0)
     by_epoch = kind == 'epochs'
     saved = dict(type='mmdense.CheckpointHook', by_epoch=by_epoch, interval=2 if by_epoch else 4)
-    loader = dict(
-        batch_size=batch_size,
-        num_workers=0 if by_epoch else 1,
-        sampler=dict(type='DefaultSampler' if by_epoch else 'InfiniteSampler', shuffle=True),
-        dataset=Noisy(),
-        collate_fn=dict(type='default_collate'),
-    )
-    return Runner(
+    data = Noisy()
+    batches = loader(data, endless=not by_epoch, shuffle=True, batch_size=batch_size)
+    return build_runner(
+        folder,
         Model(),
-        str(folder),
-        train_dataloader=loader,
-        val_dataloader=dict(loader, sampler=dict(type='DefaultSampler', shuffle=False)),
+        data,
+        train_dataloader=dict(batches, num_workers=0 if by_epoch else 1),
+        val_dataloader=loader(data, batch_size=batch_size),
         train_cfg=dict(LOOPS[kind]),
         val_cfg=dict(),
         val_evaluator=dict(type=Count),
         optim_wrapper=dict(optimizer=dict(type='AdamW', lr=0.1), accumulative_counts=accumulate),
         param_scheduler=dict(type='PolyLR', by_epoch=False, end=12, eta_min=0.001),
-        default_hooks=dict(checkpoint=saved if checkpoint is None else checkpoint),
-        custom_hooks=[dict(type='EMAHook'), *hooks],
+        default_hooks=dict(checkpoint=checkpoint or saved),
+        hooks=[dict(type='EMAHook'), *hooks],
         load_from=resume,
         resume=resume is not None,
         randomness=dict(seed=seed),
-        # Runs with the same name would share log buffers.
-        experiment_name=f'{folder.parent.name}-{folder.name}-{len(hooks)}-{resume}-{accumulate}-{kind}',
         log_level='WARNING',
     )
 

@@ -1,6 +1,5 @@
 """The NaN guard: when it stops a run, and what its message says."""
 
-import itertools
 import math
 from pathlib import Path
 
@@ -10,14 +9,13 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapper
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdense.engine import NaNGuardHook
 from mmdense.errors import UserError
+from runs import build_runner
 
-NUMBERS = itertools.count()
 ITERS = 8
 
 
@@ -50,30 +48,23 @@ class Data(torch.utils.data.Dataset):
 
 
 def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
-    runner = Runner(
-        model=model,
-        work_dir=str(folder),
-        experiment_name=f'nan-guard-{next(NUMBERS)}',
-        train_dataloader=dict(
-            dataset=Data(),
-            sampler=dict(type='DefaultSampler', shuffle=False),
-            batch_size=2,
-            collate_fn=dict(type='pseudo_collate'),
-        ),
-        train_cfg=dict(by_epoch=False, max_iters=ITERS),
-        optim_wrapper=wrapper
-        or dict(optimizer=dict(type='SGD', lr=0.125), clip_grad=dict(max_norm=1.0)),
+    sgd = dict(optimizer=dict(type='SGD', lr=0.125), clip_grad=dict(max_norm=1.0))
+    runner = build_runner(
+        folder,
+        model,
+        Data(),
+        iters=ITERS,
+        collate='pseudo_collate',
+        optim_wrapper=wrapper or sgd,
         param_scheduler=dict(type='LinearLR', start_factor=0.5, end=2, by_epoch=False),
         default_hooks=dict(
             checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=checkpoints),
             nan_guard=dict(type='mmdense.NaNGuardHook', **options),
         ),
-        custom_hooks=list(hooks),
-        log_processor=dict(by_epoch=False),
+        hooks=hooks,
         default_scope='mmdense',
     )
     runner.train()
-    return runner
 
 
 def saved(folder):
