@@ -31,13 +31,9 @@ __all__ = ['can_be_lean', 'lean_block']
 
 
 def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
-    """Return the features [N, C, H, W] of a dense block for its input [N, C_in, H, W].
+    """Return the features [N, C, H, W] of a block that :func:`can_be_lean`, for [N, C_in, H, W].
 
     Results are those of the plain block. There are no second derivatives.
-
-    Args:
-        block: Dense layers, for which :func:`can_be_lean` is True.
-        x: The block's input.
     """
     steps = [step for layer in block for step in _steps(layer)]
     parameters = [p for norm, conv in steps for p in (norm.weight, norm.bias, conv.weight)]
@@ -58,19 +54,12 @@ def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
 
 
 class _Step(NamedTuple):
-    """Norm, ReLU, convolution and dropout, as they ran.
-
-    Attributes:
-        norm: Batch norm.
-        conv: Convolution.
-        statistics: Of the norm's input, if the norm used those of the batch.
-        mask: Index of the dropout mask, if dropout ran.
-    """
+    """Norm, ReLU, convolution and dropout, as they ran."""
 
     norm: nn.Module
     conv: nn.Conv2d
-    statistics: lean.Statistics | None
-    mask: int | None
+    statistics: lean.Statistics | None  # of the norm's input, if it used those of the batch
+    mask: int | None  # index of the dropout mask, if dropout ran
 
 
 class _LeanBlock(torch.autograd.Function):
@@ -97,11 +86,11 @@ class _LeanBlock(torch.autograd.Function):
                     if i:
                         hidden.append(x)
                     x, kept = _dropped(layer.drop, conv(_activated(norm, x, statistics)))
-                    mask = None
+                    steps.append(
+                        _Step(norm, conv, statistics, None if kept is None else len(masks))
+                    )
                     if kept is not None:
-                        mask = len(masks)
                         masks.append(kept)
-                    steps.append(_Step(norm, conv, statistics, mask))
                 buffer[:, start : start + growth] = x
                 layers.append(steps)
         ctx.layers, ctx.shared, ctx.growth, ctx.rate = layers, shared, growth, block[0].drop.p
@@ -128,7 +117,7 @@ class _LeanBlock(torch.autograd.Function):
             part = slice(begin, end)
             if sums is None or begin >= sums.shape[1]:
                 return grad[:, part].contiguous(memory_format=form)
-            known = ctx.shared.part(part)
+            known = ctx.shared._replace(mean=ctx.shared.mean[part], var=ctx.shared.var[part])
             return lean.through_statistics(
                 grad[:, part], buffer[:, part], sums[:, part], known, eps
             )

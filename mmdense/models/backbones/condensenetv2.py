@@ -13,9 +13,11 @@ network is trained (``form='learned'``), of the converted ones once it is conden
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,12 +88,8 @@ class Arch:
 
     def outputs(self) -> list[int]:
         """Return the channels at the end of each block."""
-        outputs = []
-        channels = 2 * self.growth[0]
-        for layers, growth in zip(self.layers, self.growth, strict=True):
-            channels += layers * growth
-            outputs.append(channels)
-        return outputs
+        added = map(operator.mul, self.layers, self.growth)
+        return list(accumulate(added, initial=2 * self.growth[0]))[1:]
 
 
 ARCHS = {
@@ -124,14 +122,7 @@ class SqueezeExcite(nn.Module):
 class DenseLayer(nn.Module):
     """Map the features of a block [N, C, H, W] to [N, C + growth, H, W], updating some of them.
 
-    Args:
-        channels: C.
-        arch: Architecture of the network.
-        block: Number of the block, from 0.
-        kept: Channels that each group keeps in the condensed form; None for the learned form.
-        norm_cfg: mmcv's config of the norms.
-        drop_rate: Dropout before each 1x1 convolution.
-        memory: As of the network; the block runs 'recompute' itself.
+    In the condensed form each group keeps ``kept`` channels; None builds the learned form.
     """
 
     def __init__(
@@ -329,20 +320,12 @@ class CondenseNetV2(Backbone):
             layer.prune_to(progress)
 
     def connections(self) -> float:
-        """Return the share of connections that are not pruned.
-
-        Raises:
-            ValueError: Another form than the learned one.
-        """
+        """Return the share of connections that are not pruned, of the learned form."""
         masks = [layer._mask for layer in self._to_prune()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def group_lasso(self) -> Tensor:
-        """Return the group lasso penalty, summed over all layers.
-
-        Raises:
-            ValueError: Another form than the learned one.
-        """
+        """Return the group lasso penalty, summed over all layers of the learned form."""
         return sum(layer.group_lasso() for layer in self._to_prune())
 
     def condense(self, *, allow_partial: bool = False) -> None:

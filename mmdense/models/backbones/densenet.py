@@ -14,6 +14,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -360,17 +361,12 @@ def _stem(arch: Arch, in_channels: int, norm_cfg: Mapping[str, Any]) -> dict[str
     channels = arch.inputs()[0]
     if arch.stem == 'cifar':
         return dict(conv0=nn.Conv2d(in_channels, channels, 3, padding=1, bias=False))
-    if arch.stem == 'imagenet':
-        convs = [nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)]
-    else:
-        sizes = [in_channels, arch.growth_rate, arch.growth_rate, channels]
-        convs = [
-            nn.Conv2d(sizes[i], sizes[i + 1], 3, stride=1 if i else 2, padding=1, bias=False)
-            for i in range(3)
-        ]
+    between, kernel = ([], 7) if arch.stem == 'imagenet' else ([arch.growth_rate] * 2, 3)
     modules = {}
-    for i, conv in enumerate(convs):
-        modules[f'conv{i}'] = conv
-        modules[f'norm{i}'] = _norm(norm_cfg, conv.out_channels)
+    for i, (inputs, outputs) in enumerate(pairwise([in_channels, *between, channels])):
+        modules[f'conv{i}'] = nn.Conv2d(
+            inputs, outputs, kernel, stride=1 if i else 2, padding=kernel // 2, bias=False
+        )
+        modules[f'norm{i}'] = _norm(norm_cfg, outputs)
         modules[f'relu{i}'] = nn.ReLU(inplace=True)
     return {**modules, 'pool0': nn.MaxPool2d(3, stride=2, padding=1)}

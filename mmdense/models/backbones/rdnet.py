@@ -123,9 +123,8 @@ class MixBlock(nn.Module):
         else:
             x = self.conv((activation,), narrow, self.conv((norm,), widen, x))
         scale = self.gamma.view(1, -1, 1, 1)
-        for (
-            module
-        ) in gate:  # both scales in one product, or autograd would save the value in between
+        for module in gate:
+            # Both scales in one product, or autograd would save the value in between.
             scale = scale * module.gate(module.fc(x.mean((2, 3), keepdim=True)))
         # Autocast multiplies in float32; the result, which all later blocks read, is cast back.
         return self.drop_path((x * scale).to(x.dtype))
@@ -251,8 +250,8 @@ class RDNet(Backbone):
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:
             return [self.stem]
-        first = self._ends[stage - 2] + 1 if stage > 1 else 0
-        return list(self.dense_stages[first : self._ends[stage - 1] + 1])
+        ends = [-1, *self._ends]
+        return list(self.dense_stages[ends[stage - 1] + 1 : ends[stage] + 1])
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
         per_stage = self._blocks if granularity == 'layer' else 1

@@ -274,8 +274,8 @@ class ReXNet(Backbone):
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         if stage == 0:
             return [self.stem]
-        first = self._ends[stage - 2] + 1 if stage > 1 else 0
-        return list(self.features[first : self._ends[stage - 1] + 1])
+        ends = [-1, *self._ends]
+        return list(self.features[ends[stage - 1] + 1 : ends[stage] + 1])
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
         # The last convolution has the depth of the last block.

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torchvision.models.shufflenetv2 import InvertedResidual
+from torchvision.ops import Conv2dNormActivation
 
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import recompute
@@ -66,24 +67,12 @@ class Unit(InvertedResidual):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = (x, x) if self.stride > 1 else x.chunk(2, dim=1)
+        left, right = self.branch1(left), self.branch2(right)
         # Interleaving two branches equals concatenating and shuffling them.
-        return _interleave(self.branch1(left), self.branch2(right))
-
-
-def _interleave(a: Tensor, b: Tensor) -> Tensor:
-    """Return channels a_0, b_0, a_1, b_1, ... in the memory format of b."""
-    if b.is_contiguous(memory_format=torch.channels_last):
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-        return torch.stack((a, b), 4).flatten(3).permute(0, 3, 1, 2)
-    return torch.stack((a, b), 2).flatten(1, 2)
-
-
-def _conv_norm_act(in_channels: int, channels: int, kernel: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-    )
+        if right.is_contiguous(memory_format=torch.channels_last):
+            left, right = left.permute(0, 2, 3, 1), right.permute(0, 2, 3, 1)
+            return torch.stack((left, right), 4).flatten(3).permute(0, 3, 1, 2)
+        return torch.stack((left, right), 2).flatten(1, 2)
 
 
 @MODELS.register_module()
@@ -135,7 +124,7 @@ class ShuffleNetV2(Backbone):
             init_cfg=init_cfg,
         )
         self._units = arch.units
-        self.conv1 = _conv_norm_act(in_channels, arch.stem, 3, 2)
+        self.conv1 = Conv2dNormActivation(in_channels, arch.stem, 3, 2)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self._parts = ['maxpool', 'stage2', 'stage3', 'stage4', 'conv5'][: self.out_indices[-1] + 1]
         for i, name in enumerate(self._parts[1:4]):
@@ -145,7 +134,7 @@ class ShuffleNetV2(Backbone):
             ]
             self.add_module(name, nn.Sequential(*units))
         if 'conv5' in self._parts:
-            self.conv5 = _conv_norm_act(channels[3], arch.last, 1, 1)
+            self.conv5 = Conv2dNormActivation(channels[3], arch.last, 1)
         self._freeze()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:

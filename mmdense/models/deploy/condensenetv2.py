@@ -64,7 +64,7 @@ class _Norm(nn.Module):
         self.register_buffer('shift', shift)
         self.register_buffer('mean', torch.zeros_like(scale))
         self.register_buffer('variance', torch.ones_like(scale))
-        self.activation = _in_place(activation)
+        self.activation = type(activation)(inplace=True)
 
     def forward(self, x: Tensor, out: Tensor) -> Tensor:
         if x.is_cuda:
@@ -83,18 +83,15 @@ class _Norm(nn.Module):
 
 
 class DeployedGroupConv(nn.Module):
-    """``conv_1`` with the norm and the activation of ``conv_2``: [N, C, P] to [N, C_out, P].
+    """The condensed ``conv_1`` with norm and activation of ``conv_2``: [N, C, P] to [N, C_out, P].
 
-    Args:
-        conv: ``conv_1`` of the condensed form.
-        norm: ``conv_2``'s norm, which folds into the weight.
-        activation: ``conv_2``'s activation.
+    The norm folds into the weight.
     """
 
     def __init__(self, conv: nn.Module, norm: nn.Module, activation: nn.Module) -> None:
         super().__init__()
         self.norm = _Norm(conv.norm, conv.activation)
-        self.activation = _in_place(activation)
+        self.activation = type(activation)(inplace=True)
         scale, shift = norm_affine(norm)
         dtype = conv.conv.weight.dtype
         weight = conv.conv.weight.detach().view(conv.groups, -1, conv.conv.weight.shape[1])
@@ -158,11 +155,7 @@ class DeployedConv(nn.Module):
 
 
 class DeployedReactivation(nn.Module):
-    """``sfr``: adds new features [N, C_in, P] to those before them, [N, C, P], in place.
-
-    Args:
-        sfr: ``sfr`` of the condensed form.
-    """
+    """The condensed ``sfr``: adds new features [N, C_in, P] to [N, C, P] before them, in place."""
 
     def __init__(self, sfr: nn.Module) -> None:
         super().__init__()
@@ -211,11 +204,7 @@ class DeployedLayer(nn.Module):
 
 
 class DeployedBlock(nn.Sequential):
-    """The layers of a block, after the pool that halves the output of the block before it.
-
-    Args:
-        block: A block of the condensed form.
-    """
+    """The layers of a condensed block, after the pool that halves its input."""
 
     def __init__(self, block: nn.Sequential) -> None:
         super().__init__()
@@ -259,7 +248,3 @@ def _shifted(offset: int, side: int) -> tuple[slice, slice]:
         slice(max(0, -offset), side - max(0, offset)),
         slice(max(0, offset), side - max(0, -offset)),
     )
-
-
-def _in_place(activation: nn.Module) -> nn.Module:
-    return type(activation)(inplace=True)

@@ -26,11 +26,7 @@ UNREACHED = 30  # standard deviations
 
 
 class DeployedStem(nn.Module):
-    """The stem: [N, in_channels, H, W] to [N, C, H / s, W / s].
-
-    Args:
-        modules: Of the trained stem: convolutions, their norms and ReLUs, and a pool.
-    """
+    """The modules of the stem: [N, in_channels, H, W] to [N, C, H / s, W / s]."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -53,11 +49,7 @@ class DeployedStem(nn.Module):
 
 
 class DeployedNorm(nn.Module):
-    """A batch norm in evaluation, followed by a ReLU: [N, C, H, W] to a new [N, C, H, W].
-
-    Args:
-        norm: Of C channels, with running statistics.
-    """
+    """A batch norm in evaluation, followed by a ReLU: [N, C, H, W] to a new [N, C, H, W]."""
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -70,12 +62,7 @@ class DeployedNorm(nn.Module):
 
 
 class Clamp(nn.Module):
-    """The part of norm and ReLU that does not fold into a convolution: [N, C, H, W] to a new one.
-
-    Args:
-        low: Lower bounds [C].
-        high: Upper bounds [C].
-    """
+    """The part of norm and ReLU that does not fold: [N, C, H, W] within bounds [C]."""
 
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
@@ -97,11 +84,7 @@ class Clamp(nn.Module):
 
 
 class DeployedLayer(nn.Module):
-    """Map the channels before a layer, [N, C, H, W], to its own, [N, growth_rate, H, W].
-
-    Args:
-        layer: A ``DenseLayer``.
-    """
+    """A ``DenseLayer``: the channels before it, [N, C, H, W], to [N, growth_rate, H, W]."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -119,11 +102,7 @@ class DeployedLayer(nn.Module):
 
 
 class DeployedBlock(nn.Sequential):
-    """The layers of a block: [N, C, H, W] to a new [N, C + layers * growth_rate, H, W].
-
-    Args:
-        block: A ``DenseBlock``.
-    """
+    """A ``DenseBlock``: [N, C, H, W] to a new [N, C + layers * growth_rate, H, W]."""
 
     def __init__(self, block: nn.Sequential) -> None:
         super().__init__()

@@ -53,11 +53,7 @@ def replace_weights(
 ) -> nn.Conv2d:
     """Return a copy of a convolution with this weight and bias, in evaluation, without gradients.
 
-    Args:
-        conv: Its stride, padding and groups are kept.
-        weight: [C_out, C_in / groups, h, w].
-        bias: [C_out].
-        dtype: Of the result; the convolution's by default.
+    The result has this dtype; the convolution's by default.
     """
     dtype = dtype or conv.weight.dtype
     conv = copy.deepcopy(conv)

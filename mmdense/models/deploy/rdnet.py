@@ -44,11 +44,7 @@ class DeployedTransition(nn.Module):
 
 
 class DeployedMixBlock(nn.Module):
-    """Map all features of the dense stage, [N, C, H, W] in total, to new channels.
-
-    Args:
-        block: A ``MixBlock``.
-    """
+    """A ``MixBlock``: all features of the dense stage, [N, C, H, W], to new channels."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -86,11 +82,7 @@ class DeployedMixBlock(nn.Module):
 
 
 class DeployedDenseStage(nn.Sequential):
-    """Mix blocks; each reads the stage's input and the output of all earlier blocks.
-
-    Args:
-        blocks: ``MixBlock``s.
-    """
+    """``MixBlock``s; each reads the stage's input and the output of all earlier blocks."""
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
         deployed = (DeployedMixBlock(block) for block in blocks)
@@ -136,21 +128,15 @@ def _normed(x: Tensor, eps: float) -> Tensor:
 
 
 def _product(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """Return [..., C'] for [..., C]."""
-    if not _convolves(x):
-        return _linear(x, conv)
-    image = x if x.ndim == 4 else x[None, :, None]  # a strip is an image one pixel high
-    image = conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return image.view(*x.shape[:-1], conv.out_channels)
-
-
-def _convolves(x: Tensor) -> bool:
-    """Return whether a convolution is faster than a matrix product, by measurement.
+    """Return [..., C'] for [..., C], by a convolution where that is faster, by measurement.
 
     It is when compiled, and on a CPU in float32, where products run in the BLAS and convolutions in
     oneDNN. With one thread both run in the BLAS, convolutions with additional copies.
     """
-    if torch.compiler.is_compiling():
-        return True
-    wide = x.device.type == 'cpu' and x.dtype == torch.float32
-    return wide and torch.get_num_threads() > 1 and x.numel() > 0
+    if not torch.compiler.is_compiling():
+        wide = x.device.type == 'cpu' and x.dtype == torch.float32
+        if not (wide and torch.get_num_threads() > 1 and x.numel() > 0):
+            return _linear(x, conv)
+    image = x if x.ndim == 4 else x[None, :, None]  # a strip is an image one pixel high
+    image = conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return image.view(*x.shape[:-1], conv.out_channels)

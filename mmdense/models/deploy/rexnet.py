@@ -17,11 +17,7 @@ __all__ = ['DeployedBottleneck', 'DeployedConv']
 
 
 class DeployedConv(nn.Module):
-    """A convolution with norm and SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels-last.
-
-    Args:
-        layers: ``conv``, ``bn`` and ``act``.
-    """
+    """``conv``, ``bn`` and SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels-last."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -32,11 +28,7 @@ class DeployedConv(nn.Module):
 
 
 class DeployedGate(nn.Module):
-    """Squeeze and excitation: the gates [N, C, 1, 1] of [N, C, H, W].
-
-    Args:
-        se: timm's module, with a norm.
-    """
+    """timm's squeeze and excitation with a norm: the gates [N, C, 1, 1] of [N, C, H, W]."""
 
     def __init__(self, se: nn.Module) -> None:
         super().__init__()
@@ -51,11 +43,7 @@ class DeployedGate(nn.Module):
 
 
 class DeployedBottleneck(nn.Module):
-    """Map [N, C_in, H, W] to a new [N, C_out, ceil(H / stride), ceil(W / stride)].
-
-    Args:
-        block: A ``LinearBottleneck``.
-    """
+    """A ``LinearBottleneck``; its output [N, C_out, ceil(H / stride), ceil(W / stride)] is new."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()

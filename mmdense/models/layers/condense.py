@@ -52,17 +52,32 @@ def pruning_stage(progress: float, condense_factor: int) -> int:
 
 
 class _Layer(nn.Module):
-    """Norm, activation, dropout and a 1x1 convolution, which the subclasses run."""
+    """Norm, activation, dropout and a 1x1 convolution, which the subclasses run.
+
+    Args:
+        conv: The convolution.
+        groups: G.
+        norm_cfg: mmcv's config of the norm.
+        activation: Class of the activation.
+        drop_rate: Dropout before the convolution.
+        memory: 'lean' saves only the input for backward.
+
+    Raises:
+        ValueError: A norm other than a batch norm with weights.
+    """
+
+    # The side of the weight, 0 (C_out) or 1 (C_in), that groups select from; the other forms them.
+    chosen: int
 
     def __init__(
         self,
         conv: nn.Conv2d,
         *,
         groups: int,
-        norm_cfg: Mapping[str, Any],
-        activation: type[nn.Module],
-        drop_rate: float,
-        memory: str,
+        norm_cfg: Mapping[str, Any] = BN,
+        activation: type[nn.Module] = nn.ReLU,
+        drop_rate: float = 0.0,
+        memory: str = 'plain',
     ) -> None:
         super().__init__()
         self.groups = groups
@@ -90,17 +105,11 @@ class _Learned(_Layer):
         out_channels: C_out.
         groups: G.
         condense_factor: F.
-        norm_cfg: mmcv's config of the norm.
-        activation: Class of the activation.
-        drop_rate: Dropout before the convolution.
-        memory: 'lean' saves only the input for backward.
+        **options: See :class:`_Layer`.
 
     Raises:
-        ValueError: Channels that G or F does not divide, or a norm other than a batch norm.
+        ValueError: Channels that G or F does not divide.
     """
-
-    # The side of the weight, 0 (C_out) or 1 (C_in), that forms groups, and the one selected from.
-    grouped, chosen = 0, 1
 
     def __init__(
         self,
@@ -109,25 +118,16 @@ class _Learned(_Layer):
         *,
         groups: int,
         condense_factor: int,
-        norm_cfg: Mapping[str, Any] = BN,
-        activation: type[nn.Module] = nn.ReLU,
-        drop_rate: float = 0.0,
-        memory: str = 'plain',
+        **options: Any,
     ) -> None:
         sides = (out_channels, in_channels)
-        if sides[self.grouped] % groups or sides[self.chosen] % condense_factor:
+        if sides[1 - self.chosen] % groups or sides[self.chosen] % condense_factor:
             raise ValueError(
                 f'{in_channels} to {out_channels} channels: those that form groups must be a '
                 f'multiple of {groups}, the others a multiple of {condense_factor}'
             )
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 1, bias=False),
-            groups=groups,
-            norm_cfg=norm_cfg,
-            activation=activation,
-            drop_rate=drop_rate,
-            memory=memory,
-        )
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        super().__init__(conv, groups=groups, **options)
         self.channels = sides[self.chosen]
         self.condense_factor = condense_factor
         # Integers, so that moving averages and half precision don't change them.
@@ -159,9 +159,6 @@ class _Learned(_Layer):
 
         The result depends on weights, mask and stage only. The first of equal channels are pruned,
         pruned connections don't come back, and skipped stages are caught up on.
-
-        Raises:
-            ValueError: Progress outside of 0 to 1.
         """
         stage = pruning_stage(progress, self.condense_factor)
         if stage <= self.stage:
@@ -196,27 +193,9 @@ class _Condensed(_Layer):
     scattered (``out_channels``).
     """
 
-    chosen: int  # as in the learned form
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        *,
-        groups: int,
-        norm_cfg: Mapping[str, Any] = BN,
-        activation: type[nn.Module] = nn.ReLU,
-        drop_rate: float = 0.0,
-        memory: str = 'plain',
-    ) -> None:
-        super().__init__(
-            nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False),
-            groups=groups,
-            norm_cfg=norm_cfg,
-            activation=activation,
-            drop_rate=drop_rate,
-            memory=memory,
-        )
+    def __init__(self, in_channels: int, out_channels: int, *, groups: int, **options: Any) -> None:
+        conv = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        super().__init__(conv, groups=groups, **options)
         kept = (out_channels, in_channels)[self.chosen] // groups
         self.register_buffer('index', torch.arange(kept).repeat(groups))
 
@@ -246,7 +225,7 @@ class LearnedGroupConv(_Learned):
     Output channel o belongs to group o mod G. Fully pruned, each group reads C_in / F channels.
     """
 
-    grouped, chosen = 0, 1
+    chosen = 1
 
     def _members(self, weight: Tensor) -> Tensor:
         return weight.view(-1, self.groups, self.channels).transpose(0, 1)
@@ -269,7 +248,7 @@ class SparseReactivation(_Learned):
     Input channel i belongs to group i mod G. Fully pruned, each group adds to C_out / F channels.
     """
 
-    grouped, chosen = 1, 0
+    chosen = 0
 
     def _members(self, weight: Tensor) -> Tensor:
         return weight.view(self.channels, -1, self.groups).permute(2, 1, 0)

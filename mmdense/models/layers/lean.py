@@ -60,10 +60,6 @@ class Statistics(NamedTuple):
     count: int
     group: Any
 
-    def part(self, channels: slice) -> Statistics:
-        """Return the statistics of some channels."""
-        return self._replace(mean=self.mean[channels], var=self.var[channels])
-
 
 def norms_by_batch(module: nn.Module) -> bool:
     """Return whether a module is torch's batch norm and uses the statistics of the batch."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from families import FAMILIES, build, image, random_options, randomise, run, same, same_step, step
 from mmengine.registry import MODELS
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.backbones import FAMILIES as LISTED
@@ -118,8 +119,6 @@ def test_layer_depth_of_every_parameter(family, granularity):
     part = build(family, out_indices=(0,))
     for name, _ in part.named_parameters():
         assert part.layer_depth(name, granularity) == depths[name]
-    with pytest.raises(ValueError, match="no parameter 'nonsense.weight'"):
-        net.layer_depth('nonsense.weight', granularity)
 
 
 def test_layer_depth_by_layers_refines_stages(family):
@@ -132,6 +131,8 @@ def test_layer_depth_by_layers_refines_stages(family):
         assert stage_of.setdefault(layer, stage) == stage
     by_layer = [stage for _, stage in sorted(stage_of.items())]
     assert by_layer == sorted(by_layer)
+    with pytest.raises(ValueError, match="no parameter 'nonsense.weight'"):
+        net.layer_depth('nonsense.weight')
     with pytest.raises(ValueError, match="granularity is 'nonsense'"):
         net.layer_depth(names[0], 'nonsense')
 
@@ -218,6 +219,13 @@ def test_channels_last(family):
     outputs = run(net, image().double().to(memory_format=torch.channels_last))
     same(outputs, expected, 1e-10)
     assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
+
+
+@pytest.mark.parametrize('family', [name for name in FAMILIES if name != 'TimmBackbone'])
+def test_synchronised_norms(family):
+    net = randomise(build(family)).eval()
+    expected = run(net, image())
+    same(run(nn.SyncBatchNorm.convert_sync_batchnorm(net), image()), expected)
 
 
 def test_init_cfg_loads_a_checkpoint(family, tmp_path):

@@ -3,9 +3,8 @@
 import pytest
 import timm
 import torch
-from families import image, randomise, run, same, same_step, step
+from families import image, randomise, run, same_step, step
 from timm.models.rexnet import RexNet
-from torch import nn
 
 from mmdense.models import ReXNet
 
@@ -183,14 +182,6 @@ def test_a_single_image_trains_with_norm_eval_only():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
         ReXNet(arch=TINY).train()(image(64, 64))
     ReXNet(arch=TINY, norm_eval=True).train()(image(64, 64))
-
-
-def test_activations_survive_synchronised_norms():
-    net = randomise(ReXNet(arch=TINY, taps='unet')).eval()
-    expected = run(net, image(64, 64))
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    assert isinstance(net.stem.bn, nn.SyncBatchNorm)
-    same(run(net, image(64, 64)), expected)
 
 
 @pytest.mark.parametrize(

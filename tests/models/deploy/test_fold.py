@@ -39,9 +39,3 @@ def test_folded_weights_are_rounded_once():
     exact = fold_norm(conv.double(), norm.double())
     assert torch.equal(folded.weight, exact.weight.float().bfloat16())
     assert torch.equal(folded.bias, exact.bias.float().bfloat16())
-
-
-def test_norms_without_running_statistics_cannot_be_folded():
-    norm = nn.BatchNorm2d(8, track_running_stats=False)
-    with pytest.raises(ValueError, match='no running statistics'):
-        fold_norm(nn.Conv2d(4, 8, 1), norm)

@@ -48,12 +48,6 @@ def test_archs(arch):
     deployed_equals_trained(build(arch), image(64, 32))
 
 
-def test_output_norms():
-    net = build(output_norm=True, out_indices=(0, 2))
-    assert len(net.output_norms) == 2
-    deployed_equals_trained(net, image(batch=2))
-
-
 @pytest.mark.parametrize(
     ('size', 'dtype'), [(1, torch.float64), (1000, torch.float32), (10**9, torch.float64)]
 )
@@ -93,18 +87,6 @@ def test_unneeded_stages_are_not_built():
     assert [len(deployed(build(out_indices=(i,))).dense_stages) for i in range(3)] == [1, 3, 4]
 
 
-def test_folded_weights_have_their_own_memory():
-    net = build()
-    state = net.state_dict()
-    net.switch_to_deploy()
-    endings = ('fc1.weight', 'fc2.weight', 'scale', 'gate.weight', 'gate.bias')
-    folded = [p for name, p in net.named_parameters() if name.endswith(endings)]
-    # Of eight blocks, four of them with a gate: two weights and a scale, and the gates'.
-    assert len(folded) == 8 * 3 + 4 * 2
-    storages = {value.untyped_storage().data_ptr() for value in state.values()}
-    assert not storages & {p.untyped_storage().data_ptr() for p in folded}
-
-
 def test_macs_are_those_of_the_trained_network():
     net, counts = build(), []
     x = image(64, 48).to('meta')
@@ -113,13 +95,3 @@ def test_macs_are_those_of_the_trained_network():
             run(each.to('meta'), x)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
-
-
-@pytest.mark.parametrize(('granularity', 'number'), [('stage', 6), ('layer', 10)])
-def test_layer_depth_with_output_norms(granularity, number):
-    net, depths = build(output_norm=True), []
-    for each in (net, deployed(net)):
-        names = [name for name, _ in each.named_parameters()]
-        depths.append({each.layer_depth(name, granularity) for name in names})
-    assert depths[0] == depths[1]
-    assert len(depths[0]) == number

@@ -246,16 +246,6 @@ def test_condensing_keeps_modes_and_frozen_parameters(kind, train, grad):
         assert torch.equal(value, before[name]), name
 
 
-def test_the_condensed_norm_has_the_statistics_of_the_gathered_channels():
-    layer = make(LearnedGroupConv, (16, 8, 4, 4))
-    layer.prune_to(0.3)
-    condensed = layer.condensed()
-    assert condensed.norm.num_features == len(condensed.index) == 4 * 12
-    state = condensed.norm.state_dict()
-    for name, value in layer.norm.state_dict().items():
-        assert torch.equal(state[name], value[condensed.index] if value.ndim else value), name
-
-
 @BOTH
 def test_uneven_masks_are_refused(kind):
     layer = make(kind, (16, 8, 4, 4))
@@ -269,21 +259,6 @@ def test_uneven_masks_are_refused(kind):
 def test_channels_that_do_not_divide(kind, shape):
     with pytest.raises(ValueError, match='multiple of 4'):
         make(kind, shape)
-
-
-@BOTH
-def test_pruning_state_is_kept_in_integers(kind):
-    layer = make(kind, (16, 8, 4, 4))
-    buffers = {n: b for n, b in layer.named_buffers() if not n.startswith('norm.')}
-    assert {n: b.dtype for n, b in buffers.items()} == dict(
-        _count=torch.int64, _stage=torch.int64, _mask=torch.uint8
-    )
-    layer.prune_to(0.4)
-    other = make(kind, (16, 8, 4, 4), seed=1)
-    other.load_state_dict(layer.state_dict())
-    assert other.stage == layer.stage == 2
-    assert layer.condensed().index.dtype == torch.int64
-    assert layer.half()._mask.dtype == torch.uint8
 
 
 @BOTH

@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from mmengine.model import revert_sync_batchnorm
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -12,7 +13,7 @@ from torch.nn.utils import prune
 
 from mmdense.models import DenseNet
 from mmdense.models.layers import lean_conv, plain_conv
-from mmdense.models.layers.lean import batch_statistics, norms_by_batch, record
+from mmdense.models.layers.lean import batch_statistics, norms_by_batch
 
 
 class Gate(nn.Module):
@@ -78,6 +79,11 @@ def same(results):
             torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-10)
 
 
+def both(function):
+    """Compare the results of a function of the plain and of the lean convolution."""
+    same([function(plain_conv), function(lean_conv)])
+
+
 def same_steps(make_chain=chain, make_conv=conv, x=None, **options):
     """Compare two steps of the plain and of the lean convolution; return the lean chain."""
     results = []
@@ -132,14 +138,14 @@ def test_norms_inside_a_step_count_once():
 
 
 def test_a_weight_that_replaces_the_convolutions():
-    results = []
-    for run in (plain_conv, lean_conv):
+    def results(run):
         convolution, factor = conv(bias=False), torch.full((4, 1, 1, 1), 0.5, dtype=torch.float64)
         factor.requires_grad_()
         y = run(chain(), convolution, batch(), weight=convolution.weight * factor)
         y.square().sum().backward()
-        results.append([y.detach(), convolution.weight.grad, factor.grad])
-    same(results)
+        return [y.detach(), convolution.weight.grad, factor.grad]
+
+    both(results)
 
 
 @pytest.mark.parametrize(
@@ -150,17 +156,13 @@ def test_convolutions(options):
 
 
 def test_pruned_convolutions_are_called():
-    def make():
-        convolution = conv()
+    def results(run):
+        convolution, x = conv(), batch().requires_grad_()
         prune.l1_unstructured(convolution, 'weight', 0.5)
-        return convolution
-
-    results = []
-    for run in (plain_conv, lean_conv):
-        convolution, x = make(), batch().requires_grad_()
         run(chain(), convolution, x).square().sum().backward()
-        results.append([x.grad, *(p.grad for p in convolution.parameters())])
-    same(results)
+        return [x.grad, *(p.grad for p in convolution.parameters())]
+
+    both(results)
 
 
 def test_only_the_inputs_are_saved():
@@ -234,24 +236,25 @@ def test_norms_that_do_not_track():
 
 def test_parameters_that_are_plain_attributes():
     """As in FSDP, and in the replicas of DataParallel."""
-    results = []
-    for run in (plain_conv, lean_conv):
+
+    def results(run):
         steps = chain()
         (weight, bias), norm = steps[0].parameters(), steps[0]._replicate_for_data_parallel()
         norm.weight, norm.bias = weight * 2, bias * 2
         run([norm, steps[1]], conv(), batch()).square().sum().backward()
         assert weight.grad.abs().sum() > 0
-        results.append([weight.grad, bias.grad])
-    same(results)
+        return [weight.grad, bias.grad]
+
+    both(results)
 
 
 def test_a_module_may_occur_twice():
-    results = []
-    for run in (plain_conv, lean_conv):
+    def results(run):
         scale = nn.PReLU(6).double()
         run([scale, nn.Tanh(), scale], conv(), batch()).square().sum().backward()
-        results.append([scale.weight.grad])
-    same(results)
+        return [scale.weight.grad]
+
+    both(results)
 
 
 def test_half_precision_weights():
@@ -309,31 +312,17 @@ def test_statistics_are_in_float32_at_least(dtype):
         torch.testing.assert_close(value.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize('options', [{}, dict(momentum=None), dict(momentum=0.3)])
-def test_running_statistics_are_those_of_torch(options):
-    ours, theirs = nn.BatchNorm2d(6, **options).double(), nn.BatchNorm2d(6, **options).double()
-    for i in range(3):
-        record(ours, batch_statistics(ours, batch() * i))
-        theirs(batch() * i)
-    same([list(theirs.buffers()), list(ours.buffers())])
-
-
-def synchronised(memory=None):
-    """Return a network with synchronized norms: one convolution, or a DenseNet."""
+def synchronised(memory):
+    """Return a network with synchronized norms, in dense blocks and before a convolution."""
     torch.manual_seed(0)
-    if memory:
-        arch = dict(growth_rate=4, layers=(2, 3), stem='cifar')
-        net = DenseNet(arch=arch, memory=memory, norm_cfg=dict(type='SyncBN')).double()
-        net.features['norm5'].eval()  # a plain call, of torch
-        return net
-    return nn.ModuleList([nn.SyncBatchNorm(6), nn.ReLU(), nn.Conv2d(6, 4, 1)]).double()
+    arch = dict(growth_rate=4, layers=(2, 3), stem='cifar')
+    net = DenseNet(arch=arch, memory=memory, norm_cfg=dict(type='SyncBN')).double()
+    net.features['norm5'].eval()  # a plain call, of torch
+    return net
 
 
 def run_synchronised(net, x):
-    if isinstance(net, DenseNet):
-        return sum((m * torch.linspace(-1, 1, m[0].numel()).view(m[0].shape)).sum() for m in net(x))
-    norm, relu, convolution = net
-    return (lean_conv([norm, relu], convolution, x).sin()).sum()
+    return sum((m * torch.linspace(-1, 1, m[0].numel()).view(m[0].shape)).sum() for m in net(x))
 
 
 def one_process(rank, port, folder):
@@ -341,17 +330,15 @@ def one_process(rank, port, folder):
     os.environ.update({key: str(value) for key, value in env.items()}, CUDA_VISIBLE_DEVICES='')
     torch.set_num_threads(1)
     dist.init_process_group('gloo')
-    for memory in (None, 'lean'):
-        net = synchronised(memory)
-        x = batch(3 if memory else 6, images=5, size=(8, 8))
-        mine = x[:2] if rank == 0 else x[2:]  # unequal shares
-        mine.requires_grad_()
-        run_synchronised(net, mine).backward()
-        for parameter in net.parameters():
-            dist.all_reduce(parameter.grad)
-        grads = {name: p.grad for name, p in net.named_parameters()}
-        result = dict(image=mine.grad, grads=grads, buffers=dict(net.named_buffers()))
-        torch.save(result, folder / f'{memory}-{rank}.pth')
+    net, x = synchronised('lean'), batch(3, images=5, size=(8, 8))
+    mine = x[:2] if rank == 0 else x[2:]  # unequal shares
+    mine.requires_grad_()
+    run_synchronised(net, mine).backward()
+    for parameter in net.parameters():
+        dist.all_reduce(parameter.grad)
+    grads = {name: p.grad for name, p in net.named_parameters()}
+    result = dict(image=mine.grad, grads=grads, buffers=dict(net.named_buffers()))
+    torch.save(result, folder / f'{rank}.pth')
     dist.destroy_process_group()
 
 
@@ -362,26 +349,13 @@ def test_two_processes_equal_one_with_all_images(tmp_path):
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
     torch.multiprocessing.spawn(one_process, (port, tmp_path), nprocs=2)
-    for memory in (None, 'lean'):
-        net = synchronised('plain' if memory else None)
-        x = batch(3 if memory else 6, images=5, size=(8, 8)).requires_grad_()
-        net = _plain_norms(net)
-        run_synchronised(net, x).backward()
-        results = [torch.load(tmp_path / f'{memory}-{rank}.pth') for rank in range(2)]
-        same([[x.grad], [torch.cat([result['image'] for result in results])]])
-        for result in results:
-            grads = {name: p.grad for name, p in net.named_parameters()}
-            assert result['grads'].keys() == grads.keys()
-            same([list(grads.values()), list(result['grads'].values())])
-            same([list(net.buffers()), list(result['buffers'].values())])
-
-
-def _plain_norms(net):
-    for name, module in list(net.named_modules()):
-        if isinstance(module, nn.SyncBatchNorm):
-            plain = nn.BatchNorm2d(module.num_features).double()
-            plain.load_state_dict(module.state_dict())
-            plain.train(module.training)
-            parent, _, child = name.rpartition('.')
-            net.get_submodule(parent)._modules[child] = plain
-    return net
+    net = revert_sync_batchnorm(synchronised('plain'))
+    x = batch(3, images=5, size=(8, 8)).requires_grad_()
+    run_synchronised(net, x).backward()
+    results = [torch.load(tmp_path / f'{rank}.pth') for rank in range(2)]
+    same([[x.grad], [torch.cat([result['image'] for result in results])]])
+    for result in results:
+        grads = {name: p.grad for name, p in net.named_parameters()}
+        assert result['grads'].keys() == grads.keys()
+        same([list(grads.values()), list(result['grads'].values())])
+        same([list(net.buffers()), list(result['buffers'].values())])
