@@ -289,7 +289,9 @@ class CondenseNetV2(Backbone):
     @property
     def stage(self) -> int:
         """The stage of pruning that all layers have reached, or at which they were condensed."""
-        return min((layer.stage for layer in self._learned()), default=self._condensed_at)
+        if self.form != 'learned':
+            return self._condensed_at
+        return min(layer.stage for layer in self._learned())
 
     @property
     def last_stage(self) -> int:
@@ -297,13 +299,10 @@ class CondenseNetV2(Backbone):
         return self.arch.factor - 1
 
     def _learned(self) -> list[LearnedGroupConv | SparseReactivation]:
-        kinds = (LearnedGroupConv, SparseReactivation)
-        return [module for module in self.modules() if isinstance(module, kinds)]
-
-    def _to_prune(self) -> list[LearnedGroupConv | SparseReactivation]:
         if self.form != 'learned':
             raise ValueError(f"form is {self.form!r}: only form='learned' has masks")
-        return self._learned()
+        kinds = (LearnedGroupConv, SparseReactivation)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def prune_to(self, progress: float) -> None:
         """Prune the connections that are due at this progress of training, in all layers.
@@ -316,17 +315,17 @@ class CondenseNetV2(Backbone):
         Raises:
             ValueError: Progress outside of 0 to 1, or another form than the learned one.
         """
-        for layer in self._to_prune():
+        for layer in self._learned():
             layer.prune_to(progress)
 
     def connections(self) -> float:
         """Return the share of connections that are not pruned, of the learned form."""
-        masks = [layer._mask for layer in self._to_prune()]
+        masks = [layer._mask for layer in self._learned()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def group_lasso(self) -> Tensor:
         """Return the group lasso penalty, summed over all layers of the learned form."""
-        return sum(layer.group_lasso() for layer in self._to_prune())
+        return sum(layer.group_lasso() for layer in self._learned())
 
     def condense(self, *, allow_partial: bool = False) -> None:
         """Convert the network to the condensed form, in place: group convolutions without masks.

@@ -37,9 +37,6 @@ def fold_norm(conv: nn.Conv2d, norm: _BatchNorm, dtype: torch.dtype | None = Non
         conv: With or without bias, [N, C_in, H, W] to [N, C, H', W'].
         norm: Of C channels, BatchNorm2d or SyncBatchNorm, with or without weights.
         dtype: Of the result; the convolution's by default.
-
-    Raises:
-        ValueError: The norm has no running statistics.
     """
     scale, shift = norm_affine(norm)
     weight = conv.weight.detach().double() * scale[:, None, None, None]

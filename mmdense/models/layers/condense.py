@@ -55,7 +55,7 @@ class _Layer(nn.Module):
     """Norm, activation, dropout and a 1x1 convolution, which the subclasses run.
 
     Args:
-        conv: The convolution.
+        conv: The convolution, of G groups in the condensed form.
         groups: G.
         norm_cfg: mmcv's config of the norm.
         activation: Class of the activation.
@@ -101,9 +101,6 @@ class _Learned(_Layer):
     members; ``_count`` is the number of channels that each group has lost, ``_stage`` the stage.
 
     Args:
-        in_channels: C_in.
-        out_channels: C_out.
-        groups: G.
         condense_factor: F.
         **options: See :class:`_Layer`.
 

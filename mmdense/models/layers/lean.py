@@ -46,19 +46,12 @@ FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward)
 
 
 class Statistics(NamedTuple):
-    """Statistics of the channels of a batch.
+    """Statistics of the channels of a batch."""
 
-    Attributes:
-        mean: [C], in float32 at least.
-        var: [C], biased.
-        count: Values per channel, in all processes that share the statistics.
-        group: These processes; None for a single one.
-    """
-
-    mean: Tensor
-    var: Tensor
-    count: int
-    group: Any
+    mean: Tensor  # [C], in float32 at least
+    var: Tensor  # [C], biased
+    count: int  # values per channel, in all processes that share the statistics
+    group: Any  # these processes; None for a single one
 
 
 def norms_by_batch(module: nn.Module) -> bool:

@@ -113,15 +113,8 @@ def test_feature_maps():
 def test_unneeded_blocks_are_not_built(taps):
     ends = STAGES if taps == 'stages' else UNET
     with torch.device('meta'):
-        full = ReXNet(taps=taps)
-        assert len(full.features) == ends[-1] + 1
         for index, end in enumerate(ends):
-            net = ReXNet(taps=taps, out_indices=(index,))
-            assert len(net.features) == end + 1
-            for granularity in ('stage', 'layer'):
-                for name, _ in net.named_parameters():
-                    depth = net.layer_depth(name, granularity)
-                    assert depth == full.layer_depth(name, granularity)
+            assert len(ReXNet(taps=taps, out_indices=(index,)).features) == end + 1
 
 
 def test_layer_depth():
@@ -147,13 +140,6 @@ def test_every_parameter_of_the_unet_has_one_stage():
                 assert all(p.requires_grad == (stage > stages) for p in module.parameters())
                 ids += map(id, module.parameters())
         assert sorted(ids) == sorted(map(id, net.parameters()))
-
-
-def test_gradients_reach_every_parameter_of_the_unet():
-    # In eval mode: a norm by the batch cancels the effect of the bias before it.
-    net = randomise(ReXNet(arch=dict(TINY, depth=0.4), taps='unet')).eval()
-    gradients, _ = step(net, image(64, 64, batch=2))
-    assert not [name for name, _ in net.named_parameters() if not gradients[name].abs().sum() > 0]
 
 
 def test_initial_values_equal_timm():
