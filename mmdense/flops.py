@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -67,24 +67,14 @@ TRAINED_ALONE = 'auxiliary_head'
 
 @dataclass(frozen=True)
 class Cost:
-    """The cost of a network, or of a part of one, for an image.
-
-    Attributes:
-        parameters: Number of parameters.
-        macs: Executed MACs of convolutions and matrix products.
-        activations: Elements of their outputs.
-    """
+    """The cost of a network, or of a part of one, for an image."""
 
     parameters: int = 0
-    macs: int = 0
-    activations: int = 0
+    macs: int = 0  # executed ones, of convolutions and matrix products
+    activations: int = 0  # elements of their outputs
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.parameters + other.parameters,
-            self.macs + other.macs,
-            self.activations + other.activations,
-        )
+        return Cost(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -93,13 +83,7 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3) -> int:
-    """Return the MACs of one image, and warn of operators that were not counted.
-
-    Args:
-        net: A network on the meta device, in eval mode.
-        size: Height and width in pixels.
-        in_channels: Channels of the image.
-    """
+    """Return the MACs of a network for an image, and warn as :func:`model_costs` does."""
     unknown: Counter[str] = Counter()
     cost, _ = count_cost(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
     _warn(unknown)
@@ -136,28 +120,19 @@ def model_costs(
         ValueError: Neither a one- or two-stage detector nor a segmentor with a decode head.
     """
     unknown: Counter[str] = Counter()
-    costs = _parts(model, size, num_boxes, num_masks, unknown)
-    _warn(unknown)
-    return costs
-
-
-def _parts(
-    model: nn.Module, size: tuple[int, int], num_boxes: int, num_masks: int, unknown: Counter[str]
-) -> dict[str, Cost]:
     costs = {}
     image = torch.empty(1, 3, *size, device='meta')
     costs['backbone'], maps = count_cost(model.backbone, image, unknown)
     if getattr(model, 'with_neck', False):
         costs['neck'], maps = count_cost(model.neck, maps, unknown)
+    dense = [name for name in ('rpn_head', 'bbox_head') if hasattr(model, name)]
     if hasattr(model, 'decode_head'):
         head, metas = model.decode_head, [dict(img_shape=size)]
         cost, _ = count_cost(lambda x: head.predict(x, metas, {}), maps, unknown)
         costs['decode_head'] = Cost(count_parameters(head)) + cost
         if getattr(model, 'with_auxiliary_head', False):
             costs[TRAINED_ALONE] = Cost(count_parameters(model.auxiliary_head))
-        return costs
-    dense = [name for name in ('rpn_head', 'bbox_head') if hasattr(model, name)]
-    if not dense:
+    elif not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:
         costs[name], _ = count_cost(getattr(model, name), maps, unknown)
@@ -167,6 +142,7 @@ def _parts(
         if head.with_mask:
             extractor = head.mask_roi_extractor or head.bbox_roi_extractor
             costs['mask_head'] = _roi_cost(head.mask_head, extractor, num_masks, unknown)
+    _warn(unknown)
     return costs
 
 
@@ -225,8 +201,7 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         y = func(*args, **(kwargs or {}))
         if func.overloadpacket in self.known:
-            first = y[0] if isinstance(y, list | tuple) else y
-            self.activations += first.numel()
+            self.activations += (y[0] if isinstance(y, list | tuple) else y).numel()
             return y
         full = func.name().partition('.')[0]  # without the overload
         space, _, name = full.partition('::')

@@ -24,21 +24,13 @@ SHORT = dict(tiny='t', small='s', base='b', large='l')
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A backbone that can be put into a config.
+    """A backbone that can be put into a config."""
 
-    Attributes:
-        name: The name of its row.
-        family: 'RDNet', 'timm' and so on.
-        config: The backbone's config.
-        hooks: Hooks that its training needs.
-        preprocessor: Settings of the data preprocessor that its weights need.
-    """
-
-    name: str
-    family: str
+    name: str  # of its row
+    family: str  # 'RDNet', 'timm' and so on
     config: dict[str, Any]
-    hooks: tuple[dict[str, Any], ...] = ()
-    preprocessor: dict[str, Any] = field(default_factory=dict)
+    hooks: tuple[dict[str, Any], ...] = ()  # that its training needs
+    preprocessor: dict[str, Any] = field(default_factory=dict)  # settings that its weights need
 
 
 def known_backbones() -> dict[str, tuple[type[Backbone], str]]:
@@ -94,13 +86,12 @@ def _from_timm(name: str, pretrained: bool) -> BackboneSpec:
         close = difflib.get_close_matches(model, timm.list_models(), n=3)
         hint = f'; close: {", ".join(close)}' if close else ''
         raise UserError(f'timm has no network {model!r}{hint}')
-    config = dict(type='mmdense.TimmBackbone', model_name=model)
-    if not pretrained:
-        return BackboneSpec(name, 'timm', config)
-    cfg = timm.models.get_pretrained_cfg(model)
-    mean, std = ([255 * value for value in values] for values in (cfg.mean, cfg.std))
-    preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True)
-    config |= _weights(f'timm://{model}')
+    config, preprocessor = dict(type='mmdense.TimmBackbone', model_name=model), {}
+    if pretrained:
+        cfg = timm.models.get_pretrained_cfg(model)
+        mean, std = ([255 * value for value in values] for values in (cfg.mean, cfg.std))
+        preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True)
+        config |= _weights(f'timm://{model}')
     return BackboneSpec(name, 'timm', config, preprocessor=preprocessor)
 
 

@@ -59,23 +59,14 @@ STEPS = dict(cpu=1, cuda=3)  # the first ones on a GPU load libraries; the last 
 
 @dataclass(frozen=True)
 class ModeCost:
-    """Memory and time of a training step in one memory mode.
+    """Memory and time of a training step in one memory mode."""
 
-    Attributes:
-        mode: The backbone's ``memory``, or :data:`NO_MODES`.
-        smallest: The smallest batch that can be trained: some norms need two images.
-        ran: The largest batch that was run; 0 if this GPU had too little memory for any.
-        fixed: Bytes of weights, gradients and optimizer states; None if only one batch fitted.
-        per_image: Bytes per image, or None.
-        seconds: Per image, without the update; infinite if none was run.
-    """
-
-    mode: str
-    smallest: int
-    ran: int
-    fixed: int | None
-    per_image: int | None
-    seconds: float
+    mode: str  # the backbone's ``memory``, or NO_MODES
+    smallest: int  # batch that can be trained: some norms need two images
+    ran: int  # the largest batch that was run; 0 if this GPU had too little memory for any
+    fixed: int | None  # bytes of weights, gradients and optimizer states; None if one batch fitted
+    per_image: int | None  # bytes, or None
+    seconds: float  # per image, without the update; infinite if none was run
 
     def largest(self, gpu_bytes: float) -> int:
         """Return the largest batch that fits a GPU with this memory; 0 if none does."""
@@ -120,7 +111,7 @@ def plan(
         if mode not in known:
             raise UserError(f'{name} has no memory mode {mode!r} (it has: {[*known]})')
     return [
-        _measure(_with_mode(cfg, mode if known else None, size, device), mode, size, progress)
+        _measure(_with_mode(cfg, mode, size, device), mode, size, progress)
         for mode in modes or known or (NO_MODES,)
     ]
 
@@ -156,11 +147,11 @@ def config_changes(cfg: Config, mode: str, batch: int) -> list[str]:
     return changes
 
 
-def _with_mode(cfg: Config, mode: str | None, size: tuple[int, int], device: str) -> Config:
+def _with_mode(cfg: Config, mode: str, size: tuple[int, int], device: str) -> Config:
     """Return a copy of the config with the mode, and with settings that run on the device."""
     cfg = copy.deepcopy(cfg)
     cfg.device = device
-    if mode:
+    if mode != NO_MODES:
         cfg.model.backbone.pop('with_cp', None)
         cfg.model.backbone.memory = mode
     preprocessor = cfg.model.get('data_preprocessor', {})
@@ -183,15 +174,29 @@ def _measure(
     resident = tensor_bytes((*model.parameters(), *model.buffers()))
     resident += tensor_bytes(value for state in states for value in state.values())
     gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
+
+    def train(batch: int, times: list[float]) -> None:
+        """Run steps without their update and append their seconds."""
+        for _ in range(STEPS[cfg.device]):
+            data = random_batch(batch, size, segmentation=cfg.get('default_scope') == 'mmseg')
+            # A backward pass creates gradients while it frees activations. With all gradients there
+            # from the beginning, the peak is linear in the batch.
+            _zero_gradients(model)
+            begin = time.perf_counter()
+            training_step(model, wrapper, data)
+            wrapper.zero_grad()
+            if cfg.device == 'cuda':
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+
     batches, peaks, seconds = [1, 2], {}, inf
     smallest, fixed, per_image = 1, None, None
     while batches:
         batch = batches.pop(0)
         progress(f'{mode}: a step with a batch of {batch}, {size[0]} x {size[1]}')
         times: list[float] = []
-        step = partial(_train, cfg, model, wrapper, batch, size, times)
         try:
-            peaks[batch] = resident + peak_bytes(step, cfg.device)
+            peaks[batch] = resident + peak_bytes(partial(train, batch, times), cfg.device)
         except torch.cuda.OutOfMemoryError:
             break
         except ValueError as error:
@@ -233,32 +238,9 @@ def tensor_bytes(values: Iterable[Any]) -> int:
 
 
 def _zero_gradients(model: nn.Module) -> None:
-    """Give each parameter a gradient of zeros."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
-
-
-def _train(
-    cfg: Config,
-    model: nn.Module,
-    wrapper: OptimWrapper,
-    batch: int,
-    size: tuple[int, int],
-    times: list[float],
-) -> None:
-    """Run steps without their update and append their seconds."""
-    for _ in range(STEPS[cfg.device]):
-        data = random_batch(batch, size, segmentation=cfg.get('default_scope') == 'mmseg')
-        # A backward pass creates gradients while it frees activations. With all gradients there
-        # from the beginning, the peak is linear in the batch.
-        _zero_gradients(model)
-        begin = time.perf_counter()
-        training_step(model, wrapper, data)
-        wrapper.zero_grad()
-        if cfg.device == 'cuda':
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
 
 
 def training_step(model: nn.Module, wrapper: OptimWrapper, data: dict[str, list]) -> None:

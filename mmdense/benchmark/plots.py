@@ -50,7 +50,8 @@ COLOURS = dict(  # light, dark
     bad=('#b3261e', '#ff9a90'),
     link=('#8a929c', '#76808c'),
 )
-FAMILIES = (  # distinguishable with any colour vision; so are the markers
+# Over 15 apart in CIELAB with any colour vision (Machado et al. 2009). The markers differ too.
+FAMILIES = (
     ('#0a5cc0', '#4c8df0'),
     ('#d0640c', '#ee6a45'),
     ('#0a9478', '#3be09a'),
@@ -89,20 +90,12 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Item:
-    """A backbone in a plot.
+    """A backbone in a plot."""
 
-    Attributes:
-        row: Its number in the results; the page highlights everything with the same number.
-        name: The label.
-        family: The number of its family, which selects colour and marker.
-        points: (x, y) of a curve, or of a single marker.
-        tooltip: Text to show under the pointer.
-    """
-
-    row: int
+    row: int  # in the results; the page highlights everything with the same number
     name: str
-    family: int
-    points: Sequence[tuple[float, float]]
+    family: int  # its number, which selects colour and marker
+    points: Sequence[tuple[float, float]]  # (x, y) of a curve, or of a single marker
     tooltip: str
 
 

@@ -34,7 +34,6 @@ from mmdense.benchmark.plots import (
     swatch,
     write_png,
 )
-from mmdense.errors import UserError
 
 __all__ = ['write_report']
 
@@ -59,23 +58,14 @@ PREFIXES = {'Inference': 'inference, ', 'Training step': 'training step, ', 'Tra
 
 @dataclass(frozen=True)
 class Column:
-    """A figure of each backbone.
+    """A figure of each backbone."""
 
-    Attributes:
-        name: In the CSV file, with the unit.
-        group: The heading over several columns.
-        title: The heading.
-        unit: Of the values; '' for none.
-        values: By row; None where a backbone has none.
-        better: 'max', 'min', or '' where neither is better.
-    """
-
-    name: str
-    group: str
+    name: str  # in the CSV file, with the unit
+    group: str  # the heading over several columns
     title: str
-    unit: str
-    values: Sequence[float | None]
-    better: str = ''
+    unit: str  # '' for none
+    values: Sequence[float | None]  # by row
+    better: str = ''  # 'max' or 'min'
 
     @property
     def known(self) -> list[float]:
@@ -113,21 +103,8 @@ class Plot(NamedTuple):
 
 
 def write_report(folder: Path) -> None:
-    """Write report.html, report.md and results.csv beside results.json, and plots into pictures/.
-
-    Args:
-        folder: Holds results.json and the pictures that it names.
-
-    Raises:
-        UserError: results.json is missing or cannot be read.
-    """
-    file = folder / 'results.json'
-    try:
-        results = json.loads(file.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise UserError(f'there is no {file}: run tools/benchmark.py sweep first') from None
-    except ValueError as error:
-        raise UserError(f'{file} is damaged ({error}): run the sweep again') from None
+    """Write report.html, report.md, results.csv and the plots beside ``results.json``."""
+    results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     report = Report(folder, results)
     report.write_csv(folder / 'results.csv')
     environment = Environment(
@@ -144,12 +121,7 @@ def write_report(folder: Path) -> None:
 
 
 class Report:
-    """What the pages show, from ``results.json``.
-
-    Args:
-        folder: Gets the PNG files of the plots, and has the pictures of predictions.
-        results: As :meth:`.Sweep.report` writes them.
-    """
+    """What the pages show, from the ``results`` of :meth:`.Sweep.report`."""
 
     style_sheet = style_sheet()
     missing = MISSING
@@ -160,6 +132,7 @@ class Report:
         self.finished = [row if row['status'] == 'done' else None for row in self.rows]
         self.all_columns = [*self._metrics(), *self._costs()]
         self.metric = self.all_columns[0]
+        self.costs = {column.name: column for column in self.all_columns}
         self.columns = [c for c in self.all_columns if c.known and c.name not in ONLY_IN_CSV]
         self.parts = self._parts()
         self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
@@ -200,8 +173,7 @@ class Report:
 
     def _plots(self) -> list[Plot]:
         """Draw the plots of which at least one backbone has both figures."""
-        measured, metric = self.results['measured'], self.metric
-        costs = {column.name: column for column in self.all_columns}
+        measured, metric, costs = self.results['measured'], self.metric, self.costs
         latency = f'median latency of {_count(measured["infer_batch"], "image")} (ms)'
         memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
         plots = []
@@ -238,13 +210,12 @@ class Report:
     def findings(self) -> list[str]:
         """The main results as sentences; none unless there are two backbones to compare."""
         names = [row['backbone'] for row in self.rows]
-        costs = {column.name: column for column in self.all_columns}
         sentences = []
         for title, column in (
             (f'Best {self.metric.title}', self.metric),
-            ('Fastest inference', costs['infer_p50_ms']),
-            ('Least memory in training', costs['train_memory_mb']),
-            ('Fewest MACs', costs['macs_g']),
+            ('Fastest inference', self.costs['infer_p50_ms']),
+            ('Least memory in training', self.costs['train_memory_mb']),
+            ('Fewest MACs', self.costs['macs_g']),
         ):
             if column.best is not None:
                 values = zip(names, column.values, strict=True)

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
-from mmengine.structures import BaseDataElement
 from torch import nn
 
 from mmdense.apis.predict import Predictor
@@ -35,7 +35,7 @@ from mmdense.benchmark.timing import inference_run, machine, measure, training_r
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
 from mmdense.errors import UserError, one_line
-from mmdense.files import atomic_write
+from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
@@ -56,17 +56,11 @@ SCORE_THRESHOLD = 0.3  # of boxes in pictures
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a training.
+    """The progress of a training."""
 
-    Attributes:
-        name: The backbone's.
-        state: Such as 'epoch 3 of 8, 0:01:20 left'.
-        share: Of the training that is done, from 0 to 1.
-    """
-
-    name: str
-    state: str
-    share: float
+    name: str  # the backbone's
+    state: str  # such as 'epoch 3 of 8, 0:01:20 left'
+    share: float  # of the training that is done, from 0 to 1
 
 
 class Sweep:
@@ -144,19 +138,15 @@ class Sweep:
 
     def _write_config(self, cfg: Config, file: Path) -> None:
         """Write a run's config; one from an earlier start must be the same."""
-        text = cfg.pretty_text
-        try:
-            Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-            file.parent.mkdir(exist_ok=True)
-            if not file.exists():
-                atomic_write(file, text.encode())
-            elif file.read_text() != text:
-                raise UserError(
-                    f'{file} belongs to a sweep with other settings: repeat those, or name another '
-                    '--out'
-                )
-        except OSError as error:
-            raise UserError(f'cannot write {file}: {error.strerror}') from error
+        check_writable(file)
+        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            atomic_write(file, cfg.pretty_text.encode())
+        elif file.read_text() != cfg.pretty_text:
+            raise UserError(
+                f'{file} belongs to a sweep with other settings: repeat those, or name another '
+                '--out'
+            )
 
     def checkpoint(self, name: str) -> str:
         """Return the last checkpoint of a run."""
@@ -226,15 +216,10 @@ class Sweep:
         device: str = 'cpu',
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """Measure all trained models in interleaved rounds, draw predictions, and report.
+        """Measure all trained models (see :func:`.timing.measure`), draw predictions, and report.
 
-        Nothing is measured again if all of it was, with the same arguments.
-
-        Args:
-            rounds: Timed runs of each.
-            pictures: Number of test images to draw.
-            device: 'cpu' or 'cuda'.
-            progress: Called with a description of each step.
+        ``pictures`` is the number of test images to draw. Nothing is measured again if all of it
+        was, with the same arguments.
         """
         done = [name for name in self.configs if self.state(name)['status'] == 'done']
         settings = dict(rounds=rounds, pictures=pictures, device=device, backbones=done)
@@ -250,20 +235,20 @@ class Sweep:
         self,
         names: Sequence[str],
         rounds: int,
-        pictures: int,
+        count: int,
         device: str,
         progress: Callable[[str], None],
     ) -> dict[str, Any]:
         """Return the ``rows`` of the measured models, by name, and how they were measured."""
         cfg = self.cfg
         test_set = DATASETS.build(cfg.test_dataloader.dataset)
-        items = [test_set[i] for i in range(min(max(pictures, 1), len(test_set)))]
+        items = [test_set[i] for i in range(min(max(count, 1), len(test_set)))]
         images = [pseudo_collate([item]) for item in items]
-        samples = [item['data_samples'] for item in items[:pictures]]
+        samples = [item['data_samples'] for item in items[:count]]
         set_random_seed(0)  # the same augmentations in every sweep
         train_set = DATASETS.build(cfg.train_dataloader.dataset)
-        count = cfg.train_dataloader.batch_size
-        batch = pseudo_collate([train_set[i % len(train_set)] for i in range(count)])
+        train_batch = cfg.train_dataloader.batch_size
+        batch = pseudo_collate([train_set[i % len(train_set)] for i in range(train_batch)])
         channels_last = any(h['type'] == CHANNELS_LAST for h in cfg.get('custom_hooks') or [])
         rows: dict[str, dict[str, Any]] = {name: {} for name in names}
         infers, steps, truth = {}, {}, []
@@ -277,10 +262,9 @@ class Sweep:
                     deploy(predictor.model)
                     row['form'] = 'deployed'
                 step = training_run(self.configs[name], batch)
-                row['pictures'] = [
-                    self._draw(predictor, sample, f'{_slug(name)}_{i}')
-                    for i, sample in enumerate(samples)
-                ]
+                paths = [sample.img_path for sample in samples]
+                pictures = [predictor.draw(p, predictor(p)[0], SCORE_THRESHOLD) for p in paths]
+                row['pictures'] = self._save(pictures, _slug(name))
             except Exception as error:  # from any library; the other models are still measured
                 row['error'] = f'not measured: {one_line(error)}'
                 continue
@@ -291,10 +275,8 @@ class Sweep:
             infers[name] = inference_run(model, lambda number: images[number % len(images)])
             steps[name] = step
             if not truth and {'gt_sem_seg', 'gt_instances'} & {*items[0]['data_samples'].keys()}:
-                truth = [
-                    self._draw(predictor, sample, f'truth_{i}', truth=True)
-                    for i, sample in enumerate(samples)
-                ]
+                pictures = [predictor.draw(s.img_path, s, truth=True) for s in samples]
+                truth = self._save(pictures, 'truth')
         for kind, title, runs in (('infer', 'inference', infers), ('train', 'training', steps)):
             figures = measure(
                 runs,
@@ -307,24 +289,18 @@ class Sweep:
                     rows[name]['error'] = f'{title} not measured: {values["error"]}'
                 else:
                     rows[name][kind] = values
-        measured = dict(size=self.size, infer_batch=1, train_batch=count, rounds=rounds)
+        measured = dict(size=self.size, infer_batch=1, train_batch=train_batch, rounds=rounds)
         measured |= dict(device=device, channels_last=channels_last)
         return dict(rows=rows, truth=truth, machine=machine(device), measured=measured)
 
-    def _draw(
-        self, predictor: Predictor, sample: BaseDataElement, name: str, *, truth: bool = False
-    ) -> str:
-        """Draw a prediction or the truth; return the file, relative to the folder."""
-        path = sample.img_path
-        if truth:
-            picture = predictor.draw(path, sample, truth=True)
-        else:
-            picture = predictor.draw(path, predictor(path)[0], SCORE_THRESHOLD)
+    def _save(self, pictures: Sequence[np.ndarray], name: str) -> list[str]:
+        """Write RGB pictures and return their files, relative to the folder."""
         (self.folder / 'pictures').mkdir(exist_ok=True)
-        file = f'pictures/{name}.jpg'
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
-        cv2.imwrite(str(self.folder / file), picture[..., ::-1], quality)
-        return file
+        files = [f'pictures/{name}_{i}.jpg' for i in range(len(pictures))]
+        for file, picture in zip(files, pictures, strict=True):
+            quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
+            cv2.imwrite(str(self.folder / file), picture[..., ::-1], quality)
+        return files
 
     def report(self) -> None:
         """Write ``results.json`` and the reports from all results so far."""
@@ -333,11 +309,13 @@ class Sweep:
         rows = [self._row(spec, measured.get('rows', {})) for spec in self.backbones]
         task = 'segmentation' if self.cfg.default_scope == 'mmseg' else 'detection'
         metrics = [m for m in METRICS.values() if any(m in row['metrics'] for row in rows)]
+        # Reports are read on other machines.
+        here, file = Path.cwd(), Path(self.cfg.filename).resolve()
         loop = self.cfg.train_cfg
         by_epoch = 'max_epochs' in loop
         results = dict(
             task=task,
-            config=_relative(Path(self.cfg.filename)),
+            config=str(file.relative_to(here) if file.is_relative_to(here) else file),
             command=self.command,
             schedule=f'{loop.max_epochs} epochs' if by_epoch else f'{loop.max_iters} iterations',
             data=str(self.cfg.get('data_root') or '').rstrip('/'),
@@ -354,7 +332,9 @@ class Sweep:
     def _row(self, backbone: BackboneSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
         name = backbone.name
         state = self.state(name)
-        losses, validations = _read_scalars(self._run_folder(name))
+        losses, validations = [], []
+        with suppress(UserError):  # nothing logged yet
+            losses, validations = read_scalars(self._run_folder(name))
         curve = [dict(iter=record['iter']) | _rename(record) for record in validations]
         finished = state['status'] == 'done' and validations
         row = dict(
@@ -373,23 +353,13 @@ class Sweep:
         return row | unmeasured | measured.get(name, {})
 
 
-def _relative(file: Path) -> str:
-    """Return a path relative to the working folder: reports are read on other machines."""
-    here, file = Path.cwd(), file.resolve()
-    return str(file.relative_to(here) if file.is_relative_to(here) else file)
-
-
 def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[int]:
-    """Lock a run's folder. Processes that inherit the yielded descriptor keep the lock.
-
-    Raises:
-        UserError: If a process has the lock.
-    """
+    """Lock a run's folder. Processes that inherit the yielded descriptor keep the lock."""
     with (folder / 'lock').open('w') as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -399,13 +369,6 @@ def _locked(folder: Path) -> Iterator[int]:
                 'for it, or stop it'
             ) from error
         yield lock.fileno()
-
-
-def _read_scalars(folder: Path) -> tuple[list[dict], list[dict]]:
-    """Return the logged losses and metrics of a run."""
-    with suppress(UserError):  # nothing logged yet
-        return read_scalars(folder)
-    return [], []
 
 
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:

@@ -11,6 +11,7 @@ import datetime
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -54,19 +55,12 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Run:
-    """A run of a model that can be timed.
+    """A run of a model that can be timed."""
 
-    Attributes:
-        model: Moved to the device for the run, and back to the CPU afterwards.
-        prepare: Returns the input of a round, by its number; a run may change the input.
-        run: Runs on the input.
-        images: Number of images in the input.
-    """
-
-    model: nn.Module
-    prepare: Callable[[int], Any]
-    run: Callable[[Any], Any]
-    images: int
+    model: nn.Module  # moved to the device for the run, and back to the CPU afterwards
+    prepare: Callable[[int], Any]  # returns the input of a round, by its number
+    run: Callable[[Any], Any]  # may change its input
+    images: int  # in the input
 
     def __call__(self, number: int) -> Callable[[], Any]:
         """Return a function that runs on the input of a round."""
@@ -74,11 +68,9 @@ class Run:
 
 
 def inference_run(model: nn.Module, prepare: Callable[[int], dict]) -> Run:
-    """Return the inference of a model on one image, with its post-processing.
+    """Return the inference of a detector or segmentor in evaluation mode, with post-processing.
 
-    Args:
-        model: A detector or segmentor in evaluation mode.
-        prepare: Returns a batch of one image, by the number of the round.
+    ``prepare`` returns a batch of one image, by the number of the round.
     """
 
     def unlabelled(number: int) -> dict[str, list]:
@@ -90,12 +82,7 @@ def inference_run(model: nn.Module, prepare: Callable[[int], dict]) -> Run:
 
 
 def training_run(cfg: Config, batch: dict[str, list]) -> Run:
-    """Return the training step of a model with random weights: forward and backward, no update.
-
-    Args:
-        cfg: The complete config.
-        batch: The same in all rounds.
-    """
+    """Return the training step of a config's model with random weights, without the update."""
     if not torch.cuda.is_available():
         cfg = copy.deepcopy(cfg)
         drop_amp(cfg)
@@ -184,10 +171,9 @@ def measure_configs(
         cfgs: By name. They are not changed.
         size: Height and width of the images in pixels; by default each config's largest.
         batch: Images in a training step.
-        rounds: Timed runs of each; 0 leaves out times and memory.
+        rounds: As of :func:`measure`, like ``device`` and ``progress``; 0 leaves out times and
+            memory.
         deployed: Run inference with the backbones' deployed form where they have one.
-        device: 'cpu' or 'cuda'.
-        progress: Called with a description of each step.
 
     Returns:
         For each config its ``config``, ``size``, ``parts`` (name -> parameters, macs, activations),
@@ -252,9 +238,8 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
         hardware = torch.cuda.get_device_name()
     else:
         info = Path('/proc/cpuinfo')
-        lines = info.read_text().splitlines() if info.is_file() else []
-        names = (line.partition(':')[2].strip() for line in lines if line.startswith('model name'))
-        cpu = next(names, platform.processor() or platform.machine())
+        model = info.is_file() and re.search(r'^model name\s*: *(.*)', info.read_text(), re.M)
+        cpu = model[1].strip() if model else platform.processor() or platform.machine()
         hardware = f'{cpu}, {torch.get_num_threads()} threads'
     return dict(
         date=datetime.date.today().isoformat(),

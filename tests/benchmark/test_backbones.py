@@ -31,6 +31,8 @@ def test_weights_and_settings_are_those_of_the_recipes(path):
     for key in ('type', 'arch', 'form', 'init_cfg', 'output_norm', 'tap'):
         assert spec.config.get(key) == backbone.get(key)
     assert not spec.hooks
+    segmentor = find_backbone(spec.name, pretrained=True, detection=False)
+    assert 'output_norm' not in segmentor.config
 
 
 def test_condensenetv2_learns_its_connections_from_scratch():
@@ -49,12 +51,6 @@ def test_timm():
     halves = find_backbone(name, pretrained=True).preprocessor
     assert halves == dict(mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True)
     assert not find_backbone(name, pretrained=False).preprocessor
-
-
-def test_output_norms_are_for_detectors():
-    for detection in (True, False):
-        config = find_backbone('rdnet-t', pretrained=True, detection=detection).config
-        assert ('output_norm' in config) == detection
 
 
 def test_from_a_config_file():

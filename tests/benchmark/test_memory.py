@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 from functools import partial
+from math import inf
 
 import pytest
 import torch
@@ -60,9 +61,7 @@ def test_peak_of_known_bytes():
     saved = peak_bytes(partial(chain, 5, requires_grad=True))
     assert 8_000_000 <= saved < 8_001_000
     assert peak_bytes(lambda: None) == 0
-
-
-def test_tensors_from_before_are_not_in_a_peak():
+    # Tensors from before don't count.
     kept = []
     for _ in range(2):
         assert peak_bytes(lambda: kept.append(chain(2))) == 3_000_000
@@ -107,14 +106,17 @@ def test_larger_batches_are_predicted(width):
     assert cost.fixed + 6 * cost.per_image == pytest.approx(measured, rel=0.05)
 
 
-@pytest.mark.parametrize(('fits', 'ran', 'per_image'), [(99, 8, 0.5), (7, 4, 0.2), (3, 2, 0.2)])
+@pytest.mark.parametrize(
+    ('fits', 'ran', 'per_image'),
+    [(99, 8, 0.5), (7, 4, 0.2), (3, 2, 0.2), (1, 1, None), (0, 0, None)],
+)
 def test_batches_grow_until_activations_determine_the_peak(fits, ran, per_image, monkeypatch):
     """In small batches the copy of a gradient does; on a GPU only those that fit are run."""
     model = build_training(demo(), 'cpu')[0]
     gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
 
     def peak(run, device):
-        batch, times = run.args[3], run.args[-1]
+        batch, times = run.args
         if batch > fits:
             raise torch.cuda.OutOfMemoryError
         times.append(1.0 * batch)
@@ -123,21 +125,11 @@ def test_batches_grow_until_activations_determine_the_peak(fits, ran, per_image,
     monkeypatch.setattr(memory, 'peak_bytes', peak)
     (cost,) = plan(demo(), size=(64, 64), modes=['plain'])
     assert cost.ran == ran
-    assert cost.per_image == pytest.approx(per_image * gradients, rel=1e-3)
-    assert cost.seconds == 1.0
-
-
-@pytest.mark.parametrize('fits', [0, 1])
-def test_gpu_with_too_little_memory_to_measure(fits, monkeypatch):
-    def peak(run, device):
-        if run.args[3] > fits:
-            raise torch.cuda.OutOfMemoryError
-        run.args[-1].append(1.0)
-        return 0
-
-    monkeypatch.setattr(memory, 'peak_bytes', peak)
-    (cost,) = plan(demo(), size=(64, 64), modes=['plain'])
-    assert (cost.fixed, cost.per_image, cost.ran, cost.largest(24 * GB)) == (None, None, fits, fits)
+    assert cost.seconds == (1.0 if ran else inf)
+    if per_image:
+        assert cost.per_image == pytest.approx(per_image * gradients, rel=1e-3)
+    else:
+        assert (cost.fixed, cost.per_image, cost.largest(24 * GB)) == (None, None, ran)
 
 
 def test_largest_batch_fits_and_one_more_does_not():
@@ -159,10 +151,9 @@ def test_mixed_precision_and_synchronised_norms_on_a_cpu(costs):
 
 
 @pytest.mark.slow
-def test_a_segmentor_needs_two_images_and_takes_the_size():
+def test_a_segmentor_takes_the_size():
     cfg = demo('segmentation')
     small, large = (plan(cfg, size=size, modes=['plain'])[0] for size in ((128, 128), (128, 256)))
-    assert small.smallest == 2  # its pooling norms one value per image
     assert 1.8 < large.per_image / small.per_image < 2.2
     assert cfg.model.data_preprocessor.size == (192, 192)
 
