@@ -67,38 +67,20 @@ def test_one_dimensional_parameters_do_not_decay(demo):
         assert (group['weight_decay'] == 0) == (parameter.ndim == 1)
 
 
-def test_files_that_are_no_weights(demo, tmp_path):
-    runner = build_runner(demo(), loaders=('test',))
-    with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
-        load_weights(runner, 'nowhere.pth')
-    file = tmp_path / 'x.pth'
-    for content, message in ((b'', 'is empty'), (b'text', 'is damaged, or not a checkpoint')):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f'^{file} {message}'):
-            load_weights(runner, str(file))
-
-
-def test_weights_that_do_not_fill_the_model(demo, tmp_path):
+def test_weights_that_are_refused(demo, tmp_path):
+    """All other reasons are tested with the reading and loading of weights."""
     strict = build_runner(demo(), loaders=('test',))
-    lenient = build_runner(demo(), loaders=('test',), min_loaded=0)
+    with pytest.raises(UserError, match='no checkpoint nowhere.pth'):
+        load_weights(strict, 'nowhere.pth')
     file = tmp_path / 'x.pth'
+    file.write_bytes(b'text')
+    with pytest.raises(UserError, match=f'^{file} is damaged, or not a checkpoint'):
+        load_weights(strict, str(file))
     state = strict.model.state_dict()
-    for wrong, message in (
-        ({f'net.{k}': v for k, v in state.items()}, "fills 0 .* match without the prefix 'net.'"),
-        ({**state, 'rpn_head.rpn_cls.bias': torch.zeros(7)}, r'rpn_cls.bias \(file: \[7\]; model'),
-        ({k: v for k, v in state.items() if 'fc_reg.bias' not in k}, 'missing: .*fc_reg.bias'),
-    ):
-        torch.save(dict(state_dict=wrong), file)
-        with pytest.raises(UserError, match=f'^{file}: the checkpoint .*{message}'):
-            load_weights(strict, str(file))
-        load_weights(lenient, str(file))
-    torch.save(dict(state_dict=state), file)
-    with torch.no_grad():
-        weight = strict.model.backbone.stem[0].weight
-        before = weight.clone()
-        weight.zero_()
-    load_weights(strict, str(file))
-    assert torch.equal(weight, before)
+    torch.save(dict(state_dict={f'net.{k}': v for k, v in state.items()}), file)
+    with pytest.raises(UserError, match=f"^{file}: .* fills 0 .* without the prefix 'net.'"):
+        load_weights(strict, str(file))
+    load_weights(build_runner(demo(), loaders=('test',), min_loaded=0), str(file))
 
 
 @pytest.mark.parametrize('task', DEMOS)
