@@ -77,8 +77,8 @@ class Backbone(BaseModule):
     Args:
         map_channels: Channels of all feature maps, fine to coarse.
         map_strides: Strides of the same feature maps, in pixels of the image.
-        out_indices: Feature maps to return, increasing; negative indices count from the end; None
-            returns all.
+        out_indices: Feature maps to return: increasing indices, or a single one. Negative indices
+            count from the end; None returns all.
         frozen_stages: -1 freezes nothing, 0 the stem, i the stem and stages 1 to i.
         norm_eval: Keep batch norms in eval mode during training.
         memory: What autograd saves, one of ``memory_modes``: 'plain' is torch's default, 'lean'
@@ -116,7 +116,7 @@ class Backbone(BaseModule):
         *,
         map_channels: Sequence[int],
         map_strides: Sequence[int],
-        out_indices: Sequence[int] | None,
+        out_indices: int | Sequence[int] | None,
         frozen_stages: int,
         norm_eval: bool,
         memory: str,
@@ -127,6 +127,8 @@ class Backbone(BaseModule):
         num_maps = len(map_channels)
         if out_indices is None:
             out_indices = range(num_maps)
+        elif isinstance(out_indices, int):  # as in mmpretrain
+            out_indices = (out_indices,)
         if any(not -num_maps <= i < num_maps for i in out_indices):
             raise ValueError(f'out_indices {tuple(out_indices)}: there are {num_maps} feature maps')
         self.out_indices = tuple(i % num_maps for i in out_indices)

@@ -225,7 +225,7 @@ class CondenseNetV2(Backbone):
         arch: str | Mapping[str, Any] = 'c',
         form: str = 'learned',
         stage: int | None = None,
-        out_indices: Sequence[int] | None = (1, 2, 3, 4),
+        out_indices: int | Sequence[int] | None = (1, 2, 3, 4),
         drop_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_cfg: Mapping[str, Any] = BN,

@@ -190,7 +190,7 @@ class DenseNet(Backbone):
         reduction: float | None = None,
         stem: str | None = None,
         tap: str = 'block',
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         drop_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_cfg: Mapping[str, Any] = BN,

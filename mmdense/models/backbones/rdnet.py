@@ -176,7 +176,7 @@ class RDNet(Backbone):
         self,
         *,
         arch: str | Mapping[str, Any] = 'tiny',
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         output_norm: bool = False,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,

@@ -200,7 +200,7 @@ class ReXNet(Backbone):
         *,
         arch: str | Mapping[str, Any] = '1.0',
         taps: str = 'stages',
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         drop_path_rate: float = 0.0,
         frozen_stages: int = -1,
         norm_eval: bool = False,

@@ -103,7 +103,7 @@ class ShuffleNetV2(Backbone):
         self,
         *,
         arch: str | Mapping[str, Any] = '1.0',
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         frozen_stages: int = -1,
         norm_eval: bool = False,
         in_channels: int = 3,

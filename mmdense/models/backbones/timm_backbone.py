@@ -61,7 +61,7 @@ class TimmBackbone(Backbone):
         self,
         *,
         model_name: str,
-        out_indices: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         in_channels: int = 3,

@@ -52,10 +52,11 @@ def test_odd_sizes(family, size):
             assert side in (pixels // stride, -(-pixels // stride))
 
 
-@pytest.mark.parametrize('indices', [(0,), (1, 3), (-3, -1)])
+@pytest.mark.parametrize('indices', [(0,), (1, 3), (-3, -1), -1])
 def test_out_indices_return_the_same_feature_maps(family, indices):
     full = randomise(build(family, out_indices=all_maps(family))).eval()
     part = build(family, out_indices=indices).eval()
+    indices = (indices,) if isinstance(indices, int) else indices
     missing = part.load_state_dict(full.state_dict(), strict=False).missing_keys
     assert not missing
     assert part.out_channels == tuple(full.out_channels[i] for i in indices)
