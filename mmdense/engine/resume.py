@@ -90,14 +90,11 @@ def read_training(file: str | Path) -> dict[str, Any]:
 
 
 def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
-    """Find the latest intact checkpoint in a folder.
+    """Return the latest intact training checkpoint in a folder, and its content, or None.
 
     That is the one in ``last_checkpoint``; if it is damaged, the newest intact one with the state
-    of the optimizer, with a warning for each damaged one.
-
-    Returns:
-        The file and its content, or None if the folder has no training checkpoints. Remote and
-        sharded checkpoints are not read: their content is ``{}``.
+    of the optimizer, with a warning for each damaged one. Remote and sharded checkpoints are not
+    read: their content is ``{}``.
 
     Raises:
         UserError: All checkpoints are damaged.
