@@ -1,5 +1,6 @@
 """Shared paths, options and helpers."""
 
+import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -29,6 +30,13 @@ def load_tool(name):
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def write_log(work_dir, records, run='20260101_000000'):
+    """Write the training log of a run in a work dir."""
+    file = work_dir / run / 'vis_data/scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, records)))
 
 
 def forget_runs():

@@ -44,8 +44,8 @@ def class_names(
     with DATASETS.switch_scope_and_registry(scope) as registry:
         kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
     # Before mmdet 3 and mmseg 1, checkpoints had the metainfo at the top level, in capitals.
-    sources = [meta.get('dataset_meta') or meta, dataset.get('metainfo')]
-    sources.append(getattr(kind, 'METAINFO', None))
+    first = meta.get('dataset_meta') or meta
+    sources = [first, dataset.get('metainfo'), getattr(kind, 'METAINFO', None)]
     sources = [{str(k).lower(): v for k, v in dict(s or {}).items()} for s in sources]
     named = [s for s in sources if s.get('classes') and count in (None, len(s['classes']))]
     if named:
@@ -81,7 +81,10 @@ def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any
         if names != classes:
             _warn('the classes are in the order of the annotation file, not of the config')
         return categories
-    ids = COCO_IDS if classes == _coco_classes() else range(1, len(classes) + 1)
+    from mmdet.datasets import CocoDataset
+
+    is_coco = classes == CocoDataset.METAINFO['classes']
+    ids = COCO_IDS if is_coco else range(1, len(classes) + 1)
     return [dict(id=i, name=name) for i, name in zip(ids, classes, strict=True)]
 
 
@@ -96,12 +99,6 @@ def _annotated_categories(cfg: Config) -> Sequence[Mapping[str, Any]]:
             except (OSError, ValueError, LookupError, TypeError):  # damaged, or another format
                 break
     return []
-
-
-def _coco_classes() -> tuple[str, ...]:
-    from mmdet.datasets import CocoDataset
-
-    return CocoDataset.METAINFO['classes']
 
 
 def _warn(text: str) -> None:

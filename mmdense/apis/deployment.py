@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 from mmengine.config import Config
@@ -47,43 +49,7 @@ class FormCost:
     parameters: int | None
     macs: int
     difference: float
-    not_counted: Counter[str] = field(default_factory=Counter)
-
-
-class _Forms:
-    """Costs of the forms of a network for one image, in float32; the outputs must agree."""
-
-    def __init__(self, net: Backbone, size: tuple[int, int]) -> None:
-        self.net = copy.deepcopy(net).float().eval()
-        weight = next(p for p in net.parameters() if p.dim() == 4)  # [C, 3, h, w], of the stem
-        generator = torch.Generator().manual_seed(0)
-        image = torch.randn(1, weight.shape[1], *size, generator=generator)
-        self.image = image.to(weight.device)
-        self.expected: tuple[Tensor, ...] = ()
-        self.costs: list[FormCost] = []
-
-    def measure(self, parameters: int | None = None) -> None:
-        """Run the network in its current form and append its cost.
-
-        Raises:
-            UserError: The image is too small.
-            RuntimeError: The feature maps differ from those of the first form.
-        """
-        unknown: Counter[str] = Counter()
-        try:
-            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-                cost, outputs = count_cost(self.net, self.image, unknown)
-        except ValueError as error:  # the image is too small
-            raise UserError(str(error)) from error
-        self.expected = self.expected or outputs
-        difference = max(map(relative_difference, outputs, self.expected))
-        form = self.net.form
-        self.costs.append(FormCost(form, parameters, cost.macs, difference, unknown))
-        if not difference < TOLERANCE:
-            raise RuntimeError(
-                f'the form {form!r} differs from {self.costs[0].form!r} by {difference:.1e} '
-                'of the largest value, which is more than rounding: please report this'
-            )
+    not_counted: Counter[str]
 
 
 def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:
@@ -101,11 +67,8 @@ def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> li
             the image is too small for it.
         RuntimeError: The outputs of the forms differ.
     """
-    forms = _Forms(_single(deployable(model), 'one backbone to deploy'), size)
-    forms.measure(count_parameters(model))
-    forms.net.switch_to_deploy()
-    forms.measure()
-    return forms.costs
+    net = _single(deployable(model), 'one backbone to deploy')
+    return _measure(model, net, size, [deploy])
 
 
 def condense(
@@ -130,16 +93,11 @@ def condense(
     """
     networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     net = _single(networks, 'one CondenseNetV2 to condense')
-    forms = _Forms(net, size)
-    forms.measure(count_parameters(model))
-    if net.form != 'condensed':
-        forms.net.condense(allow_partial=allow_partial)
-        forms.measure()
-    forms.net.switch_to_deploy()
-    forms.measure()
-    net.condense(allow_partial=allow_partial)
-    *costs, condensed, deployed = forms.costs
-    return [*costs, replace(condensed, parameters=count_parameters(model)), deployed]
+    to_condensed = methodcaller('condense', allow_partial=allow_partial)
+    conversions = [deploy] if net.form == 'condensed' else [to_condensed, deploy]
+    costs = _measure(model, net, size, conversions)
+    to_condensed(net)
+    return costs
 
 
 def _single(networks: list[Backbone], expected: str) -> Backbone:
@@ -147,6 +105,40 @@ def _single(networks: list[Backbone], expected: str) -> Backbone:
         names = ', '.join(f'{type(net).__name__} ({net.form})' for net in networks) or 'none'
         raise UserError(f'a model with {expected} is needed, this one has: {names}')
     return networks[0]
+
+
+def _measure(
+    model: nn.Module,
+    net: Backbone,
+    size: tuple[int, int],
+    conversions: Sequence[Callable[[nn.Module], None]],
+) -> list[FormCost]:
+    """Return the costs of a model's backbone in its form, and after each conversion of a copy."""
+    others = count_parameters(model) - count_parameters(net)
+    weight = next(p for p in net.parameters() if p.dim() == 4)  # [C, 3, h, w], of the stem
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, weight.shape[1], *size, generator=generator).to(weight.device)
+    net = copy.deepcopy(net).float()
+    expected: tuple[Tensor, ...] = ()
+    costs: list[FormCost] = []
+    for convert in (nn.Module.eval, *conversions):
+        convert(net)
+        unknown: Counter[str] = Counter()
+        try:
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+                cost, outputs = count_cost(net, image, unknown)
+        except ValueError as error:  # the image is too small
+            raise UserError(str(error)) from error
+        expected = expected or outputs
+        difference = max(map(relative_difference, outputs, expected))
+        parameters = None if net.form == 'deployed' else others + count_parameters(net)
+        costs.append(FormCost(net.form, parameters, cost.macs, difference, unknown))
+        if not difference < TOLERANCE:
+            raise RuntimeError(
+                f'the form {net.form!r} differs from {costs[0].form!r} by {difference:.1e} '
+                'of the largest value, which is more than rounding: please report this'
+            )
+    return costs
 
 
 def deployed_config(cfg: Config, net: Backbone, checkpoint: str) -> Config:

@@ -15,15 +15,17 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 import mmdense
 from mmdense.apis.deployment import TOLERANCE, relative_difference
@@ -36,7 +38,7 @@ __all__ = ['PARTS', 'TOLERANCE', 'Exported', 'Preprocessing', 'export_onnx']
 PARTS = ('backbone', 'neck', 'model')
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
-DYNAMIC_AXES = (('batch', 'height', 'width'), ('batch',), ())  # in the order of trying
+DYNAMIC_AXES = (AXES, {0: 'batch'}, {})  # in the order of trying
 HEAD_OUTPUTS = ('cls_score', 'bbox_pred')
 
 
@@ -154,13 +156,13 @@ def export_onnx(
     reason = ''
     with tempfile.TemporaryDirectory(prefix='.export-', dir=file.parent) as folder:
         draft = Path(folder, file.name)
-        for dynamic in DYNAMIC_AXES[-1:] if fixed else DYNAMIC_AXES:
+        for axes in DYNAMIC_AXES[-1:] if fixed else DYNAMIC_AXES:
             try:
-                shapes, opset = _write(network, draft, names, size, dynamic, metadata)
-                checks = _check(draft, expected, size, dynamic)
+                shapes, opset = _write(network, draft, names, size, axes, metadata)
+                checks = _check(draft, names, expected, size, axes)
                 break
             except _ExportError as error:
-                if not dynamic:
+                if not axes:
                     raise UserError(f'{file} was not written: {error}') from error
                 reason = reason or str(error)
         written = list(Path(folder).iterdir())  # the draft, and external weights
@@ -175,7 +177,7 @@ def export_onnx(
 def _choose_part(model: nn.Module, part: str | None) -> str:
     kind = type(model).__name__
     has_neck = getattr(model, 'neck', None) is not None
-    has_head = _is_segmentor(model) or _is_dense_detector(model)
+    has_head = _head_of(model) is not None
     if part is None:
         return 'model' if has_head else 'neck' if has_neck else 'backbone'
     if part not in PARTS:
@@ -190,28 +192,23 @@ def _choose_part(model: nn.Module, part: str | None) -> str:
     return part
 
 
-def _is_segmentor(model: nn.Module) -> bool:
-    head = getattr(model, 'decode_head', None)
-    return isinstance(head, nn.Module) and not isinstance(head, nn.ModuleList)
-
-
-def _is_dense_detector(model: nn.Module) -> bool:
-    """Return whether a model is a one-stage detector, whose head reads the neck's outputs."""
-    between = any(hasattr(model, name) for name in ('roi_head', 'encoder'))
-    return hasattr(model, 'bbox_head') and not between
+def _head_of(model: nn.Module) -> nn.Module | None:
+    """Return the head of a segmentor or one-stage detector, which reads the neck's outputs."""
+    if hasattr(model, 'roi_head') or hasattr(model, 'encoder'):
+        return None
+    head = getattr(model, 'decode_head', None) or getattr(model, 'bbox_head', None)
+    return None if isinstance(head, nn.ModuleList) else head  # cascades
 
 
 def _preprocessing_of(model: nn.Module) -> Preprocessing:
     preprocessor = getattr(model, 'data_preprocessor', None)
-    for name in ('_channel_conversion', 'channel_conversion'):  # mmengine's, mmseg 1.2's
-        if hasattr(preprocessor, name):
-            flips = getattr(preprocessor, name)
-            break
-    else:
+    flips = getattr(preprocessor, '_channel_conversion', None)  # mmengine's
+    flips = getattr(preprocessor, 'channel_conversion', flips)  # mmseg 1.2's
+    if flips is None:
         return Preprocessing()
     mean, std = (
-        () if value is None else tuple(value.flatten().tolist())
-        for value in (getattr(preprocessor, key, None) for key in ('mean', 'std'))
+        tuple(getattr(preprocessor, key, torch.empty(0)).flatten().tolist())
+        for key in ('mean', 'std')
     )
     multiple = getattr(preprocessor, 'pad_size_divisor', 1)
     return Preprocessing('RGB' if flips else 'BGR', mean, std, multiple)  # mmcv reads BGR
@@ -231,18 +228,19 @@ class _Network(nn.Module):
         model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
         self.backbone = getattr(model, 'backbone', model)
         self.neck = getattr(model, 'neck', None) if part != 'backbone' else None
-        self.segments = part == 'model' and _is_segmentor(model)
-        self.head = None
-        if part == 'model':
-            self.head = model.decode_head if self.segments else model.bbox_head
+        self.head = _head_of(model) if part == 'model' else None
+        self.segments = self.head is not None and hasattr(model, 'decode_head')
         self.test_cfg = getattr(model, 'test_cfg', None)
         self.channels = next(p for p in self.backbone.parameters() if p.dim() == 4).shape[1]
         for name in ('mean', 'std'):
             values = None
-            if normalization is not None:
+            if normalization:
                 values = torch.tensor(getattr(normalization, name))[:, None, None]
             self.register_buffer(name, values)
-        _replace_pools(self)
+        for parent in list(self.modules()):
+            for name, child in parent.named_children():
+                if type(child) is nn.AdaptiveAvgPool2d:
+                    setattr(parent, name, _AdaptivePool(child.output_size))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         x = image if self.mean is None else (image - self.mean) / self.std
@@ -277,44 +275,28 @@ class _Network(nn.Module):
             raise UserError(str(error)) from error
 
 
-class _AdaptivePool(nn.Module):
-    """``nn.AdaptiveAvgPool2d`` for dynamic sizes, which ONNX has no operator for.
+class _AdaptivePool(nn.AdaptiveAvgPool2d):
+    """Adaptive pooling for dynamic sizes, which ONNX has no operator for.
 
     Means over windows are matrix products: [N, C, H, W] to [N, C, h, w].
-
-    Args:
-        size: h and w.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-
     def forward(self, x: Tensor) -> Tensor:
-        if self.size == (1, 1):
+        counts = _pair(self.output_size)
+        if counts == (1, 1):
             return x.mean((2, 3), keepdim=True)
-        rows, columns = (_windows(*sides, x) for sides in zip(self.size, x.shape[2:], strict=True))
+        rows, columns = (_windows(*sides, x) for sides in zip(counts, x.shape[2:], strict=True))
         return rows @ x @ columns.t()
 
 
-def _windows(count: int, side: int, like: Tensor) -> Tensor:
+def _windows(count: int | None, side: int, like: Tensor) -> Tensor:
     """Return the weights [count, side] of pixels in windows, which may overlap."""
+    count = count or side
     index = torch.arange(count, device=like.device)[:, None]
     pixel = torch.arange(side, device=like.device)
     inside = (pixel >= index * side // count) & (pixel * count < (index + 1) * side)
     weights = inside.to(like.dtype)
     return weights / weights.sum(1, keepdim=True)
-
-
-def _replace_pools(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if type(child) is nn.AdaptiveAvgPool2d:
-            sides = child.output_size
-            sides = (sides, sides) if isinstance(sides, int) else tuple(sides)
-            if None not in sides:  # None keeps the input's side
-                setattr(module, name, _AdaptivePool(sides))
-        else:
-            _replace_pools(child)
 
 
 def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:
@@ -325,17 +307,12 @@ def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:
         levels = range(len(outputs) // len(HEAD_OUTPUTS))
         return [f'{name}_{level}' for name in HEAD_OUTPUTS for level in levels]
     letter = 'c' if network.neck is None else 'p'
-    names: list[str] = []
-    levels: list[int] = []
-    for x in outputs:
-        side = max(x.shape[2:])
-        if levels and abs(side - max(size) / 2 ** (levels[-1] + 1)) < 1:  # sides are rounded
-            level = levels[-1] + 1
-        else:
-            level = round(math.log2(max(size) / side))
-        repeats = levels.count(level)
-        names.append(f'{letter}{level}' + (f'_{repeats}' if repeats else ''))
-        levels.append(level)
+    sides = [max(size), *(max(x.shape[2:]) for x in outputs)]
+    levels = [*accumulate(round(math.log2(a / b)) for a, b in pairwise(sides))]  # strides 2^level
+    names = []
+    for i, level in enumerate(levels):
+        repeat = levels[:i].count(level)
+        names.append(f'{letter}{level}' + (f'_{repeat}' if repeat else ''))
     return names
 
 
@@ -344,15 +321,14 @@ def _write(
     file: Path,
     names: list[str],
     size: tuple[int, int],
-    dynamic: Sequence[str],
+    axes: Mapping[int, str],
     metadata: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[int | str, ...]], int]:
     """Write a network with these dynamic axes to a file; return its shapes and opset."""
-    axes = {axis: name for axis, name in AXES.items() if name in dynamic}
     height, width = size
-    if 'width' in dynamic and height == width:
+    if 3 in axes and height == width:
         width += 32  # torch might take two equal sides for one
-    images = network.random_images(2 if 'batch' in dynamic else 1, height, width)
+    images = network.random_images(2 if axes else 1, height, width)
     try:
         with _quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -371,15 +347,12 @@ def _write(
     for value in graph.outputs:
         for axis, name in AXES.items():
             side = value.shape[axis]
-            if not isinstance(side, int) and side.value not in dynamic:  # a long formula
+            if not isinstance(side, int) and side.value not in axes.values():  # a long formula
                 value.shape[axis] = f'{value.name}_{name}'
     shapes = {
         value.name: tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
         for value in (*graph.inputs, *graph.outputs)
     }
-    for axis, name in axes.items():
-        if isinstance(shapes['image'][axis], int):
-            raise _ExportError(f'torch exports it for one {name} only')
     for node in graph:  # stack traces of this machine
         node.metadata_props.clear()
     program.model.metadata_props['mmdense'] = json.dumps(metadata)
@@ -401,43 +374,44 @@ def _quiet() -> Iterator[None]:
 
 
 def _check(
-    file: Path, expected: _Network, size: tuple[int, int], dynamic: Sequence[str]
+    file: Path,
+    names: list[str],
+    expected: _Network,
+    size: tuple[int, int],
+    axes: Mapping[int, str],
 ) -> dict[tuple[int, int, int], dict[str, float]]:
     """Compare a file's outputs with a network's on batches of random images."""
     import onnxruntime
 
+    height, width = size
+    batches = [(1, height, width)]
+    if 0 in axes:
+        batches.append((3, height, width))
+    if 2 in axes:
+        batches += [(1, height + 32, width + 64), (1, height + 45, width + 13)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
+        outputs = [
+            session.run(names, dict(image=expected.random_images(*batch).numpy()))
+            for batch in batches
+        ]
     except Exception as error:  # onnxruntime has a dozen classes of errors
-        raise _ExportError(f'onnxruntime cannot load it ({one_line(error)})') from error
-    height, width = size
-    batches = [(1, height, width)]
-    if 'batch' in dynamic:
-        batches.append((3, height, width))
-    if 'height' in dynamic:
-        batches += [(1, height + 32, width + 64), (1, height + 45, width + 13)]
-    return {batch: _compare(session, expected, batch) for batch in batches}
-
-
-def _compare(session: Any, expected: _Network, batch: tuple[int, int, int]) -> dict[str, float]:
-    """Return the largest difference of each output, as a share of its largest value."""
-    images = f'images of {" x ".join(map(str, batch))}'
-    names = [output.name for output in session.get_outputs()]
-    try:
-        outputs = session.run(names, dict(image=expected.random_images(*batch).numpy()))
-    except Exception as error:
-        raise _ExportError(f'onnxruntime cannot run it on {images} ({one_line(error)})') from error
-    differences = {}
-    for name, a, b in zip(names, outputs, expected.run(batch), strict=True):
-        if a.shape != tuple(b.shape):
-            raise _ExportError(f'{name} is {a.shape} for {images}, must be {tuple(b.shape)}')
-        differences[name] = relative_difference(torch.from_numpy(a), b)
-        if not differences[name] <= TOLERANCE:  # NaN too
-            raise _ExportError(
-                f'{name} differs from the model by {differences[name]:.1e} of its largest value '
-                f'for {images} (allowed: {TOLERANCE:.0e})'
-            )
-    return differences
+        raise _ExportError(f'onnxruntime cannot run it ({one_line(error)})') from error
+    checks = {}
+    for batch, arrays in zip(batches, outputs, strict=True):
+        images = f'images of {" x ".join(map(str, batch))}'
+        checks[batch] = {}
+        for name, a, b in zip(names, arrays, expected.run(batch), strict=True):
+            if a.shape != tuple(b.shape):
+                raise _ExportError(f'{name} is {a.shape} for {images}, must be {tuple(b.shape)}')
+            difference = relative_difference(torch.from_numpy(a), b)
+            checks[batch][name] = difference
+            if not difference <= TOLERANCE:  # NaN too
+                raise _ExportError(
+                    f'{name} differs from the model by {difference:.1e} of its largest value '
+                    f'for {images} (allowed: {TOLERANCE:.0e})'
+                )
+    return checks

@@ -101,8 +101,7 @@ class Predictor:
         self._scope = cfg.get('default_scope') or 'mmdet'
         self.segments = self._scope == 'mmseg'
         with DefaultScope.overwrite_default_scope(self._scope):
-            dataset = _test_dataset(cfg, name)
-            self._loader, self._pipeline = _build_pipeline(dataset, name)
+            dataset, self._loader, self._pipeline = _build_pipeline(cfg, name)
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
         if type(model).__name__ == 'DepthEstimator':
             raise UserError(f'{name} predicts depth: only boxes, masks and classes can be drawn')
@@ -125,8 +124,7 @@ class Predictor:
         """Predict on images.
 
         Args:
-            images: One image or several: files, or uint8 arrays [H, W, 3] in BGR, as mmcv reads
-                them.
+            images: Files, or uint8 arrays [H, W, 3] in BGR, as mmcv reads them; one or several.
 
         Returns:
             A data sample per image, on the model's device, in the coordinates of the upright image:
@@ -201,7 +199,14 @@ class Predictor:
         Raises:
             UserError: if the image cannot be read, or is not of the sample's size.
         """
-        rgb = self._load_rgb(image, sample)
+        pixels = np.atleast_3d(self._load_image(image)['img']).clip(0, 255).astype(np.uint8)
+        (height, width), expected = pixels.shape[:2], tuple(sample.ori_shape)
+        if (height, width) != expected:
+            raise UserError(
+                f'the image has {height} x {width} pixels, but the sample is of one '
+                f'with {expected[0]} x {expected[1]}'
+            )
+        rgb = pixels[..., [0, 0, 0] if pixels.shape[2] == 1 else [2, 1, 0]]
         source = 'gt' if truth else 'pred'
         label_map, instances = sample.get(f'{source}_sem_seg'), sample.get(f'{source}_instances')
         if self.segments and label_map is not None:
@@ -212,25 +217,12 @@ class Predictor:
             return draw_instances(rgb, _to_numpy(instances), self.classes, self.palette)
         return rgb
 
-    def _load_rgb(self, image: ImageSource, sample: BaseDataElement) -> np.ndarray:
-        pixels = np.atleast_3d(self._load_image(image)['img']).clip(0, 255).astype(np.uint8)
-        height, width = pixels.shape[:2]
-        if (height, width) != tuple(sample.ori_shape):
-            raise UserError(
-                f'the image has {height} x {width} pixels, but the sample is of one '
-                f'with {sample.ori_shape[0]} x {sample.ori_shape[1]}'
-            )
-        return pixels[..., [0, 0, 0] if pixels.shape[2] == 1 else [2, 1, 0]]
-
     def coco(
         self, sample: BaseDataElement, image_id: int, score_thr: float = 0.0
     ) -> list[dict[str, Any]]:
         """Return a prediction in COCO's result format.
 
-        Args:
-            sample: The prediction.
-            image_id: Id of the image.
-            score_thr: Instances with a lower score are left out.
+        Instances with a score below ``score_thr`` are left out.
 
         Returns:
             A dict per instance, in the model's order: ``image_id``, ``category_id`` (see
@@ -279,18 +271,13 @@ def _load_weights(model: nn.Module, path: str, min_loaded: float) -> dict[str, A
     return meta if isinstance(meta, dict) else {}
 
 
-def _test_dataset(cfg: Config, name: str) -> ConfigDict:
-    """Return the config of the test data set, inside its wrappers."""
+def _build_pipeline(cfg: Config, name: str) -> tuple[ConfigDict, LoadImageFromFile, Compose]:
+    """Return the test data set's config, and its pipeline: the image loader, and the rest."""
     if not cfg.get('test_dataloader'):
         raise UserError(f'{name} has no test_dataloader, whose pipeline preprocesses images')
-    data = cfg.test_dataloader.dataset
-    while 'pipeline' not in data and ('dataset' in data or 'datasets' in data):
-        data = data.dataset if 'dataset' in data else data.datasets[0]
-    return data
-
-
-def _build_pipeline(dataset: ConfigDict, name: str) -> tuple[LoadImageFromFile, Compose]:
-    """Build a pipeline without annotations: its image loader, and the rest."""
+    dataset = cfg.test_dataloader.dataset
+    while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):  # wrappers
+        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
     transforms = list(dataset.get('pipeline') or [])
     loader = TRANSFORMS.build(transforms[0]) if transforms else None
     if not isinstance(loader, LoadImageFromFile):
@@ -298,7 +285,8 @@ def _build_pipeline(dataset: ConfigDict, name: str) -> tuple[LoadImageFromFile, 
             f'{name}: the test pipeline must begin with LoadImageFromFile, not '
             f'{type(loader).__name__}'
         )
-    return loader, Compose([t for t in transforms[1:] if 'Annotations' not in str(t['type'])])
+    rest = [t for t in transforms[1:] if 'Annotations' not in str(t['type'])]
+    return dataset, loader, Compose(rest)
 
 
 def _to_numpy(instances: InstanceData) -> dict[str, np.ndarray]:
@@ -353,7 +341,7 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
             overwrite an image.
     """
     pictures = Path(out, PICTURES)
-    images: list[Path] = []
+    images: dict[str, Path] = {}  # by absolute path: each once
     for source in map(Path, sources):
         if source.is_dir():
             files = [
@@ -367,16 +355,15 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
             if not files:
                 suffixes = ' '.join(IMAGE_SUFFIXES)
                 raise UserError(f'no image found in {source} (suffixes: {suffixes})')
-            images += files
         elif source.exists():
-            images.append(source)
+            files = [source]
         else:
             raise UserError(f'no image or folder {source}')
-    absolute = {os.path.abspath(file): file for file in images}  # each image once
-    root = os.path.commonpath([os.path.dirname(file) for file in absolute])
-    real = {os.path.realpath(file) for file in absolute}
+        images |= {os.path.abspath(file): file for file in files}
+    root = os.path.commonpath([os.path.dirname(path) for path in images])
+    real = {os.path.realpath(path) for path in images}
     targets: dict[Path, Path] = {}
-    for path, file in absolute.items():
+    for path, file in images.items():
         target = pictures / os.path.relpath(path, root)
         if target.suffix.lower() not in PICTURE_SUFFIXES:
             target = target.with_name(f'{target.name}.png')
@@ -404,7 +391,7 @@ def save_predictions(
     Args:
         predictor: The model.
         images: Image -> picture, from :func:`find_images`.
-        out: The output folder.
+        out: OUT, the output folder.
         score_thr: Instances with a lower score are neither drawn nor written.
 
     Yields:
@@ -423,7 +410,11 @@ def save_predictions(
         except UserError as error:
             yield str(error)
             continue
-        _write_picture(target, picture)
+        check_writable(target)
+        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
+        encoded, content = cv2.imencode(target.suffix, picture[..., ::-1], quality)
+        assert encoded
+        target.write_bytes(content.tobytes())
         height, width = picture.shape[:2]
         image = dict(id=len(dataset['images']) + 1, file_name=file.as_posix())
         image.update(height=height, width=width, picture=target.relative_to(out).as_posix())
@@ -436,10 +427,3 @@ def save_predictions(
             dataset['annotations'].append(dict(id=number, **result, area=area, iscrowd=0))
         yield None
     atomic_write(out / PREDICTIONS, json.dumps(dataset).encode())
-
-
-def _write_picture(file: Path, picture: np.ndarray) -> None:
-    check_writable(file)
-    done, content = cv2.imencode(file.suffix, picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])
-    assert done
-    file.write_bytes(content.tobytes())

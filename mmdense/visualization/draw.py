@@ -1,7 +1,7 @@
 """Draw predictions and ground truth on images, with NumPy, OpenCV and Pillow only.
 
-Images are uint8 arrays [H, W, 3] in RGB and are not modified. A palette holds one colour per class:
-(R, G, B), each from 0 to 255.
+Images and drawings are uint8 arrays [H, W, 3] in RGB; images are not modified. A palette holds one
+colour per class: (R, G, B), each from 0 to 255.
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ def draw_instances(
             ``scores`` [N]; optionally ``masks`` [N, H, W].
         classes: Class names.
         palette: Class colours.
-
-    Returns:
-        The drawing, [H, W, 3].
     """
     image = image.copy()
     line_width = max(1, round(min(image.shape[:2]) / 250))
@@ -82,11 +79,7 @@ def draw_label_map(
         image: The image, [H, W, 3].
         label_map: The class of each pixel, [H, W]. Others, such as 255 where the ground truth is
             unknown, show the image.
-        classes: Class names.
-        palette: Class colours.
-
-    Returns:
-        The drawing, [H, W, 3].
+        classes: As in :func:`draw_instances`, and so is ``palette``.
     """
     known = label_map < len(classes)
     colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]

@@ -99,8 +99,7 @@ class Run:
     def best(self, key: str) -> tuple[int, float] | None:
         """Return the iteration of the best value, and the value.
 
-        Returns:
-            None if ``key`` has no finite value, or is neither a loss nor a metric.
+        It is None if ``key`` has no finite value, or is neither a loss nor a metric.
         """
         points = [point for point in self.series(key) if math.isfinite(point[1])]
         if not points or not ('loss' in key or self.is_metric(key)):
@@ -155,11 +154,9 @@ def plot_runs(
     rows = -(-len(keys) // columns)
     height = 3.2 * rows + 0.25 * len(runs)
     figure = Figure(figsize=(4.5 * columns, height), layout='constrained', dpi=150)
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels[len(keys) :]:
-        axes.axis('off')
     colours = _colours(len(runs))
-    for axes, key in zip(panels, keys, strict=False):
+    for number, key in enumerate(keys, start=1):
+        axes = figure.add_subplot(rows, columns, number)
         for run, colour in zip(runs, colours, strict=True):
             _plot_run(axes, run, key, colour)
         axes.set(title=METRICS.get(key, key), xlabel='iteration')
@@ -175,18 +172,15 @@ def plot_runs(
     return keys
 
 
-def _colours(count: int) -> list[tuple[float, ...]]:
+def _colours(count: int) -> Sequence[Sequence[float]]:
     few = matplotlib.colormaps['tab10'].colors
     if count <= len(few):
-        return list(few[:count])
-    return [tuple(colour) for colour in matplotlib.colormaps['turbo'](np.linspace(0, 1, count))]
+        return few[:count]
+    return matplotlib.colormaps['turbo'](np.linspace(0, 1, count))
 
 
-def _plot_run(axes: Axes, run: Run, key: str, colour: tuple[float, ...]) -> None:
-    points = run.series(key)
-    if not points:
-        return
-    steps, values = (np.array(axis, float) for axis in zip(*points, strict=True))
+def _plot_run(axes: Axes, run: Run, key: str, colour: Sequence[float]) -> None:
+    steps, values = np.array(run.series(key), float).reshape(-1, 2).T
     if run.is_metric(key):
         axes.plot(steps, values, color=colour, lw=1.5, marker='o', ms=3)
         return
@@ -199,8 +193,6 @@ def _plot_run(axes: Axes, run: Run, key: str, colour: tuple[float, ...]) -> None
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
     """Return the means of the finite values in a window around each value."""
-    if window < 2:
-        return values
     finite = np.isfinite(values)
     kernel = np.ones(window | 1)  # odd, to be centred
     total = np.convolve(np.where(finite, values, 0), kernel, 'same')

@@ -1,12 +1,15 @@
 """ONNX files: their content, the check against the model, dynamic axes."""
 
+import copy
 import inspect
 import json
 
 import pytest
 import torch
+from families import image, randomise, same
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmseg.models import EncoderDecoder
 from torch import nn
 
 import mmdense
@@ -39,22 +42,12 @@ DEPLOYED = ('RDNet', 'DenseNet', 'CondenseNetV2', 'ReXNet')
 SIZE = (64, 96)
 
 
-def active(net):
-    """Replace scales, biases and statistics that are trivial at the start."""
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for value in [*net.parameters(), *net.buffers()]:
-            if value.ndim == 1 and value.is_floating_point():
-                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-    return net
-
-
 def backbone(family, **options):
     torch.manual_seed(0)
     net = MODELS.build(dict(type=f'mmdense.{family}', **{**FAMILIES[family], **options}))
     if isinstance(net, CondenseNetV2):
         net.prune_to(1.0)
-    return active(net).eval()
+    return randomise(net).eval().requires_grad_(False)
 
 
 class Detector(nn.Module):
@@ -69,26 +62,21 @@ class Detector(nn.Module):
         self.roi_head = nn.Identity()
 
 
-def build(config):
-    cfg = Config.fromfile(config)
+def build(cfg):
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return active(MODELS.build(cfg.model)).eval()
+        return randomise(MODELS.build(cfg.model)).eval().requires_grad_(False)
 
 
-def run(file, image):
-    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
-    return [torch.from_numpy(x) for x in session.run(None, dict(image=image.numpy()))]
-
-
-def image(*size):
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-def close(a, b):
-    assert len(a) == len(b)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-4 * float(y.abs().max()))
+def compare(exported, model, images):
+    """Compare a file's outputs for images with those of a segmentor or another function."""
+    session = onnxruntime.InferenceSession(exported.file, providers=['CPUExecutionProvider'])
+    outputs = session.run(None, dict(image=images.numpy()))
+    if isinstance(model, EncoderDecoder):
+        expected = [model.encode_decode(images, [dict(img_shape=images.shape[2:])])]
+    else:
+        expected = model(images)
+    same([torch.from_numpy(x) for x in outputs], expected, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +87,7 @@ def close(a, b):
     ],
 )
 def test_every_family_in_both_forms(family, deploy, tmp_path):
-    model = Detector(backbone(family)).eval()
+    model = Detector(backbone(family)).eval().requires_grad_(False)
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
     assert getattr(model.backbone, 'form', None) != 'deployed'  # not modified
     assert (exported.part, exported.fixed) == ('neck', '')
@@ -108,9 +96,7 @@ def test_every_family_in_both_forms(family, deploy, tmp_path):
     assert list(exported.shapes) == ['image', 'p2', 'p3', 'p4']
     assert list(exported.checks) == [(1, 64, 96), (3, 64, 96), (1, 96, 160), (1, 109, 109)]
     assert all(d < 1e-4 for check in exported.checks.values() for d in check.values())
-    with torch.no_grad():
-        expected = model.neck(model.backbone(image(77, 131)))
-    close(run(exported.file, image(77, 131)), expected)
+    compare(exported, lambda x: model.neck(model.backbone(x)), image(77, 131, batch=2))
     # The file needs no other, has standard operators only, and no paths of this machine.
     assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
     file = onnx.load(exported.file)
@@ -127,17 +113,16 @@ def test_every_family_in_both_forms(family, deploy, tmp_path):
 @pytest.mark.slow
 def test_condensed_forms(tmp_path):
     net = backbone('CondenseNetV2')
-    with torch.no_grad():
-        expected = net(image(65, 50))
+    expected = copy.deepcopy(net)
     net.condense()
     for deploy in (False, True):
         exported = export_onnx(net, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
         assert list(exported.shapes) == ['image', 'c2', 'c3']
-        close(run(exported.file, image(65, 50)), expected)
+        compare(exported, expected, image(65, 50, batch=2))
 
 
 def test_backbone_of_fixed_size(tmp_path):
-    model = build(DEMOS['detection'])
+    model = build(Config.fromfile(DEMOS['detection']))
     exported = export_onnx(model, tmp_path / 'net.onnx', part='backbone', size=SIZE, fixed=True)
     assert list(exported.shapes) == ['image', 'c2', 'c3', 'c4']
     assert exported.shapes['c2'] == (1, 64, 16, 24)
@@ -156,8 +141,7 @@ def test_dense_detector(tmp_path):
     cfg.model.backbone = dict(FAMILIES['ReXNet'], type='mmdense.ReXNet', out_indices=(2, 3, 4))
     cfg.model.neck.update(in_channels=list(net.out_channels), out_channels=16)
     cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=3)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        retinanet = active(MODELS.build(cfg.model)).eval()
+    retinanet = build(cfg)
     exported = export_onnx(retinanet, tmp_path / 'net.onnx', size=(128, 128), deploy=True)
     assert exported.part == 'model'
     levels = range(5)
@@ -166,34 +150,23 @@ def test_dense_detector(tmp_path):
         *(f'cls_score_{i}' for i in levels),
         *(f'bbox_pred_{i}' for i in levels),
     ]
-    with torch.no_grad():
-        scores, boxes = retinanet(image(96, 64), mode='tensor')
-    close(run(exported.file, image(96, 64)), [*scores, *boxes])
+    compare(exported, lambda x: sum(retinanet(x, mode='tensor'), ()), image(96, 64, batch=2))
 
 
 def test_demo_segmentor(tmp_path):
-    model = build(DEMOS['segmentation'])
+    model = build(Config.fromfile(DEMOS['segmentation']))
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
     assert (exported.part, exported.fixed) == ('model', '')
     assert exported.shapes['logits'] == ('batch', 2, 'height', 'width')
-    with torch.no_grad():
-        expected = model.encode_decode(image(77, 131), [dict(img_shape=(77, 131))])
-    close(run(exported.file, image(77, 131)), [expected])
+    compare(exported, model, image(77, 131, batch=2))
 
 
 def test_adaptive_pools_of_dynamic_size():
     for sides in ((1, 1), (2, 2), (3, 6), (6, 3)):
         for size in ((7, 5), (6, 12), (2, 4)):
-            x = image(*size)
+            x = image(*size, batch=2)
             expected = nn.AdaptiveAvgPool2d(sides)(x)
             torch.testing.assert_close(export._AdaptivePool(sides)(x), expected)
-
-
-UNET = {
-    'type': 'EncoderDecoder',
-    'backbone': dict(FAMILIES['ReXNet'], type='mmdense.ReXNet', taps='unet', out_indices=None),
-    'test_cfg': dict(mode='whole'),
-}
 
 
 @pytest.mark.slow
@@ -205,34 +178,31 @@ UNET = {
     ],
 )
 def test_unet(head, name, channels, tmp_path):
-    net = backbone('ReXNet', taps='unet', out_indices=None)
-    with DefaultScope.overwrite_default_scope('mmseg'):
-        head = dict(head, in_channels=list(net.out_channels))
-        model = active(MODELS.build(dict(UNET, decode_head=head))).eval()
+    options = dict(taps='unet', out_indices=None)
+    channels_in = list(backbone('ReXNet', **options).out_channels)
+    unet = dict(
+        type='EncoderDecoder',
+        backbone=dict({**FAMILIES['ReXNet'], **options}, type='mmdense.ReXNet'),
+        decode_head=dict(head, in_channels=channels_in),
+        test_cfg=dict(mode='whole'),
+    )
+    model = build(Config(dict(default_scope='mmseg', model=unet)))
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
     assert exported.fixed == ''
     assert exported.shapes[name][:2] == ('batch', channels)
     assert exported.preprocessing == export.Preprocessing()
-    with torch.no_grad():
-        expected = model.encode_decode(image(64, 128), [dict(img_shape=(64, 128))])
-    close(run(exported.file, image(64, 128)), [expected])
+    compare(exported, model, image(64, 128, batch=2))
 
 
 @pytest.mark.slow
 def test_normalizing_in_the_file(tmp_path):
-    model = build(DEMOS['segmentation'])
+    model = build(Config.fromfile(DEMOS['segmentation']))
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, fixed=True, normalize=True)
     assert exported.normalized
-    pixels = (image(*SIZE)[:1].abs() * 100).clamp(max=255)
-    preprocessing = exported.preprocessing
-    mean, std = (
-        torch.tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
-    )
-    with torch.no_grad():
-        expected = model.encode_decode((pixels - mean) / std, [dict(img_shape=SIZE)])
-    close(run(exported.file, pixels), [expected])
-    with pytest.raises(UserError, match='has no mean and std to normalize by'):
-        export_onnx(backbone('DenseNet'), tmp_path / 'net.onnx', normalize=True)
+    mean, std = model.data_preprocessor.mean, model.data_preprocessor.std
+    meta = [dict(img_shape=SIZE)]
+    pixels = (image(*SIZE).abs() * 100).clamp(max=255)
+    compare(exported, lambda x: [model.encode_decode((x - mean) / std, meta)], pixels)
 
 
 class FixedSize(nn.Module):
@@ -277,21 +247,20 @@ def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path):
 
 def test_mistakes(monkeypatch, tmp_path):
     net, file = backbone('ShuffleNetV2'), tmp_path / 'net.onnx'
-    for options, message in (
-        (dict(deploy=True), 'ShuffleNetV2 has no inference form'),
-        (dict(part='neck'), 'ShuffleNetV2 has no neck'),
-        (dict(part='model'), 'ShuffleNetV2 can be exported up to its neck'),
-        (dict(size=(16, 16)), 'at least 32'),
+    unpruned = MODELS.build(dict(type='mmdense.CondenseNetV2', **FAMILIES['CondenseNetV2']))
+    for model, options, message in (
+        (net, dict(deploy=True), 'ShuffleNetV2 has no inference form'),
+        (net, dict(part='neck'), 'ShuffleNetV2 has no neck'),
+        (net, dict(part='model'), 'ShuffleNetV2 can be exported up to its neck'),
+        (net, dict(size=(16, 16)), 'at least 32'),
+        (net, dict(file=tmp_path / 'net.pth'), 'must end in .onnx'),
+        (net, dict(normalize=True), 'has no mean and std to normalize by'),
+        (unpruned, dict(size=SIZE, deploy=True), 'pruning is at stage 0'),
     ):
         with pytest.raises(UserError, match=message):
-            export_onnx(net, file, **options)
+            export_onnx(model, **{'file': file, **options})
     with pytest.raises(ValueError, match='must be one of'):
         export_onnx(net, file, part='head')
-    with pytest.raises(UserError, match='must end in .onnx'):
-        export_onnx(net, tmp_path / 'net.pth')
-    unpruned = MODELS.build(dict(type='mmdense.CondenseNetV2', **FAMILIES['CondenseNetV2']))
-    with pytest.raises(UserError, match='pruning is at stage 0'):
-        export_onnx(unpruned, file, size=SIZE, deploy=True)
     with monkeypatch.context() as older:
         older.setattr(torch.onnx, 'export', lambda model, f, dynamo: None)
         with pytest.raises(UserError, match='too old for ONNX: pip install -U torch'):
@@ -305,7 +274,7 @@ def test_mistakes(monkeypatch, tmp_path):
 @pytest.mark.slow
 def test_ssd(tmp_path):
     config = ROOT / 'configs/detection/rexnet/ssdlite_rexnet-1.0_600e_coco-320x320.py'
-    model = build(config)
+    model = build(Config.fromfile(config))
     exported = export_onnx(model, tmp_path / 'net.onnx', size=(320, 320), fixed=True)
     assert list(exported.shapes)[1:7] == [f'cls_score_{i}' for i in range(6)]
     names = export._output_names(export._Network(model, 'neck', None), (320, 320))

@@ -153,11 +153,14 @@ def test_a_checkpoint_must_fill_the_model(detector, tmp_path):
         assert predictor(config(), file, **{name: 0.9}).classes == DIGITS
 
 
-def test_the_config_s_image_loader_and_norms(file, pixels):
+def test_the_config_s_image_loader_and_norms(file, pixels, monkeypatch):
+    lines = []
+    monkeypatch.setattr(predict, 'print_log', lambda text, *args: lines.append(text))
     cfg = config()
     cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # resized without rounding
     cfg.model.neck.norm_cfg = dict(type='SyncBN')
     model = predictor(cfg)
+    assert lines == ['no checkpoint: random weights']
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.model.modules())
     assert same(model(file)[0], model(pixels)[0])
 
@@ -177,13 +180,6 @@ def test_errors_name_config_checkpoint_device_or_pipeline():
             predictor(*arguments)
     with pytest.raises(UserError, match='^no device abacus: '):
         Predictor(config(), device='abacus')
-
-
-def test_random_weights_are_logged(monkeypatch):
-    lines = []
-    monkeypatch.setattr(predict, 'print_log', lambda text, *args: lines.append(text))
-    predictor(config())
-    assert lines == ['no checkpoint: random weights']
 
 
 # Images
@@ -259,8 +255,12 @@ class Sample(dict):
     __getattr__ = dict.__getitem__
 
 
-def test_instances_below_the_threshold_are_not_drawn(mask_detector):
-    image = np.full((200, 300, 3), 128, np.uint8)
+@pytest.fixture
+def image():
+    return np.full((200, 300, 3), 128, np.uint8)
+
+
+def test_instances_below_the_threshold_are_not_drawn(mask_detector, image):
     masks = torch.zeros(2, 200, 300, dtype=torch.bool)
     masks[1, 80:140, 200:260] = True
     instances = InstanceData(
@@ -276,13 +276,14 @@ def test_instances_below_the_threshold_are_not_drawn(mask_detector):
     lower = mask_detector.draw(image, sample, 0.1)
     assert (lower[60:161, 180] == mask_detector.palette[4]).all()
     assert (lower[85:135, 205:255] != 128).any()
+    with pytest.raises(UserError, match='the image has 40 x 300 pixels, but the sample is of one'):
+        mask_detector.draw(image[:40], sample)
 
 
-def test_ground_truth_is_drawn_dashed(mask_detector, segmentor):
+def test_ground_truth_is_drawn_dashed(mask_detector, segmentor, image):
     from mmdet.structures.bbox import HorizontalBoxes
     from mmdet.structures.mask import BitmapMasks
 
-    image = np.full((200, 300, 3), 128, np.uint8)
     masks = np.zeros((1, 200, 300), np.uint8)
     masks[:, 80:140, 40:100] = 1
     truth = InstanceData(
@@ -303,12 +304,6 @@ def test_ground_truth_is_drawn_dashed(mask_detector, segmentor):
     assert (drawing[:, :100] != 128).any()
     for predictor in (mask_detector, segmentor):  # a pipeline that loads no annotations
         assert (predictor.draw(image, Sample(ori_shape=(200, 300)), truth=True) == image).all()
-
-
-def test_a_drawing_needs_the_image_of_its_sample(detector, pixels):
-    (sample,) = detector(pixels)
-    with pytest.raises(UserError, match='the image has 40 x 100 pixels, but the sample is of one'):
-        detector.draw(pixels[:40], sample)
 
 
 # COCO's format
@@ -341,15 +336,13 @@ def test_results_of_segments(segmentor, pixels):
     labels = sample.pred_sem_seg.data[0]
     labels[:30], labels[30:] = 0, 1
     results = segmentor.coco(sample, 7, 0.999)  # the threshold is for instances
-    assert [r['category_id'] for r in results] == [1, 2]
-    assert [r['bbox'] for r in results] == [[0, 0, 100, 30], [0, 30, 100, 30]]
+    segments = [(r['category_id'], r['bbox']) for r in results]
+    assert segments == [(1, [0, 0, 100, 30]), (2, [0, 30, 100, 30])]
     surest = sample.seg_logits.data.softmax(0).amax(0)
     for label, result in enumerate(results):
         assert (coco_mask.decode(result['segmentation']) == (labels == label).numpy()).all()
         assert abs(result['score'] - surest[labels == label].mean()) < 1e-4
-
-
-def test_results_of_segments_with_one_channel(segmentor):
+    # One channel for two classes.
     labels, probabilities = torch.tensor([[[0, 0, 1, 1]]]), torch.tensor([[[0.1, 0.3, 0.8, 0.6]]])
     sample = Sample(
         pred_sem_seg=PixelData(data=labels.float()), seg_logits=PixelData(data=probabilities)
@@ -378,13 +371,9 @@ def test_folders_are_searched_in_order(tmp_path):
         (folder / 'sub/c.tif', pictures / 'sub/c.tif.png'),
     ]
     # A file is taken whatever its name, and once.
-    pictures_of = find_images([tmp_path / 'odd.name', folder, folder / 'a.png'], out)
-    assert [p.relative_to(pictures).as_posix() for p in pictures_of.values()] == [
-        'odd.name.png',
-        'in/a.png',
-        'in/b.JPG',
-        'in/sub/c.tif.png',
-    ]
+    found = find_images([tmp_path / 'odd.name', folder, folder / 'a.png'], out)
+    names = ['odd.name.png', 'in/a.png', 'in/b.JPG', 'in/sub/c.tif.png']
+    assert list(found.values()) == [pictures / name for name in names]
 
 
 def test_images_of_one_name_get_different_pictures(tmp_path, monkeypatch):
@@ -392,14 +381,11 @@ def test_images_of_one_name_get_different_pictures(tmp_path, monkeypatch):
     names = ['a/x.jpg', 'b/x.jpg', 'c/x.bmp.png', 'c/x.bmp_.png', 'c/x.png']
     sources = ['b/x.jpg', 'a', str(tmp_path / 'a/x.jpg'), 'c']
     monkeypatch.chdir(tmp_path)
-    pictures_of = find_images(sources, 'out')
-    assert sorted(p.as_posix() for p in pictures_of.values()) == [
-        f'out/pictures/{n}' for n in names
-    ]
-    assert len(pictures_of) == 5
+    found = find_images(sources, 'out')
+    assert sorted(p.as_posix() for p in found.values()) == [f'out/pictures/{n}' for n in names]
 
 
-def test_missing_images(tmp_path):
+def test_missing_images_and_folders_that_cannot_be_written(detector, tmp_path):
     touch(tmp_path, 'in/a.txt', 'x/pictures/a.jpg')
     with pytest.raises(UserError, match=r'no image found in .*in \(suffixes: \.bmp'):
         find_images([tmp_path / 'in'], tmp_path / 'out')
@@ -407,6 +393,8 @@ def test_missing_images(tmp_path):
         find_images([tmp_path / 'nothing.jpg'], tmp_path / 'out')
     with pytest.raises(UserError, match='would be overwritten by its picture'):
         find_images([tmp_path / 'x/pictures/a.jpg'], tmp_path / 'x')
+    with pytest.raises(UserError, match='cannot write'):
+        next(save_predictions(detector, {}, tmp_path / 'in/a.txt'))
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmentor', 'mask_detector'])
@@ -445,9 +433,3 @@ def test_predictions_json_and_pictures(kind, file, pixels, request):
     assert nothing == failures
     if kind != 'segmentor':
         assert json.loads((out / 'predictions.json').read_text())['annotations'] == []
-
-
-def test_an_output_folder_that_is_a_file(detector, file):
-    results = save_predictions(detector, {file: file.parent / 'x.png'}, file / 'out')
-    with pytest.raises(UserError, match='cannot write'):
-        next(results)

@@ -1,11 +1,10 @@
 """tools/plot_log.py: the plot and the table of several runs."""
 
-import json
 import sys
 
 import pytest
 
-from support import ROOT
+from support import ROOT, write_log
 
 
 @pytest.fixture
@@ -19,9 +18,7 @@ def work_dirs(tmp_path):
         'seg': [{'loss': 4.0, 'step': 50}],
     }
     for name, lines in records.items():
-        file = tmp_path / name / '20260101_000000/vis_data/scalars.json'
-        file.parent.mkdir(parents=True)
-        file.write_text(''.join(f'{json.dumps(line)}\n' for line in lines))
+        write_log(tmp_path / name, lines)
     return [tmp_path / name for name in records]
 
 

@@ -1,21 +1,17 @@
 """tools/visualize.py: pictures of test images, and the curves of a run."""
 
-import json
-
 import cv2
 import pytest
 
-from support import DEMOS
+from support import DEMOS, write_log
 
 METRICS = dict(detection='coco/bbox_mAP', segmentation='mIoU')
 
 
 @pytest.mark.parametrize('task', DEMOS)
 def test_predictions_and_curves(task, checkpoints, call_tool, tmp_path):
-    log = tmp_path / 'run/20260101_000000/vis_data/scalars.json'
-    log.parent.mkdir(parents=True)
     records = [dict(loss=2.0, loss_cls=1.5, step=5), {METRICS[task]: 0.5, 'step': 1}]
-    log.write_text(''.join(f'{json.dumps(record)}\n' for record in records))
+    write_log(tmp_path / 'run', records)
     arguments = [DEMOS[task], checkpoints / f'{task}.pth', '--work-dir', tmp_path / 'run']
     options = ['--out', tmp_path / 'out', '--num', 4, '--score-thr', 0.05]
     status, output, _ = call_tool('visualize', *arguments, *options)

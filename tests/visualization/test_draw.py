@@ -13,6 +13,11 @@ CLASSES = ('background', 'cat', 'čaj')
 PALETTE = [(0, 0, 0), (255, 225, 25), (0, 130, 200)]
 
 
+BOX = [20, 60, 120, 160]
+MASK = np.zeros((1, 200, 300), bool)
+MASK[:, 80:140, 40:100] = True
+
+
 @pytest.fixture
 def image():
     return np.full((200, 300, 3), 100, np.uint8)
@@ -30,8 +35,7 @@ def near(pixels, colour):
 
 
 def test_boxes_have_the_colours_of_their_classes(image):
-    boxes = [[20, 60, 120, 160], [180, 60, 280, 160]]
-    drawing = draw_boxes(image, boxes, [1, 2], [0.9, 0.8])
+    drawing = draw_boxes(image, [BOX, [180, 60, 280, 160]], [1, 2], [0.9, 0.8])
     assert drawing.dtype == np.uint8
     assert near(drawing[60:161, 20], PALETTE[1]).all()
     assert near(drawing[160, 180:281], PALETTE[2]).all()
@@ -39,33 +43,19 @@ def test_boxes_have_the_colours_of_their_classes(image):
     assert (image == 100).all()
     assert (draw_boxes(image, np.zeros((0, 4)), [], []) == image).all()
     assert draw_boxes(image, [[-50, -50, 500, 1], [290, 190, 300, 200]], [1, 2], [1, 1]).any()
+    best_on_top = draw_boxes(image, [BOX, BOX], [1, 2], [0.9, 0.8])
+    assert near(best_on_top[60:161, 20], PALETTE[1]).all()
 
 
-def test_the_best_box_is_on_top(image):
-    box = [20, 60, 120, 160]
-    drawing = draw_boxes(image, [box, box], [1, 2], [0.9, 0.8])
-    assert near(drawing[60:161, 20], PALETTE[1]).all()
-
-
-def test_ground_truth_is_dashed(image):
-    masks = np.zeros((2, 200, 300), bool)
-    masks[0, 80:140, 40:100] = True
-    boxes = [[20, 60, 120, 160], [50, 50, 50, 50]]
-    side = near(draw_boxes(image, boxes, [1, 2], masks=masks)[80:161, 20], PALETTE[1])
-    assert 0.3 < side.mean() < 0.7
-    predicted = draw_boxes(image, boxes, [1, 2], [1, 1], masks=masks)
-    contour = near(predicted[80:140, 40], PALETTE[1])
-    assert contour.all()
-    dashed = near(draw_boxes(image, boxes, [1, 2], masks=masks)[80:140, 40], PALETTE[1])
-    assert 0.3 < dashed.mean() < 0.7
-
-
-def test_masks_are_blended(image):
-    masks = np.zeros((1, 200, 300), bool)
-    masks[:, 80:140, 40:100] = True
-    drawing = draw_boxes(image, [[20, 60, 120, 160]], [1], [0.9], masks=masks)
+def test_masks_are_blended_and_ground_truth_is_dashed(image):
+    drawing = draw_boxes(image, [BOX], [1], [0.9], masks=MASK)
     assert near(drawing[85:135, 45:95], 100 * 0.55 + np.array(PALETTE[1]) * 0.45).all()
     assert (drawing[145:155, 40:100] == 100).all()
+    assert near(drawing[80:140, 40], PALETTE[1]).all()  # the contour
+    masks = np.concatenate([MASK, np.zeros_like(MASK)])
+    truth = draw_boxes(image, [BOX, [50, 50, 50, 50]], [1, 2], masks=masks)
+    for side in (truth[80:161, 20], truth[80:140, 40]):
+        assert 0.3 < near(side, PALETTE[1]).mean() < 0.7
 
 
 def test_labels_do_not_hide_small_objects(image):

@@ -1,6 +1,5 @@
 """Training logs, and the curves plotted from them."""
 
-import json
 from pathlib import Path
 
 import cv2
@@ -9,41 +8,35 @@ import pytest
 
 from mmdense.errors import UserError
 from mmdense.visualization import logs
-
-
-def write_log(folder, name, records):
-    file = folder / name / 'vis_data/scalars.json'
-    file.parent.mkdir(parents=True)
-    file.write_text('\n'.join(map(json.dumps, records)))
+from support import write_log
 
 
 def test_read_scalars_joins_resumed_runs(tmp_path):
-    metric = {'coco/bbox_mAP': 0.1, 'step': 1}
-    write_log(tmp_path, '1', [{'loss': 3.0, 'step': 50}, {'loss': 2.0, 'step': 100}, metric])
-    write_log(
-        tmp_path,
-        '2',
-        [{'loss': 1.5, 'step': 100}, {'coco/bbox_mAP': 0.2, 'step': 1}, {'loss': 1.0, 'step': 150}],
-    )
-    write_log(tmp_path, '3', [{'coco/bbox_mAP': 0.9, 'step': 0}])  # a test run, no training
-    write_log(tmp_path, '4', [{'coco/bbox_mAP': 0.3, 'step': 1}])  # resumed for a validation
+    def loss(value, step):
+        return dict(loss=value, step=step)
+
+    def metric(value, step=1):
+        return {'coco/bbox_mAP': value, 'step': step}
+
+    for run, records in (
+        ('1', [loss(3.0, 50), loss(2.0, 100), metric(0.1)]),
+        ('2', [loss(1.5, 100), metric(0.2), loss(1.0, 150)]),
+        ('3', [metric(0.9, step=0)]),  # a test run, no training
+        ('4', [metric(0.3)]),  # resumed for a validation
+    ):
+        write_log(tmp_path, records, run)
     losses, metrics = logs.read_scalars(tmp_path)
     assert [(r['step'], r['loss']) for r in losses] == [(50, 3.0), (100, 1.5), (150, 1.0)]
     assert [(r['iter'], r['coco/bbox_mAP']) for r in metrics] == [(100, 0.2), (150, 0.3)]
     # A run from the beginning is another training.
-    write_log(tmp_path, '5', [{'loss': 9.0, 'step': 50}])
-    assert logs.read_scalars(tmp_path) == ([{'loss': 9.0, 'step': 50}], [])
-
-
-def test_read_scalars_without_a_log(tmp_path):
-    with pytest.raises(UserError, match='no training log'):
-        logs.read_scalars(tmp_path)
+    write_log(tmp_path, [loss(9.0, 50)], '5')
+    assert logs.read_scalars(tmp_path) == ([loss(9.0, 50)], [])
 
 
 @pytest.fixture
 def run_dir(tmp_path):
     def write(name, records):
-        write_log(tmp_path / name, '1', records)
+        write_log(tmp_path / name, records)
         return tmp_path / name
 
     return write
@@ -120,4 +113,4 @@ def test_losses_are_smoothed():
     values = np.array([0.0, 3, 0, 3, np.nan, 3, 0, 3])
     smooth = logs._smooth(values, 3)
     np.testing.assert_allclose(smooth, [1.5, 1, 2, 1.5, 3, 1.5, 2, 1.5])
-    assert logs._smooth(values, 1) is values
+    np.testing.assert_array_equal(logs._smooth(values, 0), values)
