@@ -11,8 +11,6 @@ from mmdense.visualization.draw import draw_instances, draw_label_map, make_pale
 
 CLASSES = ('background', 'cat', 'čaj')
 PALETTE = [(0, 0, 0), (255, 225, 25), (0, 130, 200)]
-
-
 BOX = [20, 60, 120, 160]
 MASK = np.zeros((1, 200, 300), bool)
 MASK[:, 80:140, 40:100] = True
