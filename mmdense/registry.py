@@ -7,12 +7,7 @@ The first look-up imports the registered modules, so configs need only ``type='m
 from importlib.util import find_spec
 
 try:
-    from mmengine.registry import HOOKS as _HOOKS
-    from mmengine.registry import LOOPS as _LOOPS
-    from mmengine.registry import MODELS as _MODELS
-    from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as _OPTIM_WRAPPER_CONSTRUCTORS
-    from mmengine.registry import OPTIM_WRAPPERS as _OPTIM_WRAPPERS
-    from mmengine.registry import Registry
+    from mmengine import registry as parents
 except ModuleNotFoundError:
     if find_spec('mmengine'):
         raise
@@ -24,20 +19,21 @@ except ModuleNotFoundError:
 
 __all__ = ['HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
-MODELS = Registry(
+ENGINE = ['mmdense.engine']
+MODELS = parents.Registry(
     'model',
-    parent=_MODELS,
+    parent=parents.MODELS,
     scope='mmdense',
-    locations=['mmdense.models', 'mmdense.models.heads', 'mmdense.engine'],
+    locations=['mmdense.models', 'mmdense.models.heads', *ENGINE],
 )
-HOOKS = Registry('hook', parent=_HOOKS, scope='mmdense', locations=['mmdense.engine'])
-LOOPS = Registry('loop', parent=_LOOPS, scope='mmdense', locations=['mmdense.engine'])
-OPTIM_WRAPPERS = Registry(
-    'optimizer wrapper', parent=_OPTIM_WRAPPERS, scope='mmdense', locations=['mmdense.engine']
+HOOKS = parents.Registry('hook', parent=parents.HOOKS, scope='mmdense', locations=ENGINE)
+LOOPS = parents.Registry('loop', parent=parents.LOOPS, scope='mmdense', locations=ENGINE)
+OPTIM_WRAPPERS = parents.Registry(
+    'optimizer wrapper', parent=parents.OPTIM_WRAPPERS, scope='mmdense', locations=ENGINE
 )
-OPTIM_WRAPPER_CONSTRUCTORS = Registry(
+OPTIM_WRAPPER_CONSTRUCTORS = parents.Registry(
     'optimizer wrapper constructor',
-    parent=_OPTIM_WRAPPER_CONSTRUCTORS,
+    parent=parents.OPTIM_WRAPPER_CONSTRUCTORS,
     scope='mmdense',
-    locations=['mmdense.engine'],
+    locations=ENGINE,
 )
