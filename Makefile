@@ -67,8 +67,8 @@ test-newest:  ## run all tests on the newest versions that pip finds
 test-openmmlab:  ## run all tests on the original MM packages
 	$(MAKE) test-all VENV=.venv-openmmlab MM=openmmlab
 
-size:  ## count the lines of the package and of its tests
-	@for folder in mmdense tests; do \
+size:  ## count the lines of the package, the code around it, and the tests
+	@for folder in mmdense tools dev tests; do \
 	  printf '%-8s %6d lines of Python\n' $$folder $$(git ls-files $$folder | grep '\.py$$' | xargs cat | wc -l); \
 	done
 
