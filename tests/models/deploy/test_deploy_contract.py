@@ -34,8 +34,9 @@ NETWORKS = {name: o for family in FAMILIES.values() for name, o in family.deploy
 # are buffers, and is not compiled.
 FOLDED = [name for name in NETWORKS if name != 'CondenseNetV2']
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
-# Allowed mean error, relative to that of the trained network.
-ERROR = dict(deployed=1.25, rounded=1.6)
+# Mean error in half precision, relative to that of the trained network; the second is allowed if
+# weights are rounded twice.
+ERROR, TWICE_ROUNDED = 1.15, dict(DenseNet=1.25, CondenseNetV2=1.6)
 
 
 @pytest.fixture(params=NETWORKS)
@@ -93,7 +94,13 @@ def test_outputs_equal_those_of_the_trained_network(network, weights, size, batc
 )
 def test_half_precision(network, dtype, first):
     """On average as precise as the trained network, unless weights are rounded twice."""
-    net = build(network, 'positive')
+    net = build(network, 'fresh')
+    generator = torch.Generator().manual_seed(1)
+    for name, value in net.state_dict().items():  # scales of norms from 0.1 to 1.6
+        if value.ndim == 1 and value.is_floating_point():
+            value.copy_(torch.randn(value.shape, generator=generator).clamp(-1.5, 1.5))
+            if name.endswith(('running_var', 'weight', 'gamma')):
+                value.abs_().add_(0.5 if name.endswith('running_var') else 0.1)
     x = image(batch=2)
     exact = run(copy.deepcopy(net).double(), x.double())
     half = copy.deepcopy(net).to(dtype)
@@ -108,7 +115,8 @@ def test_half_precision(network, dtype, first):
         sum((a - c).abs().mean() / c.abs().mean() for a, c in zip(each, exact, strict=True))
         for each in (outputs, trained)
     ]
-    assert errors[0] <= ERROR[first] * errors[1]
+    allowed = TWICE_ROUNDED.get(family_of(network), ERROR) if first == 'rounded' else ERROR
+    assert errors[0] <= allowed * errors[1]
 
 
 @pytest.mark.parametrize('network', FOLDED, indirect=True)
