@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['StatisticsUntouched', 'recompute']
 
 # Compiled graphs of torch 2.12 and 2.15 do, those of 2.4, 2.5 and 2.8 don't; others are untested.
 COUNTS_ONCE = torch.__version__ >= (2, 12)
+# What stands for statistics that are updated, but not read: no kernel is launched for it.
+UNREAD = dict(
+    running_mean=torch.empty_like, running_var=torch.empty_like, num_batches_tracked=lambda _: None
+)
 
 
 def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
@@ -62,10 +67,17 @@ class StatisticsUntouched:
     def __enter__(self) -> None:
         self.records = [dict(norm.named_buffers()) for norm in self.norms]
         for norm, record in zip(self.norms, self.records, strict=True):
+            copies = UNREAD if _reads_none(norm) else {}
             for name, buffer in record.items():
-                setattr(norm, name, buffer.clone())
+                setattr(norm, name, copies.get(name, Tensor.clone)(buffer))
 
     def __exit__(self, *error: object) -> None:
         for norm, record in zip(self.norms, self.records, strict=True):
             for name, buffer in record.items():
                 setattr(norm, name, buffer)
+
+
+def _reads_none(norm: nn.Module) -> bool:
+    """Return whether a norm in training is torch's, without hooks that might read statistics."""
+    hooks = norm._forward_hooks or norm._forward_pre_hooks
+    return type(norm).forward is _BatchNorm.forward and not hooks

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import Operators
 from torch import nn
 
 from mmdense.models.layers import recompute
@@ -70,3 +71,16 @@ def test_second_backward():
     second = torch.autograd.grad(y, net[0].weight)[0]
     assert torch.equal(first, second)
     assert net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize('hooked', [False, True])
+def test_statistics_that_nobody_reads_are_not_copied(hooked):
+    """A norm of another class, or with a hook, may read them in training."""
+    norm, read = nn.BatchNorm2d(3, momentum=None), []
+    if hooked:
+        norm.register_forward_hook(lambda norm, *_: read.append(norm.num_batches_tracked.item()))
+    with Operators() as operators:
+        recompute([norm, nn.ReLU()], torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert operators.names.count('clone') == (3 if hooked else 0)
+    assert read == ([1, 2] if hooked else [])
+    assert norm.num_batches_tracked == 1
