@@ -6,9 +6,11 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from mmdense.errors import UserError
 
@@ -16,10 +18,14 @@ __all__ = [
     'PART_SUFFIX',
     'WriteError',
     'atomic_write',
+    'change_suffix',
     'check_writable',
+    'relative_paths',
     'sha256_of',
     'wrap_disk_errors',
 ]
+
+Key = TypeVar('Key', bound=Hashable)
 
 PART_SUFFIX = '.part'  # of a file that is being written
 # The disk is full, over quota or read-only, or the process has reached its limit of file size.
@@ -108,6 +114,22 @@ def _free_space(folder: Path) -> str:
     if not folder.is_dir():
         return 'no such folder'
     return f'{shutil.disk_usage(folder).free / 1e6:.1f} MB free'
+
+
+def relative_paths(files: Iterable[str | Path]) -> dict[str, Path]:
+    """Return each file's path below the deepest folder that contains all of them."""
+    paths = {str(file): os.path.abspath(file) for file in files}
+    root = os.path.commonpath([os.path.dirname(path) for path in paths.values()] or ['/'])
+    return {file: Path(os.path.relpath(path, root)) for file, path in paths.items()}
+
+
+def change_suffix(names: Mapping[Key, Path], suffix: str) -> dict[Key, Path]:
+    """Return names with another suffix, which is appended to names that differ only in theirs."""
+    count = Counter(name.with_suffix(suffix) for name in names.values())
+    return {
+        key: short if count[short := name.with_suffix(suffix)] == 1 else Path(f'{name}{suffix}')
+        for key, name in names.items()
+    }
 
 
 def sha256_of(file: str | Path) -> str:

@@ -1,7 +1,8 @@
 """Predict on images, and save the predictions as pictures and in COCO's format.
 
-DIR/pictures gets a picture per image, with boxes, masks or a segmentation. DIR/predictions.json is
-a data set in COCO's format whose annotations have scores. Images that cannot be read are reported
+DIR/pictures gets a picture per image, with boxes, masks or a segmentation, and DIR/label_maps a
+segmentor's label maps. DIR/predictions.json is a data set in COCO's format whose annotations have
+scores. Images that cannot be read are reported
 and skipped, and the exit status is then 1.
 """
 
@@ -15,7 +16,7 @@ from rich.progress import Progress
 
 from mmdense import cli
 from mmdense.apis import Predictor, find_images, save_predictions
-from mmdense.apis.predict import PICTURES, PREDICTIONS
+from mmdense.apis.predict import LABEL_MAPS, PICTURES, PREDICTIONS
 from mmdense.config.read import load_config
 from mmdense.files import check_writable
 
@@ -69,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f'skipped: {failure}', markup=False, highlight=False, soft_wrap=True
                 )
     count = f'{len(images) - skipped} images' + (f', {skipped} skipped' if skipped else '')
-    Console().print(
-        f'{count}; pictures: {args.out}/{PICTURES}; predictions: {args.out}/{PREDICTIONS}',
-        markup=False,
-        soft_wrap=True,
-    )
+    files = dict(pictures=PICTURES, predictions=PREDICTIONS)
+    if predictor.segments:
+        files['label maps'] = LABEL_MAPS
+    written = '; '.join(f'{name}: {args.out}/{file}' for name, file in files.items())
+    Console().print(f'{count}; {written}', markup=False, soft_wrap=True)
     sys.exit(1 if skipped else 0)
 
 

@@ -10,7 +10,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import CheckpointLoader
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
+from PIL import Image
 from pycocotools import mask as coco_mask
 from torch import nn
 
@@ -34,16 +35,23 @@ from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
 from mmdense.errors import UserError, one_line
-from mmdense.files import atomic_write, check_writable
+from mmdense.files import atomic_write, change_suffix, check_writable, relative_paths
 from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.visualization.draw import draw_instances, draw_label_map
 from mmdense.weights.loading import check_min_loaded, load_checked
 
-__all__ = ['PICTURES', 'PREDICTIONS', 'Predictor', 'find_images', 'save_predictions']
+__all__ = [
+    'LABEL_MAPS',
+    'PICTURES',
+    'PREDICTIONS',
+    'Predictor',
+    'find_images',
+    'save_predictions',
+]
 
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 PICTURE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp')  # compressed, and shown by every viewer
-PICTURES, PREDICTIONS = 'pictures', 'predictions.json'
+PICTURES, LABEL_MAPS, PREDICTIONS = 'pictures', 'label_maps', 'predictions.json'
 
 ImageSource = str | Path | np.ndarray  # a file, or uint8 [H, W, 3] in BGR
 
@@ -325,8 +333,8 @@ def _segments(sample: BaseDataElement) -> dict[str, np.ndarray]:
 def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Path]:
     """Find images, and name the pictures of their predictions.
 
-    A file is taken whatever its suffix. Folders are searched recursively for image suffixes, in
-    sorted order, without hidden files and ``OUT/pictures``.
+    A file is taken whatever its suffix. Folders are searched recursively for image suffixes, also
+    through links, in sorted order, without hidden files and what :func:`save_predictions` writes.
 
     Args:
         sources: Files and folders.
@@ -341,17 +349,11 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
             overwrite an image.
     """
     pictures = Path(out, PICTURES)
+    written = {os.path.realpath(Path(out, name)) for name in (PICTURES, LABEL_MAPS)}
     images: dict[str, Path] = {}  # by absolute path: each once
     for source in map(Path, sources):
         if source.is_dir():
-            files = [
-                file
-                for file in sorted(source.rglob('*'))
-                if file.suffix.lower() in IMAGE_SUFFIXES
-                and file.is_file()
-                and not any(part.startswith('.') for part in file.relative_to(source).parts)
-                and pictures.resolve() not in file.resolve().parents
-            ]
+            files = sorted(_find_in_folder(source, written))
             if not files:
                 suffixes = ' '.join(IMAGE_SUFFIXES)
                 raise UserError(f'no image found in {source} (suffixes: {suffixes})')
@@ -360,11 +362,10 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
         else:
             raise UserError(f'no image or folder {source}')
         images |= {os.path.abspath(file): file for file in files}
-    root = os.path.commonpath([os.path.dirname(path) for path in images])
     real = {os.path.realpath(path) for path in images}
     targets: dict[Path, Path] = {}
-    for path, file in images.items():
-        target = pictures / os.path.relpath(path, root)
+    for path, name in relative_paths(images).items():
+        file, target = images[path], pictures / name
         if target.suffix.lower() not in PICTURE_SUFFIXES:
             target = target.with_name(f'{target.name}.png')
         while target in targets.values():  # x.bmp and x.bmp.png
@@ -373,6 +374,18 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
             raise UserError(f'{file} would be overwritten by its picture: choose another folder')
         targets[file] = target
     return targets
+
+
+def _find_in_folder(source: Path, skipped: Iterable[str]) -> Iterator[Path]:
+    visited = set(skipped)
+    for folder, children, names in os.walk(source, followlinks=True):
+        path = os.path.realpath(folder)
+        children[:] = [child for child in children if path not in visited and child[0] != '.']
+        for name in names if path not in visited else ():
+            file = Path(folder, name)
+            if file.suffix.lower() in IMAGE_SUFFIXES and name[0] != '.' and file.is_file():
+                yield file
+        visited.add(path)  # a link may point to a folder above it
 
 
 def save_predictions(
@@ -384,9 +397,10 @@ def save_predictions(
 ) -> Iterator[str | None]:
     """Predict on images, and write pictures of the predictions and ``OUT/predictions.json``.
 
-    The file is a data set in COCO's format, which pycocotools can load: ``images`` (with the path
-    of the ``picture`` below OUT), ``annotations``, which are the predictions and have a ``score``,
-    and ``categories``. It is written after the last image.
+    A segmentor's label maps are written to ``OUT/label_maps`` too: 8-bit PNG with the class of each
+    pixel. ``predictions.json`` is a data set in COCO's format, which pycocotools can load:
+    ``images`` (with the path of the ``picture`` below OUT), ``annotations``, which are the
+    predictions and have a ``score``, and ``categories``. It is written after the last image.
 
     Args:
         predictor: The model.
@@ -403,6 +417,8 @@ def save_predictions(
     out = Path(out)
     dataset = dict(images=[], annotations=[], categories=predictor.categories)
     check_writable(out / PREDICTIONS)
+    names = {file: target.relative_to(out / PICTURES) for file, target in images.items()}
+    maps = change_suffix(names, '.png') if predictor.segments else {}
     for file, target in images.items():
         try:
             sample = predictor(file)[0]
@@ -411,6 +427,10 @@ def save_predictions(
             yield str(error)
             continue
         check_writable(target)
+        if file in maps:
+            check_writable(out / LABEL_MAPS / maps[file])
+            labels = _to_label_map(sample.pred_sem_seg).astype(np.uint8)
+            Image.fromarray(labels).save(out / LABEL_MAPS / maps[file])
         quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
         encoded, content = cv2.imencode(target.suffix, picture[..., ::-1], quality)
         assert encoded

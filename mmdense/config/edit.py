@@ -168,8 +168,12 @@ def write_predictions(cfg: Config, out: str) -> None:
     metrics = cfg.test_evaluator
     metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
     if cfg.default_scope == 'mmseg':
-        for metric in metrics:
-            metric.update(output_dir=out, keep_results=True)
+        depth = [metric for metric in metrics if metric.type == 'DepthMetric']
+        for metric in depth:  # mmseg names the files by the images' last names
+            metric.output_dir = out
+        if not depth:
+            hook = dict(type='mmdense.SaveLabelMapsHook', out_dir=out)
+            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
         return
     if not out.endswith('.pkl'):
         raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
@@ -186,4 +190,7 @@ def use_show_dir(cfg: Config, folder: str) -> None:
         cfg.visualizer.save_dir = folder
         cfg.default_hooks.visualization.interval = 1  # the original mmseg draws every 50th
     else:
-        cfg.default_hooks.visualization.test_out_dir = folder
+        hook = cfg.default_hooks.visualization
+        hook.test_out_dir = folder
+        if hook.type == 'DetVisualizationHook':
+            hook.type = 'mmdense.DetVisualizationHook'

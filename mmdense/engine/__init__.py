@@ -8,6 +8,7 @@ from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmdense.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmdense.engine.nan_guard import NaNGuardHook
 from mmdense.engine.optim_wrapper import BFloat16OptimWrapper
+from mmdense.engine.outputs import SaveLabelMapsHook
 
 __all__ = [
     'BFloat16OptimWrapper',
@@ -20,4 +21,5 @@ __all__ = [
     'LayerDecayOptimWrapperConstructor',
     'LoadReportHook',
     'NaNGuardHook',
+    'SaveLabelMapsHook',
 ]

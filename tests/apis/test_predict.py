@@ -376,6 +376,17 @@ def test_folders_are_searched_in_order(tmp_path):
     assert list(found.values()) == [pictures / name for name in names]
 
 
+def test_folders_are_searched_through_links(tmp_path):
+    touch(tmp_path, 'in/a.jpg', 'elsewhere/b.jpg')
+    (tmp_path / 'in/link').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere/up').symlink_to(tmp_path / 'in')  # a circle
+    found = find_images([tmp_path / 'in'], tmp_path / 'out')
+    assert [file.relative_to(tmp_path / 'in').as_posix() for file in found] == [
+        'a.jpg',
+        'link/b.jpg',
+    ]
+
+
 def test_images_of_one_name_get_different_pictures(tmp_path, monkeypatch):
     touch(tmp_path, 'a/x.jpg', 'b/x.jpg', 'c/x.bmp', 'c/x.bmp.png', 'c/x.png')
     names = ['a/x.jpg', 'b/x.jpg', 'c/x.bmp.png', 'c/x.bmp_.png', 'c/x.png']
@@ -414,6 +425,11 @@ def test_predictions_json_and_pictures(kind, file, pixels, request):
         assert picture.shape == (image['height'], image['width'], 3)
     (sample,) = model(file)
     drawn = model.draw(file, sample, 0.0)
+    label_maps = [path.name for path in (out / 'label_maps').glob('*')]
+    assert sorted(label_maps) == (['image.png', 'low.png'] if kind == 'segmentor' else [])
+    if kind == 'segmentor':
+        labels = np.array(Image.open(out / 'label_maps/image.png'))
+        assert (labels == sample.pred_sem_seg.data[0].numpy()).all()
     assert (cv2.imread(str(out / 'pictures/image.png'))[..., ::-1] == drawn).all()
     assert not (out / 'pictures/bad.jpg').exists()
     truth = COCO(str(out / 'predictions.json'))

@@ -118,7 +118,9 @@ def test_predictions_of_a_detector_are_a_pickle(cfg):
 def test_show_dir_is_relative_to_the_working_directory(cfg, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     edit.use_show_dir(cfg, 'shown')
-    assert cfg.default_hooks.visualization.test_out_dir == str(tmp_path / 'shown')
+    hook = cfg.default_hooks.visualization
+    assert hook.test_out_dir == str(tmp_path / 'shown')
+    assert hook.type == 'mmdense.DetVisualizationHook'  # which keeps images of one name apart
     del cfg.default_hooks.visualization
     with pytest.raises(UserError, match='visualization'):
         edit.use_show_dir(cfg, 'shown')

@@ -19,8 +19,9 @@ def test_predictions_of_a_folder(task, checkpoints, call_tool, tmp_path):
         *('--out', tmp_path, '--score', 0.05, '--deploy', '--device', 'cpu'),
     )
     assert status == 0
+    maps = f'; label maps: {tmp_path}/label_maps' if task == 'segmentation' else ''
     assert output.splitlines()[-1] == (
-        f'4 images; pictures: {tmp_path}/pictures; predictions: {tmp_path}/predictions.json'
+        f'4 images; pictures: {tmp_path}/pictures; predictions: {tmp_path}/predictions.json{maps}'
     )
     assert '100%' in errors
     pictures = sorted((tmp_path / 'pictures').iterdir())
