@@ -41,7 +41,11 @@ setup(
     # directory, such as the checkout's own seen from its parent, doesn't hide the package.
     package_dir={'': '.'},
     packages=find_packages(include=['mmdense', 'mmdense.*']),
-    package_data={'mmdense.benchmark': ['templates/*.jinja', '*.yml']},
+    package_data={
+        'mmdense.benchmark': ['templates/*.jinja', '*.yml'],
+        # mim's conventions; the folder links to the checkout's.
+        'mmdense': [f'.mim/**/*.{suffix}' for suffix in ('md', 'py', 'sh', 'yml')],
+    },
     python_requires='>=3.10',
     install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors'],
     extras_require={

@@ -14,3 +14,6 @@ __all__ = ['__version__']
 ops.install()
 if find_spec('mmengine'):  # without it the operators and the metadata still work
     from mmdense import registry  # noqa: F401
+    from mmdense.patches import patch_configs
+
+    patch_configs()

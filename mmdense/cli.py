@@ -6,11 +6,15 @@ import argparse
 import ast
 import functools
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, ParamSpec
+
+# Before torch is loaded: waiting threads sleep instead of spinning (docs/decisions.md).
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 
 import torch
 from mmengine.config import Config, DictAction
@@ -19,6 +23,7 @@ from mmengine.logging import MMLogger
 from mmdense.config.parts import build_error
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, printable
+from mmdense.patches import SILENCED, quiet_terminal
 
 __all__ = [
     'add_cfg_options',
@@ -33,6 +38,9 @@ __all__ = [
 ]
 
 P = ParamSpec('P')
+
+for text in SILENCED:
+    warnings.filterwarnings('ignore', re.escape(text))
 
 
 class _Settings(DictAction):
@@ -79,6 +87,7 @@ def config_parser(description: str | None, arguments: str) -> argparse.ArgumentP
         default='none',
         help='how the processes are started (%(default)s)',
     )
+    parser.add_argument('--verbose', action='store_true', help='show all that goes to the log file')
     return parser
 
 
@@ -147,12 +156,16 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     """Make a command's ``main(argv=None)`` end a user's mistake with one line and status 2.
 
     That is a :class:`.UserError` or a :func:`.build_error`. Other errors keep their traceback.
+    Without ``--verbose``, the command runs in a :func:`.quiet_terminal`.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        words = args[0] if args and args[0] else sys.argv[1:]
+        verbose = any(word.startswith('--verb') for word in words)
         try:
-            main(*args, **kwargs)
+            with nullcontext() if verbose else quiet_terminal():
+                main(*args, **kwargs)
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else build_error(error)
             if message is None:

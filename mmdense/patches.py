@@ -3,9 +3,36 @@
 from __future__ import annotations
 
 import functools
+import logging
 import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
-__all__ = ['apply_patches']
+from mmengine.config import Config, utils
+from mmengine.logging import MMLogger, logger
+
+__all__ = ['SILENCED', 'apply_patches', 'find_config', 'patch_configs', 'quiet_terminal']
+
+# Warnings of libraries that a user can do nothing about, by their beginning.
+SILENCED = (
+    'faster_coco_eval is not installed',  # mmdet: a metric that is not used
+    'Could not import OneDL',  # mmseg: a data set that is not used
+    'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
+    '"FileClient" will be deprecated',  # mmengine's own hooks use both
+    '"HardDiskBackend" is the alias',
+)
+# Messages of libraries that the terminal shows: progress, metrics, and what a run starts from.
+LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'pycocotools')
+SHOWN = re.compile(
+    r'(Epoch|Iter)\((train|val)\)|(Epoch|Iter)\(test\).* eta: |per class results|\n[+|]|LR is set|'
+    r'Auto resumed|Did not find|resumed epoch|Load checkpoint|The best checkpoint|the monitored'
+)
+EMPTY = re.compile(r'(\S*A[PR]\S*: )-1\.0+\b')  # COCO's metric if no object has the size
 
 
 @functools.cache
@@ -22,7 +49,8 @@ def apply_patches() -> None:
       instead of continuing with random weights.
 
     Besides these, ``import mmdense`` provides ``mmcv._ext`` where mmcv's compiled operators are
-    missing (:func:`mmdense.ops.install`).
+    missing (:func:`mmdense.ops.install`) and calls :func:`patch_configs`; the tools run in
+    :func:`quiet_terminal`.
     """
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')  # read when cv2 is imported
 
@@ -37,3 +65,75 @@ def apply_patches() -> None:
     for prefix, loader in SCHEMES.items():
         CheckpointLoader.register_scheme(prefix, loader=loader, force=True)
     WEIGHT_INITIALIZERS.register_module(name='Pretrained', module=PretrainedInit, force=True)
+
+
+def find_config(path: str) -> Path:
+    """Return the file of a config, such as ``mmdet::FOLDER/NAME.py`` of an installed package."""
+    package, _, name = path.rpartition('::')
+    spec = find_spec(package) if package.isidentifier() else None
+    return Path(spec.origin).parent / '.mim/configs' / name if spec and spec.origin else Path(path)
+
+
+@functools.cache
+def patch_configs() -> None:
+    """Let a config's ``_base_`` name configs of mmdense, and of mmseg in either distribution.
+
+    mmengine has a table of packages, with one distribution of each, and reads all metafiles of a
+    package for each base. Parts of a base ``mmdense::...`` get no scope, since most are mmdet's or
+    mmseg's.
+    """
+    original = Config._get_cfg_path
+
+    def get_cfg_path(path: str, filename: str) -> tuple[str, str | None]:
+        package, file = path.rpartition('::')[0], find_config(path)
+        if not package or not file.is_file():
+            return original(path, filename)
+        return str(file), None if package == 'mmdense' else package
+
+    Config._get_cfg_path = staticmethod(get_cfg_path)
+    utils.MODULE2PACKAGE['mmdense'] = 'mmdense'
+
+
+@contextmanager
+def quiet_terminal() -> Iterator[None]:
+    """Show progress, metrics and warnings in the terminal; the log file has everything.
+
+    Inside the context, new loggers of mmengine show of the libraries' messages only those in
+    :data:`SHOWN`, and pycocotools logs what it would print. In the terminal, COCO's AP and AR of a
+    size that no object has is '-' instead of -1.
+    """
+    from pycocotools import coco, cocoeval
+
+    original, printing = MMLogger.__init__, (coco, cocoeval, logger)
+
+    @functools.wraps(original)
+    def init(self: MMLogger, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        terminal = self.handlers[0]
+        terminal.addFilter(_is_shown)
+        terminal.formatter.info_format = '%(asctime)s %(message)s'
+        terminal.format = lambda record: EMPTY.sub(r'\1-', terminal.formatter.format(record))
+
+    MMLogger.__init__ = init
+    for module in printing:
+        module.print = lambda *values: MMLogger.get_current_instance().info(
+            ' '.join(map(str, values))
+        )
+    try:
+        yield
+    finally:
+        MMLogger.__init__ = original
+        for module in printing:
+            del module.print
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    if record.levelno >= logging.WARNING or SHOWN.match(message):
+        return not message.startswith(SILENCED)
+    frame = sys._getframe(1)
+    while (name := frame.f_globals['__name__']).startswith(
+        ('logging', 'mmengine.logging', __name__)
+    ):
+        frame = frame.f_back
+    return not name.startswith(LIBRARIES)

@@ -2,12 +2,16 @@
 
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from support import ROOT
+from mmdense import __main__
+from support import DEMOS, ROOT, TWO_ITERATIONS
 
 
 def python(code):
@@ -68,3 +72,59 @@ def test_tested_versions_are_exact_and_without_addresses():
     pins = [line for line in lines if not line.startswith('#')]
     assert len(pins) > 50
     assert not [pin for pin in pins if not re.fullmatch(r'[\w.-]+==[\w.+!-]+', pin)]
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_without_the_checkout(project, run_tool, tmp_path):
+    source, site = tmp_path / 'source', tmp_path / 'site'
+    listing = run_tool('git', '-C', ROOT, 'ls-files', '-co', '--exclude-standard')[1]
+    files = listing.splitlines()
+    for file in files:  # pip builds in the folder of the source
+        (source / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / file, source / file, follow_symlinks=False)
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    for command in (
+        ['wheel', '--no-build-isolation', '--wheel-dir', tmp_path, source],
+        ['install', '--find-links', tmp_path, '--target', site, 'mmdense'],
+    ):
+        status, output = run_tool(*pip, *command, '--no-deps', '--no-index')
+        assert status == 0, output
+    installed = {str(f.relative_to(site)) for f in site.rglob('*') if f.suffix != '.pyc'}
+    mim = {
+        f'mmdense/.mim/{f}' for f in files if f.startswith(('configs/', 'tools/', 'model-index'))
+    }
+    package = {f for f in files if f.startswith('mmdense/') and '/.mim/' not in f}
+    assert mim | package <= installed
+    assert {f.partition('/')[0] for f in installed} == {'mmdense', 'mmdense-0.1.0.dist-info'}
+    assert not [f for f in installed if {'tests', 'dev'} & {*f.split('/')}]
+    shutil.rmtree(source)
+    config = DEMOS['detection'].name
+    done = subprocess.run(
+        [sys.executable, '-m', 'mmdense', 'train', f'mmdense::detection/demo/{config}', '--verbose']
+        + ['--work-dir', tmp_path / 'run', '--cfg-options', *TWO_ITERATIONS['detection']],
+        cwd=project,
+        env={**os.environ, 'PYTHONPATH': str(site)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'run/epoch_1.pth').is_file()
+    assert 'Hooks will be executed' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ('word', 'script'), [('train', ROOT / 'tools/train.py'), ('test.py', ROOT / 'test.py')]
+)
+def test_a_word_names_a_tool_and_anything_else_a_script(word, script, monkeypatch):
+    scripts = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, 'path', ['', *sys.path[1:]])
+    monkeypatch.setattr(sys, 'argv', ['mmdense', word, 'CONFIG'])
+    monkeypatch.setattr(runpy, 'run_path', lambda path, run_name: scripts.append(path))
+    __main__.main()
+    assert Path(scripts[0]).resolve() == script
+    assert sys.argv == [*scripts, 'CONFIG']
+    assert sys.path[0] == str(script.parent)
+    monkeypatch.setattr(sys, 'argv', ['mmdense'])
+    with pytest.raises(SystemExit, match='tools: .* publish_model, test, train, visualize'):
+        __main__.main()

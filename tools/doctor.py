@@ -105,8 +105,10 @@ def install_mmdense() -> str:
     """Return the command that installs mmdense with the MM distribution that is there."""
     names = installed(MM)
     original = names and not any(name.startswith('onedl-') for name in names)
-    target = f'{ROOT}[{"openmmlab" if original else "mm"}]'
-    return f'{PIP} install -e {shlex.quote(target)}'
+    extra = '[openmmlab]' if original else '[mm]'
+    if not (ROOT / 'setup.py').is_file():  # installed from a wheel
+        return f"{PIP} install 'mmdense{extra}'"
+    return f'{PIP} install -e {shlex.quote(f"{ROOT}{extra}")}'
 
 
 def install_opencv() -> str:

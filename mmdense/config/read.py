@@ -16,15 +16,19 @@ from mmengine.config import Config
 from mmdense.config.channels import fill_channels
 from mmdense.config.validate import check_options, check_sections
 from mmdense.errors import UserError, one_line, suggest_file
+from mmdense.patches import find_config
 
 __all__ = ['load_config', 'read_config']
 
 
 def read_config(path: str) -> Config:
-    """Return a config as its file and its bases define it, or raise UserError with the place."""
-    file = Path(path)
+    """Return a config as its file and its bases define it, or raise UserError with the place.
+
+    ``path`` may be that of an installed package's, such as ``mmdet::FOLDER/NAME.py``.
+    """
+    file = find_config(path)
     if not file.is_file():
-        raise UserError(f'no config {path}{suggest_file(path, "*.py")}')
+        raise UserError(f'no config {path}{suggest_file(file, "*.py")}')
     try:
         return Config.fromfile(file)
     except RecursionError as error:
@@ -64,7 +68,7 @@ def load_config(
     """Read a config file and apply the options that all tools share.
 
     Args:
-        path: The config file.
+        path: The config file, as for :func:`read_config`.
         options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's
             ``data_root`` everywhere: in data sets, annotation files and metrics.
         work_dir: Folder of logs and checkpoints; by default the config's, or ``work_dirs/<name>``.
@@ -97,7 +101,7 @@ def load_config(
         raise UserError(f'model must be a dict, but is {cfg.model!r}')
     fill_channels(cfg)
     cfg.launcher = launcher
-    cfg.work_dir = work_dir or cfg.get('work_dir') or str(Path('work_dirs') / Path(path).stem)
+    cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{find_config(path).stem}'
     return cfg
 
 

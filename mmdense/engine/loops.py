@@ -33,8 +33,9 @@ from mmdense.registry import LOOPS
 __all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']
 
 MODEL, BATCH, VALIDATION = range(3)  # independent random streams
-# Entries of the message hub, which is saved with each checkpoint.
-EPOCH, VALIDATED = 'epoch_begun', 'validated_at'
+# Entries of the message hub, which is saved with each checkpoint. Those that begin with 'val' would
+# be logged as metrics.
+EPOCH, VALIDATED = 'epoch_begun', 'last_validated'
 
 
 class _Resumable:

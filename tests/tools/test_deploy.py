@@ -30,6 +30,7 @@ def test_condensed_model_is_deployed(call_tool, tmp_path):
     assert status == 0
     for form in ('learned', 'condensed', 'deployed'):
         assert form in output
+    assert len(output.splitlines()) < 30
     assert 'EMAHook' in out.with_suffix('.py').read_text()
     predictions = []
     for arguments in (

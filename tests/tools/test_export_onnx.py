@@ -30,6 +30,7 @@ def test_detector(export, checkpoints, tmp_path):
     assert 'minus (123.675, 116.28, 103.53), divided by (58.395, 57.12, 57.375)' in output
     assert 'feature maps: proposals, boxes, NMS and masks are not in the file' in output
     assert 'weights: random' not in output
+    assert len(output.splitlines()) < 30
     assert (tmp_path / 'net.onnx').exists()
 
 

@@ -56,6 +56,8 @@ def test_predictions_and_images(trained, call_tool, tmp_path):
     status, output, _ = call_tool('test', DEMOS[task], checkpoint, *options)
     assert status == 0
     assert METRIC[task] in output[output.index('metric ') :]
+    assert len(output.splitlines()) < 50
+    assert ' -1.0' not in output  # no object is large
     assert list((tmp_path / 'shown').rglob('*.jpg')) or list((tmp_path / 'shown').rglob('*.png'))
     if task == 'detection':
         predictions = pickle.loads(out.read_bytes())
@@ -92,6 +94,17 @@ def test_resuming(trained, call_tool, tmp_path):
     assert status == 0
     assert f'Load checkpoint from {checkpoint}' in output
     assert 'iter: 2' in output
+    summary = output.partition('training\n')[2].splitlines()[:5]
+    assert [line.split()[0] for line in summary] == ['model', 'data', 'schedule', 'work', 'log']
+    assert '16 images in batches of 8, 4 to validate' in summary[1]
+    assert Path(summary[4].split()[-1]).is_file()
+    assert output.splitlines()[-1].endswith(
+        f'checkpoint: {os.path.relpath(tmp_path / "run" / name)}'
+    )
+    assert len(output.splitlines()) < 50
+    assert 'Hooks will be executed' not in output
+    assert 'Hooks will be executed' in log_of(tmp_path / 'run')
+    assert 'validated' not in log_of(tmp_path / 'run')
     assert (tmp_path / 'run' / name).is_file()
 
 
@@ -183,7 +196,7 @@ def test_two_processes_without_a_gpu(run_tool, tmp_path):
     )
     assert status == 0, output
     assert output.count('in place of SyncBN') == 1
-    assert 'Distributed training: True' in output
+    assert 'batches of 4 x 2 processes' in output
     checkpoint = (tmp_path / 'last_checkpoint').read_text()
     status, output = run_tool(ROOT / 'tools/dist_test.sh', DETECTOR, checkpoint, 2, *options, **env)
     assert status == 0, output

@@ -17,6 +17,7 @@ def test_predictions_and_curves(task, checkpoints, call_tool, tmp_path):
     status, output, _ = call_tool('visualize', *arguments, *options)
     assert status == 0
     assert '0.500' in output[output.index('last validation') :]
+    assert len(output.splitlines()) < 30
     picture = cv2.imread(str(tmp_path / 'out/predictions.png'))
     assert picture.shape == (900, 2700, 3)  # four pairs in rows of three
     assert (picture[450:, 950:] == 255).all()
