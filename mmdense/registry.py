@@ -17,7 +17,7 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-__all__ = ['HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
+__all__ = ['DATASETS', 'HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
 
 ENGINE = ['mmdense.engine']
 MODELS = parents.Registry(
@@ -25,6 +25,9 @@ MODELS = parents.Registry(
     parent=parents.MODELS,
     scope='mmdense',
     locations=['mmdense.models', 'mmdense.models.heads', *ENGINE],
+)
+DATASETS = parents.Registry(
+    'dataset', parent=parents.DATASETS, scope='mmdense', locations=['mmdense.datasets.label_maps']
 )
 HOOKS = parents.Registry('hook', parent=parents.HOOKS, scope='mmdense', locations=ENGINE)
 LOOPS = parents.Registry('loop', parent=parents.LOOPS, scope='mmdense', locations=ENGINE)

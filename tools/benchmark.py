@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rounds=args.rounds, pictures=args.pictures, device=args.device, progress=status.update
         )
     failed = [b.name for b in backbones if sweep.state(b.name)['status'] != 'done']
+    for name in failed:  # in the table above a long line is cut
+        console.print(f'{name}: {sweep.state(name)["error"]}', soft_wrap=True, markup=False)
     console.print(f'report: {folder / "report.html"}', soft_wrap=True, markup=False)
     if failed:
         sys.exit(f'failed: {", ".join(failed)} (logs: {folder}/runs/*/output.log)')

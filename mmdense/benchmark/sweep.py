@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import itertools
 import json
 import re
 import subprocess
@@ -110,7 +111,7 @@ class Sweep:
         self.size = size or training_size(cfg)
         self.configs = {backbone.name: self._make_config(backbone) for backbone in backbones}
         for name, config in self.configs.items():
-            self._write_config(config, self._config_file(name))
+            self._write_config(name, config)
 
     def _run_folder(self, name: str) -> Path:
         return self.folder / 'runs' / _slug(name)
@@ -136,17 +137,20 @@ class Sweep:
         hooks.checkpoint.max_keep_ckpts = 1
         return cfg
 
-    def _write_config(self, cfg: Config, file: Path) -> None:
-        """Write a run's config; one from an earlier start must be the same."""
+    def _write_config(self, name: str, cfg: Config) -> None:
+        """Write a run's config. One that has trained must be the same, or is moved if it failed."""
+        file, folder, text = self._config_file(name), self._run_folder(name), cfg.pretty_text
         check_writable(file)
-        Path(cfg.work_dir).mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            atomic_write(file, cfg.pretty_text.encode())
-        elif file.read_text() != cfg.pretty_text:
-            raise UserError(
-                f'{file} belongs to a sweep with other settings: repeat those, or name another '
-                '--out'
-            )
+        if (folder / 'last_checkpoint').exists() and file.exists() and file.read_text() != text:
+            if self.state(name)['status'] != 'failed':
+                raise UserError(
+                    f'{file} belongs to a sweep with other settings: repeat those, or name '
+                    'another --out'
+                )
+            free = (folder.with_name(f'{folder.name}.failed{n}') for n in itertools.count(1))
+            folder.rename(next(path for path in free if not path.exists()))
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, text.encode())
 
     def checkpoint(self, name: str) -> str:
         """Return the last checkpoint of a run."""

@@ -95,10 +95,21 @@ def test_the_config_is_relative_to_the_working_folder(tmp_path, monkeypatch):
 def test_other_settings_need_another_folder(tmp_path):
     sweep_of(tmp_path, names=NAMES[1:])
     sweep_of(tmp_path, names=[*NAMES[1:], str(CONDENSED)])  # a further backbone does not
+    run = tmp_path / 'runs/timm-resnet18'
+    (run / 'last_checkpoint').write_text('epoch_1.pth')
     message = r'timm-resnet18.py belongs to a sweep with other settings: .*--out'
     for options in (dict(gpus=2), {'train_cfg.max_epochs': 9}):
         with pytest.raises(UserError, match=message):
             sweep_of(tmp_path, names=NAMES[1:], **options)
+    # A run that failed, or has not trained yet, begins again; its files are kept.
+    (run / 'state.json').write_text(json.dumps(dict(status='failed', seconds=1, error='NaN')))
+    for epochs in (9, 10):
+        sweep = sweep_of(tmp_path, names=NAMES[1:], **{'train_cfg.max_epochs': epochs})
+        assert (
+            load_config(str(tmp_path / 'configs/timm-resnet18.py')).train_cfg.max_epochs == epochs
+        )
+    assert sweep.state('timm:resnet18')['status'] == 'waiting'
+    assert (tmp_path / 'runs/timm-resnet18.failed1/last_checkpoint').exists()
 
 
 def test_configs(tmp_path):
