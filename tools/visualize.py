@@ -1,11 +1,12 @@
 """Draw a trained model's predictions beside the ground truth, and its training curves."""
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 from rich.console import Console
@@ -38,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     keys = [key for key in run.keys if 'loss' in key or key in METRICS]
     plot_runs([run], out / 'curves.png', keys=keys)
-    drawings = list(draw_test_images(cfg, predictor, args.num, args.score_thr))
-    save_grid(drawings, out / 'predictions.png')
+    drawings, legend = draw_test_images(cfg, predictor, args.num, args.score_thr)
+    save_grid(drawings, legend, out / 'predictions.png')
     console = Console()
     if run.metrics:
         table = Table('last validation', 'value')
@@ -53,18 +54,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw_test_images(
     cfg: Config, predictor: Predictor, count: int, score_thr: float
-) -> Iterator[np.ndarray]:
-    """Yield the ground truth and the prediction of the first test images."""
+) -> tuple[list[np.ndarray], dict[str, tuple[int, ...]]]:
+    """Return drawings of the first test images, truth and prediction in turn, and their legend."""
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    drawings, legend = [], {}
     for i in range(min(count, len(dataset))):
         truth = dataset[i]['data_samples']
         (prediction,) = predictor(truth.img_path)
-        yield predictor.draw(truth.img_path, truth, truth=True)
-        yield predictor.draw(truth.img_path, prediction, score_thr)
+        drawings.append(predictor.draw(truth.img_path, truth, truth=True))
+        drawings.append(predictor.draw(truth.img_path, prediction, score_thr))
+        legend |= predictor.legend([truth, prediction])
+    return drawings, legend
 
 
-def save_grid(drawings: Sequence[np.ndarray], file: Path) -> None:
+def save_grid(
+    drawings: Sequence[np.ndarray], legend: Mapping[str, tuple[int, ...]], file: Path
+) -> None:
     """Save pairs of drawings as one image, three pairs per row."""
     rows = -(-len(drawings) // 6)
     figure = Figure(figsize=(27, 4.5 * rows), layout='constrained', dpi=100)
@@ -74,6 +80,9 @@ def save_grid(drawings: Sequence[np.ndarray], file: Path) -> None:
     for i, drawing in enumerate(drawings):
         axes[i].imshow(drawing)
         axes[i].set_title('prediction' if i % 2 else 'truth')
+    if legend:
+        patches = [Patch(color=np.array(c) / 255, label=name) for name, c in legend.items()]
+        figure.legend(handles=patches, loc='outside lower center', ncols=12, fontsize='x-large')
     figure.savefig(file)
 
 

@@ -225,6 +225,13 @@ class Predictor:
             return draw_instances(rgb, _to_numpy(instances), self.classes, self.palette)
         return rgb
 
+    def legend(self, samples: Sequence[BaseDataElement]) -> dict[str, tuple[int, ...]]:
+        """Return the colours of the classes in segmentations, predicted or true, by name."""
+        maps = [sample.get(key) for sample in samples for key in ('pred_sem_seg', 'gt_sem_seg')]
+        found = {int(label) for data in maps if data is not None for label in data.data.unique()}
+        colours = zip(self.classes, self.palette, strict=False)
+        return {name: colour for i, (name, colour) in enumerate(colours) if i in found}
+
     def coco(
         self, sample: BaseDataElement, image_id: int, score_thr: float = 0.0
     ) -> list[dict[str, Any]]:

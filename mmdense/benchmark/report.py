@@ -39,6 +39,7 @@ __all__ = ['write_report']
 
 MISSING = '–'
 CURVE_POINTS = 150
+LEARNED = 0.05  # a smaller metric, as a share of the largest possible, ranks nothing
 PICTURE_SIDE, PICTURE_BYTES = 320, 24_000  # larger pictures are scaled down
 COSTS = (  # key in results.json, in the CSV file, heading, unit, its size, which is better
     ('p50', 'p50_ms', 'median', 'ms', 1e-3, 'min'),
@@ -211,13 +212,21 @@ class Report:
         """The main results as sentences; none unless there are two backbones to compare."""
         names = [row['backbone'] for row in self.rows]
         sentences = []
+        best = self.metric.best
+        untrained = best is not None and best < LEARNED * (100 if self.metric.unit == '%' else 1)
+        if untrained:
+            figure = f'{self.metric.text(best)} {self.metric.unit}'.rstrip()
+            sentences.append(
+                f'No backbone has learned the task yet: the best {self.metric.title} is {figure}. '
+                'Train longer, or check the data and the learning rate.'
+            )
         for title, column in (
             (f'Best {self.metric.title}', self.metric),
             ('Fastest inference', self.costs['infer_p50_ms']),
             ('Least memory in training', self.costs['train_memory_mb']),
             ('Fewest MACs', self.costs['macs_g']),
         ):
-            if column.best is not None:
+            if column.best is not None and not (untrained and column is self.metric):
                 values = zip(names, column.values, strict=True)
                 best = _listed(name for name, value in values if value == column.best)
                 figure = f'{column.text(column.best)} {column.unit}'.rstrip()
@@ -227,7 +236,7 @@ class Report:
             for plot in self.plots
         ]
         always = set.intersection(*fronts) if fronts and len(names) > 1 else set()
-        if always:
+        if always and not untrained:
             on_all = _listed(name for name in names if name in always)
             sentences.append(f'On the Pareto front of every plot: {on_all}.')
         return sentences

@@ -255,7 +255,7 @@ class Sweep:
         batch = pseudo_collate([train_set[i % len(train_set)] for i in range(train_batch)])
         channels_last = any(h['type'] == CHANNELS_LAST for h in cfg.get('custom_hooks') or [])
         rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-        infers, steps, truth = {}, {}, []
+        infers, steps, truth, legend = {}, {}, [], {}
         for name in names:
             progress(f'loading {name}')
             row = rows[name]
@@ -267,7 +267,12 @@ class Sweep:
                     row['form'] = 'deployed'
                 step = training_run(self.configs[name], batch)
                 paths = [sample.img_path for sample in samples]
-                pictures = [predictor.draw(p, predictor(p)[0], SCORE_THRESHOLD) for p in paths]
+                predictions = [predictor(path)[0] for path in paths]
+                legend |= predictor.legend([*predictions, *samples])
+                pictures = [
+                    predictor.draw(path, prediction, SCORE_THRESHOLD)
+                    for path, prediction in zip(paths, predictions, strict=True)
+                ]
                 row['pictures'] = self._save(pictures, _slug(name))
             except Exception as error:  # from any library; the other models are still measured
                 row['error'] = f'not measured: {one_line(error)}'
@@ -295,7 +300,8 @@ class Sweep:
                     rows[name][kind] = values
         measured = dict(size=self.size, infer_batch=1, train_batch=train_batch, rounds=rounds)
         measured |= dict(device=device, channels_last=channels_last)
-        return dict(rows=rows, truth=truth, machine=machine(device), measured=measured)
+        parts = dict(rows=rows, truth=truth, legend=legend)
+        return dict(parts, machine=machine(device), measured=measured)
 
     def _save(self, pictures: Sequence[np.ndarray], name: str) -> list[str]:
         """Write RGB pictures and return their files, relative to the folder."""
@@ -329,6 +335,7 @@ class Sweep:
             measured=measured.get('measured'),
             rows=rows,
             truth=measured.get('truth', []),
+            legend=measured.get('legend', {}),  # of segmentations: class -> RGB
         )
         atomic_write(self.folder / 'results.json', json.dumps(results, indent=1).encode())
         write_report(self.folder)

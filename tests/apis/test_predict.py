@@ -331,6 +331,16 @@ def test_results_of_instances(kind, pixels, request):
     assert model.coco(sample, 7, 1.0) == []
 
 
+def test_legend_of_segments(segmentor, detector, pixels):
+    (sample,) = segmentor(pixels)
+    sample.pred_sem_seg.data.zero_()
+    assert segmentor.legend([sample]) == {segmentor.classes[0]: segmentor.palette[0]}
+    sample.gt_sem_seg = PixelData(data=torch.full_like(sample.pred_sem_seg.data, 255))
+    sample.gt_sem_seg.data[0, 0, 0] = 1
+    assert list(segmentor.legend([sample])) == list(segmentor.classes[:2])
+    assert detector.legend(detector(pixels)) == {}
+
+
 def test_results_of_segments(segmentor, pixels):
     (sample,) = segmentor(pixels)
     labels = sample.pred_sem_seg.data[0]

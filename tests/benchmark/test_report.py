@@ -71,6 +71,7 @@ def make_results(rows, **changes):
         ),
         rows=rows,
         truth=[],
+        legend={},
     )
     return {**results, **changes}
 
@@ -124,6 +125,15 @@ def rgb(colour):
     return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
+def test_no_winner_where_nothing_was_learned(report):
+    rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.001, 0.005))]
+    page, _, _ = report(rows)
+    assert 'No backbone has learned the task yet: the best box AP is 0.005. Train' in page.text
+    assert 'Best box AP' not in page.text
+    assert 'Pareto front of every plot' not in page.text
+    assert 'Fastest inference: net-0' in page.text
+
+
 def test_the_report(report, tmp_path):
     """Three trained backbones and one that failed, with pictures."""
     (tmp_path / 'pictures').mkdir()
@@ -131,7 +141,9 @@ def test_the_report(report, tmp_path):
     rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.5, 0.7, 0.6))]
     rows[0]['pictures'] = ['pictures/a.jpg', 'pictures/gone.jpg']
     rows[2]['form'] = 'trained'
-    page, text, markdown = report([*rows, fail(3)], truth=['pictures/a.jpg'] * 2)
+    truth = dict(truth=['pictures/a.jpg'] * 2, legend={'sky <b>': [9, 8, 7]})
+    page, text, markdown = report([*rows, fail(3)], **truth)
+    assert 'fill="rgb(9 8 7)"/></svg>sky &lt;b&gt;</li>' in text
 
     # The page needs nothing else.
     assert '//' not in re.sub(r'data:image/jpeg;base64,[\w+/=]+|\n *// .*', '', text)
