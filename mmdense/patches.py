@@ -21,11 +21,11 @@ __all__ = ['SILENCED', 'apply_patches', 'find_config', 'patch_configs', 'quiet_t
 # Warnings of libraries that a user can do nothing about, by their beginning.
 SILENCED = (
     'faster_coco_eval is not installed',  # mmdet: a metric that is not used
-    'Could not import OneDL',  # mmseg: a data set that is not used
     'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
     '"FileClient" will be deprecated',  # mmengine's own hooks use both
     '"HardDiskBackend" is the alias',
 )
+LOGGING = ('logging', 'mmengine.logging', __name__)
 # Messages of libraries that the terminal shows: progress, metrics, and what a run starts from.
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'pycocotools')
 SHOWN = re.compile(
@@ -76,19 +76,17 @@ def find_config(path: str) -> Path:
 
 @functools.cache
 def patch_configs() -> None:
-    """Let a config's ``_base_`` name configs of mmdense, and of mmseg in either distribution.
+    """Let a config's ``_base_`` name those of mmdense, and of mmseg in either distribution.
 
-    mmengine has a table of packages, with one distribution of each, and reads all metafiles of a
-    package for each base. Parts of a base ``mmdense::...`` get no scope, since most are mmdet's or
-    mmseg's.
+    mmengine knows a fixed table of distributions, and reads all metafiles of one for each base. A
+    base ``mmdense::...`` sets no scope, since most of its parts are mmdet's or mmseg's.
     """
     original = Config._get_cfg_path
 
     def get_cfg_path(path: str, filename: str) -> tuple[str, str | None]:
         package, file = path.rpartition('::')[0], find_config(path)
-        if not package or not file.is_file():
-            return original(path, filename)
-        return str(file), None if package == 'mmdense' else package
+        scope = None if package == 'mmdense' else package
+        return (str(file), scope) if package and file.is_file() else original(path, filename)
 
     Config._get_cfg_path = staticmethod(get_cfg_path)
     utils.MODULE2PACKAGE['mmdense'] = 'mmdense'
@@ -98,9 +96,8 @@ def patch_configs() -> None:
 def quiet_terminal() -> Iterator[None]:
     """Show progress, metrics and warnings in the terminal; the log file has everything.
 
-    Inside the context, new loggers of mmengine show of the libraries' messages only those in
-    :data:`SHOWN`, and pycocotools logs what it would print. In the terminal, COCO's AP and AR of a
-    size that no object has is '-' instead of -1.
+    Inside the context, new loggers of mmengine show only those messages of :data:`LIBRARIES` that
+    are :data:`SHOWN`, and what pycocotools prints is logged.
     """
     from pycocotools import coco, cocoeval
 
@@ -116,9 +113,7 @@ def quiet_terminal() -> Iterator[None]:
 
     MMLogger.__init__ = init
     for module in printing:
-        module.print = lambda *values: MMLogger.get_current_instance().info(
-            ' '.join(map(str, values))
-        )
+        module.print = lambda text: MMLogger.get_current_instance().info(text)
     try:
         yield
     finally:
@@ -128,12 +123,9 @@ def quiet_terminal() -> Iterator[None]:
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
+    message, frame = record.getMessage(), sys._getframe(1)
     if record.levelno >= logging.WARNING or SHOWN.match(message):
         return not message.startswith(SILENCED)
-    frame = sys._getframe(1)
-    while (name := frame.f_globals['__name__']).startswith(
-        ('logging', 'mmengine.logging', __name__)
-    ):
+    while (origin := frame.f_globals['__name__']).startswith(LOGGING):
         frame = frame.f_back
-    return not name.startswith(LIBRARIES)
+    return not origin.startswith(LIBRARIES)

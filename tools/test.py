@@ -12,7 +12,7 @@ from mmdense.apis import deploy
 from mmdense.config import edit
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.engine.runner import build_runner, load_weights, unwrap
-from mmdense.visualization.logs import format_metric
+from mmdense.visualization.logs import is_empty
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if runner.rank == 0:
         table = Table('metric', 'value')
         for name, value in metrics.items():
-            table.add_row(escape(name), format_metric(name, value))
+            table.add_row(escape(name), '-' if is_empty(name, value) else f'{value:.3f}')
         Console().print(table)
 
 

@@ -1,7 +1,10 @@
 """Train a detector or a segmentor."""
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from mmdense import cli
 from mmdense.config import edit
@@ -65,7 +68,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         edit.use_auto_scale_lr(cfg)
     use_checkpoint(cfg, args.resume, args.load_from, args.min_loaded)
     with explain_out_of_memory(cfg, 'train'):
-        build_runner(cfg, loaders=('train', 'val'), min_loaded=args.min_loaded).train()
+        runner = build_runner(cfg, loaders=('train', 'val'), min_loaded=args.min_loaded)
+        runner.logger.info(describe(runner))
+        runner.train()
+    pointer = Path(cfg.work_dir, 'last_checkpoint')
+    if pointer.is_file():
+        runner.logger.info(f'checkpoint: {os.path.relpath(pointer.read_text())}')
+
+
+def describe(runner: Any) -> str:
+    """Return what a run trains, on which data, for how long, and where it writes."""
+    cfg, loop = runner.cfg, runner.train_loop
+    loader, optimizer = loop.dataloader, cfg.optim_wrapper.get('optimizer') or {}
+    kinds = [part['type'] for part in (cfg.model, cfg.model.get('backbone')) if part]
+    processes = f' x {runner.world_size} processes' if runner.world_size > 1 else ''
+    validation = f', {len(runner.val_dataloader.dataset)} to validate' if runner.val_loop else ''
+    epochs = f'{loop.max_epochs} epochs, ' if 'max_epochs' in cfg.train_cfg else ''
+    rate = f', {optimizer.type}, lr {optimizer.get("lr")}' if optimizer else ''
+    return (
+        'training\n'
+        f'  model     {", backbone ".join(map(str, kinds))}\n'
+        f'  data      {len(loader.dataset)} images in batches of '
+        f'{loader.batch_sampler.batch_size}{processes}{validation}\n'
+        f'  schedule  {epochs}{loop.max_iters} iterations{rate}\n'
+        f'  work dir  {cfg.work_dir}\n'
+        f'  log file  {os.path.relpath(runner.log_dir)}/{runner.timestamp}.log'
+    )
 
 
 if __name__ == '__main__':

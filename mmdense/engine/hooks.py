@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from mmdense.errors import UserError
 from mmdense.registry import HOOKS
 from mmdense.weights.loading import check_min_loaded, load_checked
 
-__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'SummaryHook', 'unwrap']
+__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'unwrap']
 
 
 @HOOKS.register_module()
@@ -133,39 +131,6 @@ class LoadReportHook(Hook):
         state = checkpoint.get('state_dict') or {}
         if state.keys() != weights.keys() or any(state[k] is not v for k, v in weights.items()):
             checkpoint['state_dict'] = weights  # for EMAHook and the runner
-
-
-class SummaryHook(Hook):
-    """Log what a training does in a few lines, and at its end the last checkpoint."""
-
-    priority = 'VERY_HIGH'
-
-    def before_run(self, runner: Runner) -> None:
-        """Log model, data, schedule and files."""
-        cfg, loop, model = runner.cfg, runner.train_loop, unwrap(runner.model)
-        loader, optimizer = loop.dataloader, cfg.optim_wrapper.get('optimizer') or {}
-        backbone = getattr(model, 'backbone', None)
-        processes = f' x {runner.world_size} processes' if runner.world_size > 1 else ''
-        validation = (
-            f', {len(runner.val_dataloader.dataset)} to validate' if runner.val_loop else ''
-        )
-        epochs = f'{loop.max_epochs} epochs, ' if 'max_epochs' in cfg.train_cfg else ''
-        rate = f', {optimizer.type}, lr {optimizer.get("lr")}' if optimizer else ''
-        runner.logger.info(
-            f'training\n'
-            f'  model     {type(model).__name__}, backbone {type(backbone).__name__}\n'
-            f'  data      {len(loader.dataset)} images in batches of '
-            f'{loader.batch_sampler.batch_size}{processes}{validation}\n'
-            f'  schedule  {epochs}{loop.max_iters} iterations{rate}\n'
-            f'  work dir  {cfg.work_dir}\n'
-            f'  log file  {os.path.relpath(runner.log_dir)}/{runner.timestamp}.log'
-        )
-
-    def after_run(self, runner: Runner) -> None:
-        """Log the last checkpoint."""
-        pointer = Path(runner.work_dir, 'last_checkpoint')
-        if pointer.is_file():
-            runner.logger.info(f'checkpoint: {os.path.relpath(pointer.read_text())}')
 
 
 def unwrap(model: nn.Module) -> nn.Module:

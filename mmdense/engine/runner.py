@@ -22,7 +22,7 @@ from mmdense.config.edit import drop_amp
 from mmdense.config.parts import check_parts, dicts, find
 from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
 from mmdense.engine.bad_samples import FlexibleRunner, Runner
-from mmdense.engine.hooks import LoadReportHook, SummaryHook, unwrap
+from mmdense.engine.hooks import LoadReportHook, unwrap
 from mmdense.errors import UserError, one_line, suggest_file
 from mmdense.files import check_writable, wrap_disk_errors
 
@@ -79,8 +79,6 @@ def build_runner(
     if replaced:
         runner.logger.info(f"{', '.join(replaced)}: in place of mmengine's, to resume exactly")
     runner.register_hook(LoadReportHook(min_loaded, 'backbone' if training else ''))
-    if training:
-        runner.register_hook(SummaryHook())
     model = unwrap(runner.model)
     if isinstance(model, nn.Module):  # FlexibleRunner builds it when it starts
         check_channels(model, cfg.model.get('module', cfg.model))

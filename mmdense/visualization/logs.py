@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 
-__all__ = ['METRICS', 'Run', 'format_metric', 'plot_runs', 'read_runs', 'read_scalars']
+__all__ = ['METRICS', 'Run', 'is_empty', 'plot_runs', 'read_runs', 'read_scalars']
 
 # Metrics that are plotted and printed by default, with their usual names.
 METRICS = {
@@ -35,14 +35,8 @@ FORMATS = ('.pdf', '.png', '.svg')  # of plots of several runs
 SMOOTHING = 25  # a smoothed value is the mean over 1/25 of a run
 
 
-def format_metric(name: str, value: Any) -> str:
-    """Return a metric as a table shows it; '-' is COCO's AP or AR of a size that no object has."""
-    if not isinstance(value, int | float | np.number):  # metrics return anything
-        return str(value)
-    return '-' if _is_empty(name, value) else f'{value:.3f}'
-
-
-def _is_empty(name: str, value: Any) -> bool:
+def is_empty(name: str, value: Any) -> bool:
+    """Return whether a metric is COCO's AP or AR of a size that no object has, which is -1."""
     return ('AP' in name or 'AR' in name) and isinstance(value, float) and value == -1
 
 
@@ -73,7 +67,7 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
                 last, resumed = record['step'], False
                 losses[last] = record
             elif last and record['step'] and METRICS.keys() & record.keys():  # a test's step is 0
-                record = {k: v for k, v in record.items() if not _is_empty(k, v)}
+                record = {k: v for k, v in record.items() if not is_empty(k, v)}
                 metrics[last] = dict(record, iter=last)
     if not losses:
         raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')
