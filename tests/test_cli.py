@@ -94,12 +94,15 @@ def test_other_errors_keep_their_traceback():
         main()
 
 
-def test_min_coverage_is_a_deprecated_alias(capsys):
+@pytest.mark.parametrize(
+    ('alias', 'option'), [('--min-coverage', '--min-loaded'), ('--score-thr', '--score')]
+)
+def test_deprecated_aliases(alias, option, capsys):
     parser = argparse.ArgumentParser()
     cli.add_min_loaded(parser, of="model's")
-    assert parser.parse_args([]).min_loaded == 1
-    assert parser.parse_args(['--min-loaded', '0.9']).min_loaded == 0.9
-    assert not capsys.readouterr().err
-    assert parser.parse_args(['--min-coverage', '0.9']).min_loaded == 0.9
-    line = 'warning: --min-coverage is a deprecated alias of --min-loaded\n'
-    assert capsys.readouterr().err == line
+    cli.add_score(parser, 1.0, 'drawn')
+    values = [vars(parser.parse_args(words)) for words in ([], [option, '0.9'])]
+    assert capsys.readouterr().err == ''
+    assert parser.parse_args([alias, '0.9']) == argparse.Namespace(**values[1])
+    assert capsys.readouterr().err == f'warning: {alias} is a deprecated alias of {option}\n'
+    assert values[0] == dict(min_loaded=1, score=1)

@@ -4,6 +4,7 @@ import argparse
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress
 
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.sweep import Progress as State
 from mmdense.benchmark.sweep import Sweep
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
@@ -102,26 +104,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.silence_libraries()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training too, as Ctrl-C does
     console = Console()
+    lines = Lines(console)
     with Progress(
-        '{task.description}', BarColumn(), '{task.fields[state]}', console=console
+        '{task.description}',
+        BarColumn(),
+        '{task.fields[state]}',
+        console=console,
+        disable=not console.is_terminal,
     ) as bars:
         tasks = {b.name: bars.add_task(b.name, total=1.0, state='waiting') for b in backbones}
-        sweep.train(
-            train,
-            lambda progress: bars.update(
-                tasks[progress.name], completed=progress.share, state=escape(progress.state)
-            ),
-        )
+
+        def show(progress: State) -> None:
+            state = escape(progress.state)
+            bars.update(tasks[progress.name], completed=progress.share, state=state)
+            lines.show(progress.name, progress.state)
+
+        sweep.train(train, show)
     with console.status('') as status:
-        sweep.measure(
-            rounds=args.rounds, pictures=args.pictures, device=args.device, progress=status.update
-        )
+
+        def show_text(text: str) -> None:
+            status.update(text)
+            lines.show('measuring', text)
+
+        options = dict(rounds=args.rounds, pictures=args.pictures, device=args.device)
+        sweep.measure(**options, progress=show_text)
     failed = [b.name for b in backbones if sweep.state(b.name)['status'] != 'done']
     for name in failed:  # in the table above a long line is cut
         console.print(f'{name}: {sweep.state(name)["error"]}', soft_wrap=True, markup=False)
     console.print(f'report: {folder / "report.html"}', soft_wrap=True, markup=False)
     if failed:
         sys.exit(f'failed: {", ".join(failed)} (logs: {folder}/runs/*/output.log)')
+
+
+class Lines:
+    """The progress as lines, where there is no terminal: each new activity, and once a minute."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.last = ('', '', 0.0)
+
+    def show(self, name: str, state: str) -> None:
+        activity = state.partition(' ')[0]
+        now = time.monotonic()
+        if (
+            self.console.is_terminal
+            or (name, activity) == self.last[:2]
+            and now < self.last[2] + 60
+        ):
+            return
+        self.last = name, activity, now
+        self.console.print(f'{name}: {state}', soft_wrap=True, markup=False, highlight=False)
 
 
 def make_demo_data(cfg: Config) -> None:

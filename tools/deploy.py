@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdense import cli  # sets what torch reads when it is loaded
+
+# isort: split
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdense import cli
 from mmdense.apis.deployment import (
     FormCost,
     compare_forms,

@@ -32,12 +32,7 @@ def parser() -> argparse.ArgumentParser:
         'images', nargs='+', metavar='IMAGE_OR_FOLDER', help='folders are searched recursively'
     )
     parser.add_argument('--out', required=True, metavar='DIR', help='output folder')
-    parser.add_argument(
-        '--score',
-        type=cli.share,
-        default=0.3,
-        help='lowest score of the instances that are drawn and written, 0 to 1 (%(default)s)',
-    )
+    cli.add_score(parser, 0.3, 'drawn and written')
     parser.add_argument('--device', help="such as cpu or cuda:1 (the GPU if there's one)")
     parser.add_argument(
         '--deploy', action='store_true', help="use the backbone's fastest form: same predictions"

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from mmdense import cli  # sets what torch reads when it is loaded
+
+# isort: split
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from mmdense import cli
 from mmdense.benchmark.memory import GB, ModeCost, best_mode, config_changes, plan, usable
 from mmdense.config.edit import use_amp
 from mmdense.config.image_size import training_size

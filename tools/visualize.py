@@ -23,9 +23,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', metavar='DIR', help='output folder (the work dir)')
     parser.add_argument('--num', type=int, default=12, help='number of test images (%(default)s)')
-    parser.add_argument(
-        '--score-thr', type=float, default=0.5, help='lowest score of a drawn box (%(default)s)'
-    )
+    cli.add_score(parser, 0.5, 'drawn')
     return parser
 
 
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     keys = [key for key in run.keys if 'loss' in key or key in METRICS]
     plot_runs([run], out / 'curves.png', keys=keys)
-    drawings, legend = draw_test_images(cfg, predictor, args.num, args.score_thr)
+    drawings, legend = draw_test_images(cfg, predictor, args.num, args.score)
     save_grid(drawings, legend, out / 'predictions.png')
     console = Console()
     if run.metrics:

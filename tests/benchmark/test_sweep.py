@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from rich.console import Console
 
 from mmdense.benchmark.backbones import find_backbone
 from mmdense.benchmark.sweep import Sweep
@@ -17,7 +18,7 @@ from mmdense.config.channels import build_part
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from mmdense.flops import model_macs
-from support import CONDENSED, DEMOS, ROOT
+from support import CONDENSED, DEMOS, ROOT, load_tool
 
 TOOL = ROOT / 'tools/benchmark.py'
 NAMES = [str(DEMOS['detection']), 'timm:resnet18']
@@ -173,6 +174,18 @@ def test_why_a_training_failed(tmp_path, log, end, message):
     assert message in sweep.state('timm:resnet18')['error']
 
 
+def test_progress_in_lines_without_a_terminal(monkeypatch, capsys):
+    seconds = iter((0, 10, 59, 60, 61, 62))
+    monkeypatch.setattr(time, 'monotonic', lambda: next(seconds))
+    lines = load_tool('benchmark').Lines(Console(width=20))
+    for step in range(4):
+        lines.show('a', f'epoch {step} of 4')
+    lines.show('b', 'starting')
+    lines.show('b', 'no file [x] in a long folder')
+    text = 'a: epoch 0 of 4\na: epoch 3 of 4\nb: starting\nb: no file [x] in a long folder\n'
+    assert capsys.readouterr().out == text
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
@@ -208,6 +221,10 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     status, output = run_tool(*command)
     assert status == 0, output
     assert output.splitlines()[-1] == f'report: {folder}/report.html'
+    assert 'timm:test_resnet: starting\n' in output
+    assert 'timm:test_resnet: done\n' in output
+    assert 'measuring: inference: round 1 of 2\n' in output
+    assert len(output.splitlines()) < 30
     rows = results_of(folder)
     assert [*rows] == ['condensenetv2-nano', 'timm:test_resnet']
     for row in rows.values():

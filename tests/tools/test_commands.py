@@ -29,6 +29,28 @@ def test_tools_run_from_another_folder(name, tmp_path):
     assert done.stdout.startswith(f'usage: {name}.py')
 
 
+BEFORE_TORCH = """
+import os, runpy, sys
+
+class Finder:
+    def find_spec(name, *_):
+        if name == 'torch':
+            os._exit(os.environ.get('OMP_WAIT_POLICY') != 'passive')
+
+sys.meta_path.insert(0, Finder)
+runpy.run_path(sys.argv[1], run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', TOOLS)
+def test_waiting_threads_sleep_by_default(name, monkeypatch):
+    """OpenMP reads the setting when torch is loaded."""
+    monkeypatch.delenv('OMP_WAIT_POLICY', raising=False)
+    command = [sys.executable, '-c', BEFORE_TORCH, ROOT / f'tools/{name}.py', '--help']
+    assert subprocess.run(command, stdout=subprocess.DEVNULL).returncode == 0
+
+
 @pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh'])
 def test_scripts_print_their_usage(run_tool, script):
     status, output = run_tool(ROOT / 'tools' / script)

@@ -13,7 +13,7 @@ def test_predictions_and_curves(task, checkpoints, call_tool, tmp_path):
     records = [dict(loss=2.0, loss_cls=1.5, step=5), {METRICS[task]: 0.5, 'step': 1}]
     write_log(tmp_path / 'run', records)
     arguments = [DEMOS[task], checkpoints / f'{task}.pth', '--work-dir', tmp_path / 'run']
-    options = ['--out', tmp_path / 'out', '--num', 4, '--score-thr', 0.05]
+    options = ['--out', tmp_path / 'out', '--num', 4, '--score', 0.05]
     status, output, _ = call_tool('visualize', *arguments, *options)
     assert status == 0
     assert '0.500' in output[output.index('last validation') :]
