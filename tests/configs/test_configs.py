@@ -102,6 +102,17 @@ def check_gradients(model, cfg):
         assert not [n for n, p in part.named_parameters() if p.grad is None and p.requires_grad]
 
 
+def check_loaders(cfg):
+    """Assert that workers stay and, but for the demos, which train on CPUs, that memory is pinned.
+
+    mmdet's and mmseg's tools read the same config.
+    """
+    for loader in ('train', 'val', 'test'):
+        options = cfg[f'{loader}_dataloader']
+        assert options.persistent_workers
+        assert options.get('pin_memory', False) == ('digits' not in cfg.data_root)
+
+
 def check_training(model, cfg):
     """Assert that the optimizer, the schedule, the hooks and the pipelines can be built."""
     drop_amp(cfg)
@@ -131,6 +142,7 @@ def test_config(path):
     if cfg.model.type != 'DepthEstimator':
         check_classes(model, cfg)
     check_training(model, cfg)
+    check_loaders(cfg)
     check_gradients(model, cfg)
 
 

@@ -29,7 +29,10 @@ train_pipeline = [
         ]),
     dict(type='PackDetInputs')
 ]
-train_dataloader = dict(batch_size=4, num_workers=8, dataset=dict(pipeline=train_pipeline))
+train_dataloader = dict(
+    batch_size=4, num_workers=8, pin_memory=True, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(pin_memory=True)
+test_dataloader = val_dataloader
 
 max_epochs = 36
 train_cfg = dict(type='mmdense.EpochBasedTrainLoop', max_epochs=max_epochs)

@@ -5,3 +5,6 @@ _base_ = [
 ]
 
 train_cfg = dict(type='mmdense.EpochBasedTrainLoop')
+train_dataloader = dict(pin_memory=True)
+val_dataloader = dict(pin_memory=True)
+test_dataloader = val_dataloader

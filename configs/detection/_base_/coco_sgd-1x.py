@@ -6,6 +6,9 @@ _base_ = [
 ]
 
 train_cfg = dict(type='mmdense.EpochBasedTrainLoop')
+train_dataloader = dict(pin_memory=True)
+val_dataloader = dict(pin_memory=True)
+test_dataloader = val_dataloader
 
 # For tools/test.py --tta: predictions with and without flip are merged by NMS.
 tta_model = dict(

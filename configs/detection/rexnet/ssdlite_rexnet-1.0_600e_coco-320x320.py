@@ -3,6 +3,9 @@
 _base_ = 'mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
 
 custom_imports = dict(imports=['mmdense'])
+train_dataloader = dict(pin_memory=True)
+val_dataloader = dict(pin_memory=True)
+test_dataloader = val_dataloader
 model = dict(
     backbone=dict(
         _delete_=True,
