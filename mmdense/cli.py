@@ -7,6 +7,7 @@ import ast
 import functools
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,6 +16,16 @@ from typing import Any, ParamSpec
 
 # Before torch is loaded: waiting threads sleep instead of spinning (docs/decisions.md).
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
+
+if sys.excepthook is sys.__excepthook__:  # as report_errors, during the imports
+
+    def _report_interrupt(kind: type[BaseException], *error: Any) -> None:
+        if kind is not KeyboardInterrupt:
+            return sys.__excepthook__(kind, *error)
+        sys.stderr.write('interrupted\n')
+        os._exit(130)
+
+    sys.excepthook = _report_interrupt
 
 import torch
 from mmengine.config import Config, DictAction
@@ -39,6 +50,7 @@ __all__ = [
 ]
 
 P = ParamSpec('P')
+INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that Ctrl-C has ended
 
 for text in SILENCED:
     warnings.filterwarnings('ignore', re.escape(text))
@@ -164,10 +176,13 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
 
     That is a :class:`.UserError` or a :func:`.build_error`. Other errors keep their traceback.
     Without ``--verbose``, the command runs in a :func:`.quiet_terminal`.
+    Ctrl-C ends with one line and status 130, SIGTERM with 143, both after ending what was started.
     """
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        with suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         words = args[0] if args and args[0] else sys.argv[1:]
         verbose = any(word.startswith('--verb') for word in words)
         try:
@@ -179,6 +194,9 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
                 raise
             sys.stderr.write(f'error: {printable(message)}\n')
             sys.exit(2)
+        except KeyboardInterrupt:
+            sys.stderr.write('interrupted\n')
+            sys.exit(INTERRUPTED)
 
     return wrapped
 

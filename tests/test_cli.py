@@ -1,6 +1,8 @@
 """Settings on the command line, and errors in one line."""
 
 import argparse
+import subprocess
+import sys
 
 import pytest
 from mmengine.config import DictAction
@@ -106,3 +108,36 @@ def test_deprecated_aliases(alias, option, capsys):
     assert parser.parse_args([alias, '0.9']) == argparse.Namespace(**values[1])
     assert capsys.readouterr().err == f'warning: {alias} is a deprecated alias of {option}\n'
     assert values[0] == dict(min_loaded=1, score=1)
+
+    assert parser.parse_args([]).min_loaded == 1
+    assert parser.parse_args(['--min-loaded', '0.9']).min_loaded == 0.9
+    assert not capsys.readouterr().err
+    assert parser.parse_args(['--min-coverage', '0.9']).min_loaded == 0.9
+    line = 'warning: --min-coverage is a deprecated alias of --min-loaded\n'
+    assert capsys.readouterr().err == line
+
+
+def test_ctrl_c_is_one_line_with_status_130(capsys):
+    @cli.report_errors
+    def main():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 130
+    assert capsys.readouterr().err == 'interrupted\n'
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_the_imports_of_a_tool():
+    code = """if True:
+        import sys
+        class Interrupt:
+            def find_spec(name, *args):
+                if name == 'torch':
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupt)
+        import mmdense.cli
+    """
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, 'interrupted\n')

@@ -2,7 +2,6 @@
 
 import argparse
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -102,7 +101,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         processes = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={args.gpus}']
         train = [sys.executable, *processes, *train[1:], '--launcher', 'pytorch']
     cli.silence_libraries()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the training too, as Ctrl-C does
     console = Console()
     lines = Lines(console)
     with Progress(

@@ -445,4 +445,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
+        sys.exit(128 + signal.SIGINT)

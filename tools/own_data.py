@@ -371,11 +371,17 @@ def set_classes(node: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def run_tool(name: str, *arguments: str | Path) -> None:
-    """Run tools/NAME.py; exit with its status if it fails."""
+    """Run tools/NAME.py; exit with its status if it fails. It does not outlive this process."""
     command = [sys.executable, ROOT / f'tools/{name}.py', *arguments]
-    status = subprocess.run([str(part) for part in command]).returncode
-    if status:
-        sys.exit(status)
+    with subprocess.Popen([str(part) for part in command]) as process:
+        try:
+            process.wait()
+        except BaseException as error:  # Ctrl-C and SIGTERM
+            process.terminate()
+            if process.wait() != cli.INTERRUPTED or not isinstance(error, KeyboardInterrupt):
+                raise  # else Ctrl-C has reached the tool too, which says so
+    if process.returncode:
+        sys.exit(process.returncode)
 
 
 if __name__ == '__main__':

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
+from mmengine.registry import HOOKS
 
+from mmdense.config.parts import LIBRARIES, find
 from mmdense.errors import UserError
 
 __all__ = [
     'drop_amp',
+    'fit_to_machine',
     'set_length',
     'use_amp',
     'use_auto_scale_lr',
@@ -31,6 +36,7 @@ __all__ = [
 
 AMP = 'AmpOptimWrapper'
 BFLOAT16 = 'mmdense.BFloat16OptimWrapper'
+WORKER_OPTIONS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')
 
 
 def use_amp(cfg: Config, dtype: str | None = None) -> None:
@@ -60,13 +66,10 @@ def drop_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None or wrapper.get('type') != AMP:
         return
-    if is_main_process():
-        print_log(
-            'no GPU: training in float32 in place of mixed precision (a CPU supports '
-            '--amp-dtype bfloat16)',
-            logger='current',
-            level=logging.WARNING,
-        )
+    _warn(
+        'no GPU: training in float32 in place of mixed precision (a CPU supports --amp-dtype '
+        'bfloat16)'
+    )
     wrapper.type = 'OptimWrapper'
     _pop_amp_options(wrapper)
 
@@ -74,6 +77,35 @@ def drop_amp(cfg: Config) -> None:
 def _pop_amp_options(wrapper: ConfigDict) -> None:
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
+
+
+def _warn(text: str) -> None:
+    if is_main_process():
+        print_log(text, logger='current', level=logging.WARNING)
+
+
+def fit_to_machine(cfg: Config, loaders: Sequence[str]) -> None:
+    """Fit options of data loaders to their workers and the device.
+
+    Workers live on after an epoch, unless the config decides or has hooks of other packages, which
+    may change the data set between epochs. A GPU gets batches from pinned memory; without one,
+    evaluation in float16 becomes float32, with a warning.
+    """
+    gpu, scope = torch.cuda.is_available(), cfg.get('default_scope')
+    hooks = [find(hook.get('type'), [HOOKS], scope) for hook in cfg.get('custom_hooks') or ()]
+    known = all(str(getattr(hook, '__module__', '')).split('.')[0] in LIBRARIES for hook in hooks)
+    for loader in loaders:
+        node, loop = cfg.get(f'{loader}_dataloader') or {}, cfg.get(f'{loader}_cfg') or {}
+        if not node.get('num_workers'):
+            for key in WORKER_OPTIONS:
+                node.pop(key, None)
+        elif known:
+            node.setdefault('persistent_workers', True)
+        if node:
+            node['pin_memory'] = gpu and node.get('pin_memory', True)
+        if loop.get('fp16') and not gpu:
+            loop['fp16'] = False
+            _warn(f'no GPU: float32 in place of {loader}_cfg.fp16')
 
 
 def use_channels_last(cfg: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -169,7 +170,9 @@ def check_files(
     threads = cv2.getNumThreads()
     cv2.setNumThreads(0)  # a forked process hangs on OpenCV's threads, which do not exist there
     try:
-        with ProcessPoolExecutor(workers) as pool:
+        # On Ctrl-C this process ends the others.
+        ignore = dict(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+        with ProcessPoolExecutor(workers, **ignore) as pool:
             yield from pool.map(check_sample, *zip(*files, strict=True), chunksize=CHUNK)
     except BrokenProcessPool as error:
         raise UserError(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from mmdense.engine.resume import compare_settings
 from mmdense.errors import UserError
 from mmdense.registry import HOOKS
 from mmdense.weights.loading import check_min_loaded, load_checked
@@ -128,6 +129,8 @@ class LoadReportHook(Hook):
             min_loaded=self.min_loaded,
             part=f'{self.part}.' if in_part else '',
         )
+        if runner._resume and isinstance(runner, Runner):
+            compare_settings(runner, checkpoint)
         state = checkpoint.get('state_dict') or {}
         if state.keys() != weights.keys() or any(state[k] is not v for k, v in weights.items()):
             checkpoint['state_dict'] = weights  # for EMAHook and the runner

@@ -18,15 +18,18 @@ from typing import Any
 from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
+from mmengine.optim.scheduler.param_scheduler import INF
 from mmengine.runner import EpochBasedTrainLoop as MMEngineEpochBasedTrainLoop
 from mmengine.runner import IterBasedTrainLoop as MMEngineIterBasedTrainLoop
 from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mmdense.config.loops import is_endless
 from mmdense.engine.checkpoint_hook import CheckpointHook
 from mmdense.engine.seeding import NumberedBatches, seed_all
 from mmdense.engine.stopping import STATUS, Stopped, StopSignal
+from mmdense.errors import UserError
 from mmdense.files import WriteError, wrap_disk_errors
 from mmdense.registry import LOOPS
 
@@ -41,11 +44,11 @@ EPOCH, VALIDATED = 'epoch_begun', 'last_validated'
 class _Resumable:
     """Base of both loops.
 
-    SIGTERM ends the run after the current iteration, with a checkpoint to resume from exactly, one
-    line in the log and status 143. If gradients are being accumulated, which no checkpoint holds,
-    the run continues to the next optimizer step. SIGTERM during a validation ends it, and it starts
-    again on resuming. Several processes write the checkpoint at once and then finish the validation
-    if they are given the time.
+    SIGTERM ends the run after the current iteration, or within ten if there are several processes,
+    with a checkpoint to resume from exactly, one line in the log and status 143. If gradients are
+    being accumulated, which no checkpoint holds, the run continues to the next optimizer step.
+    SIGTERM during a validation ends it, and it starts again on resuming. Several processes write
+    the checkpoint at once and then finish the validation if they are given the time.
 
     Checkpoints are written before validation. If the validation of the resumed checkpoint is
     missing, it runs first.
@@ -63,6 +66,14 @@ class _Resumable:
 
     @dataloader.setter
     def dataloader(self, loader: DataLoader) -> None:
+        images, batches = len(loader.dataset), loader.batch_sampler
+        if not images:
+            raise UserError('train_dataloader: the data set has no images')
+        if not len(loader) and not (self.endless and is_endless(type(batches.sampler))):
+            raise UserError(
+                f'train_dataloader: {images} images are less than a batch of {batches.batch_size}: '
+                'add --cfg-options train_dataloader.drop_last=False'
+            )
         self._dataloader = loader
         self._batches = NumberedBatches(loader, endless=self.endless)
 
@@ -71,6 +82,8 @@ class _Resumable:
         runner = self.runner
         self._signal = StopSignal(self._save_in_validation)
         runner.register_hook(self._signal)
+        for line in cut_schedules(runner):
+            runner.logger.warning(line)
         try:
             with self._signal, wrap_disk_errors(runner.work_dir):
                 yield
@@ -95,7 +108,7 @@ class _Resumable:
         self.run_iter(*batch)
         wrapper = self.runner.optim_wrapper
         stepped = not isinstance(wrapper, OptimWrapper) or wrapper.should_update()
-        if self._signal.received() and stepped:
+        if self._signal.wanted(self._iter) and stepped:
             self._stop()
 
     def _stop(self) -> None:
@@ -228,3 +241,31 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
             runner.call_hook('after_train_epoch')
             runner.call_hook('after_train')
         return runner.model
+
+
+def cut_schedules(runner: Runner) -> Iterator[str]:
+    """Yield a line for each schedule that the training is too short for.
+
+    They are those of the checkpoint, if the training is resumed.
+    """
+    loop, schedules = runner.train_loop, runner.param_schedulers or []
+    length = f'{loop.max_iters} iterations'
+    if isinstance(loop, EpochBasedTrainLoop):
+        length += f' ({loop.max_epochs} epochs of {len(loop.dataloader)})'
+    groups = schedules.values() if isinstance(schedules, dict) else [schedules]
+    for i, schedule in (pair for group in groups for pair in enumerate(group)):
+        limit = loop.max_epochs if schedule.by_epoch else loop.max_iters
+        unit = 'epoch' if schedule.by_epoch else 'iteration'
+        kind, value, end = type(schedule).__name__, schedule.param_name, schedule.end
+        start, stop = (getattr(schedule, f'{key}_factor', 1.0) for key in ('start', 'end'))
+        steps = sorted(schedule.begin + step for step in getattr(schedule, 'milestones', ()))
+        if late := [str(step) for step in steps if limit <= step < end]:
+            fault = f'changes {value} at {unit} {", ".join(late)}, which never comes'
+        elif steps or not limit < end < INF:
+            continue
+        elif start < stop:
+            share = start + (stop - start) * (limit - 1) / schedule.total_iters
+            fault = f'warms up until {unit} {end}: {value} gets to {share:.0%} of its full value'
+        else:
+            fault = f'goes on until {unit} {end}: {value} does not get to its last value'
+        yield f'param_scheduler.{i}: {kind} {fault}, since the training has {length}'

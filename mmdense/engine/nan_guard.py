@@ -9,12 +9,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
-from mmengine.dist import all_gather_object, all_reduce, is_distributed
+from mmengine.dist import all_gather_object, is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
 
+from mmdense.engine.stopping import StopSignal
 from mmdense.errors import UserError, first_of
 from mmdense.registry import HOOKS
 
@@ -48,7 +48,7 @@ class NaNGuardHook(Hook):
     names the first bad iteration with its images, learning rate and losses.
 
     The hook reads the numbers that mmengine has fetched for the log anyway, so it never waits for
-    the GPU. In distributed training all processes must stop together: they exchange two numbers
+    the GPU. In distributed training all processes must stop together: they exchange their numbers
     every ``patience`` iterations, so the run stops up to that much later. A checkpoint that is due
     before then is not written if its weights are not finite.
 
@@ -94,9 +94,8 @@ class NaNGuardHook(Hook):
         if not (self.every_n_train_iters(runner, self.patience) if distributed else bad):
             return
         broken = bool(bad) and self._weights_broken(runner)
-        state = torch.tensor([self._streak, broken])
-        all_reduce(state, 'max')
-        streak, broken = state.tolist()
+        signals = (hook for hook in runner.hooks if isinstance(hook, StopSignal))
+        streak, broken = next(signals, StopSignal()).exchange(runner.iter + 1, self._streak, broken)
         if broken or streak >= self.patience:
             firsts = all_gather_object(self._first if bad else None)
             raise UserError(_message(runner, [first for first in firsts if first], bool(broken)))

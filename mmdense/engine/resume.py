@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import logging
+import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import print_log
+from mmengine.runner import Runner
 
 from mmdense.errors import UserError, one_line, suggest_file
 from mmdense.weights.files import read_checkpoint
 
-__all__ = ['find_training', 'read_training', 'use_checkpoint']
+__all__ = ['compare_settings', 'find_training', 'read_training', 'use_checkpoint']
+
+# What the states of optimizers and schedules have besides settings and names with an underscore.
+PROGRESS = {'base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs', 'params'}
+# In the text of a config, which is not run.
+BATCH_SIZE = re.compile(r'^train_dataloader = dict\((?:.|\n )*?\bbatch_size=(\d+)', re.MULTILINE)
 
 
 class NoTrainingError(UserError):
@@ -127,3 +135,52 @@ def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
             '--resume FILE, or start again in another --work-dir'
         )
     return None
+
+
+def compare_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
+    """Warn of settings that differ between the checkpoint that a runner resumes and its config.
+
+    Raises:
+        UserError: The checkpoint has another optimizer, or is beyond the end of the training.
+    """
+    meta, loop = checkpoint['meta'], runner.cfg.train_cfg
+    unit = 'epoch' if 'max_epochs' in loop else 'iter'
+    done, end = meta[unit], loop[f'max_{unit}s']
+    if done > end:
+        raise UserError(f'the checkpoint is at {unit} {done}, beyond train_cfg.max_{unit}s={end}')
+    if done == end:
+        runner.logger.warning(f'nothing is left to train: train_cfg.max_{unit}s={end} is reached')
+    batch, old = (
+        runner.cfg.train_dataloader.get('batch_size'),
+        BATCH_SIZE.search(meta.get('cfg', '')),
+    )
+    if old and old[1] != str(batch):
+        runner.logger.warning(f'resumed in batches of {batch} images, where it had {old[1]}')
+    groups = checkpoint.get('optimizer', {}).get('param_groups')
+    if not isinstance(groups, list):  # several optimizers
+        return
+    current = runner.optim_wrapper.optimizer.param_groups
+    here, there = ({*group[0]} - {'initial_lr'} for group in (current, groups))
+    if len(groups) != len(current) or (here - there and there - here):
+        raise UserError(
+            'the checkpoint has another optimizer or other paramwise_cfg than the config: resume '
+            'with its own, or start from its weights with --load-from'
+        )
+    states = [schedule.state_dict() for schedule in runner.param_schedulers or ()]
+    old_states = checkpoint.get('param_schedulers') or ()
+    pairs = [('', *pair) for pair in zip(groups, current, strict=True)]
+    for i, pair in enumerate(zip(old_states, states, strict=False)):
+        pairs.append((f'param_scheduler.{i}.', *pair))
+    pairs.append(('number of ', dict(schedules=len(old_states)), dict(schedules=len(states))))
+    changes = {}
+    for place, old, new in pairs:
+        for key in sorted(old.keys() & new.keys() - PROGRESS):
+            name = place + key.removeprefix('initial_')
+            before, now = ([*v] if isinstance(v, dict | tuple) else v for v in (old[key], new[key]))
+            if before != now and key[0] != '_' and f'initial_{key}' not in new:
+                changes.setdefault(name, f'{name} {before} (config: {now})')
+    if changes:
+        runner.logger.warning(
+            f'resumed with settings of the checkpoint, not of the config: '
+            f'{", ".join(changes.values())}. --load-from starts with those of the config'
+        )

@@ -18,7 +18,8 @@ from mmengine.registry import HOOKS, LOOPS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 
-from mmdense.config.edit import drop_amp
+from mmdense.config.edit import drop_amp, fit_to_machine
+from mmdense.config.loops import check_loops
 from mmdense.config.parts import check_parts, dicts, find
 from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
 from mmdense.engine.bad_samples import FlexibleRunner, Runner
@@ -64,6 +65,8 @@ def build_runner(
     if training:
         _check_fsdp(cfg)
     check_parts(cfg)
+    check_loops(cfg, loaders)
+    fit_to_machine(cfg, loaders)
     if not torch.cuda.is_available():
         if cfg.get('launcher') == 'pytorch':
             _distribute_on_cpu(cfg)
@@ -93,7 +96,10 @@ def _make_resumable(cfg: Config) -> list[str]:
     if 'by_epoch' in loop:  # mmengine's short form
         loop['type'] = f'{"Epoch" if loop.pop("by_epoch") else "Iter"}BasedTrainLoop'
     hooks = cfg.setdefault('default_hooks', ConfigDict())
-    hooks.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))  # mmengine's default
+    saved = dict(interval=1)  # mmengine's default
+    if 'max_iters' in loop:
+        saved = dict(by_epoch=False, interval=loop.get('val_interval', 1000))
+    hooks.setdefault('checkpoint', dict(type='CheckpointHook', **saved))
     replaced = []
     for part in (loop, *hooks.values(), *(cfg.get('custom_hooks') or [])):
         if isinstance(part, dict) and 'type' in part:

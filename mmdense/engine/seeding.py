@@ -9,12 +9,13 @@ of the batch in the run).
 from __future__ import annotations
 
 import itertools
+import multiprocessing
 import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from os import _exit, getppid
+from os import _exit
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,8 @@ class NumberedBatches:
     """A batch sampler that can start at any batch, and numbers its batches.
 
     It replaces the loader's batch sampler. The loader's workers then seed themselves for each batch
-    and ignore SIGTERM unless their parent sends it: schedulers send it to all processes, but the
-    main one has to finish its iteration.
+    and ignore SIGTERM unless the main process sends it: schedulers send it to all processes, but
+    the main one has to finish its iteration.
 
     State that a data set keeps between samples, such as the cache of CachedMosaic, is not restored.
 
@@ -122,13 +123,19 @@ def _fetch(dataset: Any, getitems: Callable[..., list] | None, indices: Sequence
 def _init_worker(init: Callable[[int], None] | None, worker: int) -> None:
     if init is not None:
         init(worker)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
+    if hasattr(signal, 'sigtimedwait'):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with_parent, daemon=True).start()
+        threading.Thread(target=_end_with_main_process, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Exit quietly when the parent sends SIGTERM, like torch's own handler."""
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != getppid():
-        pass
+def _end_with_main_process() -> None:
+    """Exit quietly when the main process sends SIGTERM or has ended.
+
+    Its fork server, if it has one, is the worker's parent, sends nothing and lives on.
+    """
+    main = multiprocessing.parent_process()
+    while main.is_alive():
+        received = signal.sigtimedwait([signal.SIGTERM], 1.0)
+        if received and received.si_pid == main.pid:
+            break
     _exit(0)

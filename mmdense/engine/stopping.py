@@ -19,6 +19,7 @@ __all__ = ['STATUS', 'StopSignal', 'Stopped']
 STATUS = 128 + signal.SIGTERM  # as shells report a process that SIGTERM has ended
 # Seconds. torchrun forwards a signal that the scheduler may have sent to its processes as well.
 ECHO = 3.0
+EXCHANGE = 10  # iterations
 
 
 class Stopped(Exception):
@@ -28,15 +29,18 @@ class Stopped(Exception):
 class StopSignal(Hook):
     """Record SIGTERM while the context is active; a second one, or Ctrl-C, ends the run at once.
 
-    Signals within three seconds count as one. As a hook it ends a validation in a single process by
-    :class:`Stopped`. Several processes may have different numbers of batches left: they call
-    ``save`` and then finish the validation if they are given the time.
+    Signals within three seconds count as one. Several processes stop at the same iteration: they
+    exchange whether to, with the NaN guard's numbers or every ten iterations, since they wait for
+    the device. As a hook it ends a validation in a single process by :class:`Stopped`. Several
+    processes may have different numbers of batches left: they call ``save`` and then finish the
+    validation if they are given the time.
 
     Args:
         save: Writes a checkpoint in the middle of a validation.
     """
 
-    def __init__(self, save: Callable[[], None]) -> None:
+    def __init__(self, save: Callable[[], None] | None = None) -> None:
+        self._wanted, self._exchanged = False, 0  # the iteration
         self._save = save
         self._saved = False
         self._since: float | None = None
@@ -59,11 +63,19 @@ class StopSignal(Hook):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def received(self) -> bool:
-        """Return whether any process received SIGTERM. All processes must call it together."""
-        received = torch.tensor(float(self._since is not None))
-        all_reduce(received, 'max')
-        return bool(received)
+    def exchange(self, iteration: int, *numbers: int) -> list[int]:
+        """Return the maximum of each number over all processes, which must call it together."""
+        state = torch.tensor([self._since is not None, *map(int, numbers)])
+        all_reduce(state, 'max')
+        wanted, *numbers = state.tolist()
+        self._wanted, self._exchanged = self._wanted or bool(wanted), iteration
+        return numbers
+
+    def wanted(self, iteration: int) -> bool:
+        """Return whether all processes have to stop after an iteration, which counts from 1."""
+        if not is_distributed() or iteration - self._exchanged >= EXCHANGE:
+            self.exchange(iteration)
+        return self._wanted
 
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None

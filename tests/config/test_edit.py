@@ -159,3 +159,29 @@ def test_iterations_are_stretched():
 def test_lengths_that_do_not_fit(task, length, message):
     with pytest.raises(UserError, match=message):
         edit.set_length(load_config(str(DEMOS[task])), **length)
+
+
+OTHERS_HOOK = type('OthersHook', (EMAHook,), dict(__module__='others'))
+
+
+@pytest.mark.parametrize('gpu', [False, True])
+def test_loaders_fit_workers_and_device(gpu, cfg, monkeypatch):
+    monkeypatch.setattr(edit.torch.cuda, 'is_available', lambda: gpu)
+    options = dict(persistent_workers=True, prefetch_factor=2, timeout=9)
+    cfg.train_dataloader = dict(num_workers=0, batch_size=1, **options)
+    cfg.val_dataloader = dict(num_workers=2, pin_memory=False)
+    cfg.test_dataloader = dict(num_workers=2, persistent_workers=False)
+    cfg.val_cfg.fp16 = True
+    edit.fit_to_machine(cfg, ['train', 'val', 'test'])
+    assert cfg.train_dataloader == dict(num_workers=0, batch_size=1, pin_memory=gpu)
+    assert cfg.val_dataloader == dict(num_workers=2, pin_memory=False, persistent_workers=True)
+    assert cfg.test_dataloader == dict(num_workers=2, pin_memory=gpu, persistent_workers=False)
+    assert cfg.val_cfg.fp16 == gpu
+
+
+def test_hooks_that_may_change_the_data_set_keep_workers_short_lived(cfg):
+    cfg.custom_hooks = [dict(type=OTHERS_HOOK)]
+    cfg.train_dataloader = dict(num_workers=2)
+    edit.fit_to_machine(cfg, ['train', 'val'])
+    assert 'persistent_workers' not in cfg.train_dataloader
+    assert cfg.val_dataloader.persistent_workers  # of the recipe

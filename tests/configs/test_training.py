@@ -87,11 +87,11 @@ def shrink(cfg, project, depth_data):
         dataset.pipeline = [load, truth, resize, pack]
     loader = cfg.train_dataloader
     loader.dataset, loader.batch_size, loader.num_workers = dataset, 2, 0
-    loader.persistent_workers = False
     replace(cfg.model, 'num', 512, 32)
     replace(cfg.model, 'max_per_img', 1000, 50)
     cfg.model.backbone.init_cfg = None
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=2, val_interval=10)
+    cfg.param_scheduler = [s for s in cfg.param_scheduler if not s.get('by_epoch', True)]
     for part in ('val', 'test'):
         cfg.update({f'{part}_cfg': None, f'{part}_dataloader': None, f'{part}_evaluator': None})
     cfg.default_hooks.checkpoint = None

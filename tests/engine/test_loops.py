@@ -14,6 +14,7 @@ from torch import nn
 
 from mmdense.engine import stopping
 from mmdense.engine.stopping import STATUS
+from mmdense.errors import UserError
 from mmdense.weights.files import read_checkpoint
 from runs import build_runner, loader
 
@@ -147,6 +148,7 @@ def test_several_processes_save_a_checkpoint_during_validation(kind, killed, tmp
     whole = build(tmp_path / 'whole', kind)
     whole.train()
     monkeypatch.setattr(stopping, 'is_distributed', lambda: True)
+    monkeypatch.setattr(stopping, 'EXCHANGE', 1)
     at = dict(epochs=8, iterations=5)[kind]
     hooks = [Act(at, send_sigterm, validating=True)] + [Act(at, kill, True, batch=2)] * killed
     runner = build(tmp_path / 'stopped', kind, *hooks)
@@ -240,3 +242,64 @@ def test_partly_written_files_are_removed_at_the_next_start(tmp_path):
     (tmp_path / '.other').touch()
     build(tmp_path, 'iterations').train()
     assert [f.name for f in tmp_path.glob('.*')] == ['.other']
+
+
+def short(folder, kind='epochs', **options):
+    """Train for 3 epochs of 4 iterations, or for 12 iterations; return the warnings."""
+    batches = loader(Noisy(), endless=kind != 'epochs', batch_size=options.pop('batch_size', 2))
+    runner = build_runner(
+        folder,
+        Model(),
+        Noisy(),
+        train_dataloader=dict(batches, drop_last=options.pop('drop_last', False)),
+        train_cfg=dict(LOOPS[kind]),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
+        log_level='WARNING',
+        **options,
+    )
+    warnings = []
+    runner.logger.warning = warnings.append
+    runner.train()
+    return warnings
+
+
+@pytest.mark.parametrize(
+    ('kind', 'schedule', 'warning'),
+    [
+        (
+            'epochs',
+            dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=101),
+            'LinearLR warms up until iteration 101: lr gets to 20% of its full value, since the '
+            'training has 12 iterations (3 epochs of 4)',
+        ),
+        (
+            'epochs',
+            dict(type='MultiStepLR', milestones=[2, 8, 11], end=12),
+            'MultiStepLR changes lr at epoch 8, 11, which never comes, since the training has 12 '
+            'iterations (3 epochs of 4)',
+        ),
+        (
+            'iterations',
+            dict(type='PolyLR', by_epoch=False, end=160),
+            'PolyLR goes on until iteration 160: lr does not get to its last value, since the '
+            'training has 12 iterations',
+        ),
+        ('epochs', dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=12), None),
+        ('epochs', dict(type='MultiStepLR', milestones=[1, 2], end=3), None),
+        ('epochs', dict(type='CosineAnnealingLR', T_max=3, convert_to_iter_based=True), None),
+        ('iterations', dict(type='PolyLR', by_epoch=False, end=12), None),
+    ],
+)
+def test_schedules_longer_than_the_training_are_named(kind, schedule, warning, tmp_path):
+    warnings = short(tmp_path, kind, param_scheduler=schedule)
+    assert warnings == [f'param_scheduler.0: {warning}'] * (warning is not None)
+
+
+def test_images_that_make_no_batch(tmp_path):
+    message = (
+        'train_dataloader: 8 images are less than a batch of 9: add --cfg-options '
+        'train_dataloader.drop_last=False'
+    )
+    with pytest.raises(UserError, match=message):
+        short(tmp_path, batch_size=9, drop_last=True)
+    short(tmp_path, 'iterations', batch_size=9, drop_last=True)  # its sampler starts over

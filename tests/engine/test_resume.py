@@ -2,13 +2,21 @@
 
 import os
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
+from mmengine.optim import MultiStepLR, OptimWrapper
 
 from mmdense.config.read import load_config
 from mmdense.engine import resume
-from mmdense.engine.resume import find_training, read_training, use_checkpoint
+from mmdense.engine.resume import (
+    compare_settings,
+    find_training,
+    read_training,
+    use_checkpoint,
+)
 from mmdense.errors import UserError
 from support import ROOT
 
@@ -172,3 +180,79 @@ def test_load_from(tmp_path):
             use_checkpoint(cfg, choice, load_from)
     with pytest.raises(UserError, match='choose one'):
         use_checkpoint(cfg, 'auto', str(file))
+
+
+# Settings of the checkpoint and of the config
+
+
+def runner_of(
+    kind='AdamW', batch_size=8, max_epochs=4, milestones=(2, 3), layers=1, schedules=1, **options
+):
+    """Return what compare_settings reads of a runner, which keeps its warnings."""
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(layers)])
+    groups = [dict(params=[parameter]) for parameter in model.parameters()]
+    wrapper = OptimWrapper(getattr(torch.optim, kind)(groups, **(dict(lr=0.1) | options)))
+    loader = dict(batch_sampler=dict(type='AspectRatioBatchSampler'), batch_size=batch_size)
+    # Long enough for several lines of the text.
+    loader.update(sampler=dict(type='DefaultSampler', shuffle=True), persistent_workers=True)
+    cfg = dict(train_dataloader=loader, val_dataloader=dict(batch_size=1))
+    warnings = []
+    return SimpleNamespace(
+        cfg=Config(cfg | dict(train_cfg=dict(max_epochs=max_epochs))),
+        optim_wrapper=wrapper,
+        param_schedulers=[MultiStepLR(wrapper, [*milestones]) for _ in range(schedules)],
+        logger=SimpleNamespace(warning=warnings.append),
+        warnings=warnings,
+    )
+
+
+def compare(new, old=None, epoch=1):
+    old = runner_of(**(old or {}))
+    checkpoint = dict(
+        meta=dict(epoch=epoch, iter=10 * epoch, cfg=old.cfg.pretty_text),
+        optimizer=old.optim_wrapper.state_dict(),
+        param_schedulers=[schedule.state_dict() for schedule in old.param_schedulers],
+    )
+    runner = runner_of(**new)
+    compare_settings(runner, checkpoint)
+    return runner.warnings
+
+
+@pytest.mark.parametrize(
+    ('new', 'changes'),
+    [
+        (dict(lr=0.5), 'lr 0.1 (config: 0.5)'),
+        (dict(weight_decay=0.5), 'weight_decay 0.01 (config: 0.5)'),
+        (dict(betas=(0.5, 0.9)), 'betas [0.9, 0.999] (config: [0.5, 0.9])'),
+        (dict(milestones=[3]), 'param_scheduler.0.milestones [2, 3] (config: [3])'),
+        (dict(schedules=2), 'number of schedules 1 (config: 2)'),
+        (
+            dict(lr=0.5, weight_decay=0.5),
+            'lr 0.1 (config: 0.5), weight_decay 0.01 (config: 0.5)',
+        ),
+    ],
+)
+def test_settings_of_the_checkpoint_stay(new, changes):
+    assert compare({}) == []
+    assert compare(new) == [
+        f'resumed with settings of the checkpoint, not of the config: {changes}. --load-from '
+        'starts with those of the config'
+    ]
+
+
+def test_other_batches():
+    assert compare(dict(batch_size=4)) == ['resumed in batches of 4 images, where it had 8']
+
+
+@pytest.mark.parametrize(('epoch', 'lines'), [(3, 0), (4, 1)])
+def test_a_finished_training(epoch, lines):
+    line = 'nothing is left to train: train_cfg.max_epochs=4 is reached'
+    assert compare({}, epoch=epoch) == [line] * lines
+    with pytest.raises(UserError, match='the checkpoint is at epoch 5, beyond train_cfg.max_epoch'):
+        compare({}, epoch=5)
+
+
+@pytest.mark.parametrize('new', [dict(kind='SGD'), dict(layers=2)])
+def test_another_optimizer_cannot_be_resumed(new):
+    with pytest.raises(UserError, match='has another optimizer or other paramwise_cfg'):
+        compare(new)

@@ -88,14 +88,16 @@ def test_training_uses_resumable_loops_and_checkpoints(task, demo):
     cfg = demo(task)
     del cfg.default_hooks['checkpoint']
     kind = cfg.train_cfg.pop('type').removeprefix('mmdense.')
-    cfg.train_cfg.by_epoch = kind.startswith('Epoch')  # mmengine's short form
-    cfg.custom_hooks.append(dict(type=CheckpointHook, interval=7))
+    by_epoch = kind.startswith('Epoch')
+    cfg.train_cfg.by_epoch = by_epoch  # mmengine's short form
+    cfg.custom_hooks.append(dict(type=CheckpointHook, interval=7, by_epoch=by_epoch))
     runner = build_runner(cfg, loaders=('train',))
     assert type(runner.train_loop).__module__ == 'mmdense.engine.loops'
     assert type(runner.train_loop).__name__ == kind
     hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
     assert [type(hook).__module__ for hook in hooks] == ['mmdense.engine.checkpoint_hook'] * 2
-    assert [hook.interval for hook in hooks] == [1, 7]
+    assert [hook.interval for hook in hooks] == [1 if by_epoch else 100, 7]
+    assert [hook.by_epoch for hook in hooks] == [by_epoch] * 2
 
 
 def test_a_log_file_on_a_full_disk_is_left_with_one_warning(demo, capfd):

@@ -1,6 +1,11 @@
 """Random numbers by iteration in the main process and in workers."""
 
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -105,3 +110,48 @@ def test_a_loader_can_be_numbered_twice():
     assert second.inner is first.inner
     assert second.sampler is loader.sampler
     assert second.batch_size == 2
+
+
+LOADER = """
+import multiprocessing, os, signal, sys
+import torch.utils.data._utils.worker as worker
+from torch.utils.data import DataLoader, Dataset
+from mmdense.engine.seeding import NumberedBatches
+
+class Numbers(Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        worker.MP_STATUS_CHECK_INTERVAL = 1e6  # after which an orphan would end by itself
+        return index
+
+if __name__ == '__main__':
+    method, kill = sys.argv[1:]
+    multiprocessing.set_start_method(method)
+    loader = DataLoader(Numbers(), 2, num_workers=1, persistent_workers=True)
+    NumberedBatches(loader, endless=False).start((0,), first=0, skip=0)
+    assert sum(batch.sum().item() for batch in loader) == 6
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    if kill == 'True':
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.modules['__main__'].kept = loader  # the worker is terminated at the very end
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [False, True])
+@pytest.mark.parametrize('method', ['fork', 'spawn', 'forkserver'])
+def test_workers_end_with_the_main_process(method, killed, tmp_path):
+    """A fork server is the parent of its workers, sends them no signal and outlives the process."""
+    (tmp_path / 'loader.py').write_text(LOADER)
+    command = [sys.executable, tmp_path / 'loader.py', method, str(killed)]
+    output = tmp_path / 'output'
+    with output.open('w') as opened:
+        status = subprocess.run(command, stdout=opened, timeout=120).returncode
+    assert status == (-signal.SIGKILL if killed else 0)
+    worker = int(output.read_text())
+    end = time.monotonic() + 60
+    while Path(f'/proc/{worker}').exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)

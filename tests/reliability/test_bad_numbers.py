@@ -20,7 +20,6 @@ def test_two_processes_stop_and_name_the_images(run_tool, tmp_path):
         'default_hooks.checkpoint.interval=100',
         'train_dataloader.batch_size=2',
         'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
         f'train_dataloader.dataset.pipeline.2.scale=({SIDE},{SIDE})',
         f'model.data_preprocessor.size=({SIDE},{SIDE})',
         CUDA_VISIBLE_DEVICES='',

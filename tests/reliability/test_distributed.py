@@ -85,7 +85,6 @@ def segmentor(backbone, folder, images, **options):
         'train_cfg.val_interval': 100,
         'train_dataloader.batch_size': images,
         'train_dataloader.num_workers': 0,
-        'train_dataloader.persistent_workers': False,
         'train_dataloader.sampler.seed': 0,  # a FlexibleRunner would draw another one
         'train_dataloader.dataset.pipeline': pipeline,
         'default_hooks.checkpoint.interval': ITERS,
@@ -159,7 +158,6 @@ def evaluated(task, folder, launcher):
         'data_root': str(folder / 'digits'),
         'test_dataloader.batch_size': 1,
         'test_dataloader.num_workers': 0,
-        'test_dataloader.persistent_workers': False,
     }
     cfg = read.load_config(str(DEMOS[task]), options=options)
     cfg.model = ConfigDict(type='Oracle')
@@ -314,7 +312,6 @@ def killed(folder, run_tool):
         f'train_dataloader.dataset.pipeline.2.scale=({SIDE},{SIDE})',
         'train_dataloader.batch_size=2',
         'train_dataloader.num_workers=0',
-        'train_dataloader.persistent_workers=False',
         'default_hooks.checkpoint.interval=2',
         'train_cfg.max_iters=4',
         'train_cfg.val_interval=4',

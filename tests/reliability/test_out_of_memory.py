@@ -42,7 +42,6 @@ def greedy(run_tool, tmp_path_factory):
         status, output = run_tool(
             *(sys.executable, ROOT / 'tools' / tool, config, *arguments, '--work-dir', folder),
             *('--cfg-options', 'train_dataloader.num_workers=0'),
-            'train_dataloader.persistent_workers=False',
             PYTHONPATH=str(folder),
         )
         assert 'Traceback' not in output

@@ -1,7 +1,12 @@
 """tools/own_data.py: its configs, its messages, and its way from data to predictions."""
 
+import fcntl
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -191,3 +196,34 @@ def test_from_data_to_predictions(project, run_tool, tmp_path, task):
     dataset = json.loads((tmp_path / 'out/best/predictions.json').read_text())
     names = {image['file_name'].rpartition('/')[2] for image in dataset['images']}
     assert names == ({'val0.jpg', 'val1.jpg'} if task == 'detection' else {'0.png', '1.png'})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whole_group', [False, True])
+def test_ctrl_c_ends_the_training_too(project, whole_group):
+    """A terminal sends it to the whole group, `kill -INT` to the tool alone."""
+    out = project / f'interrupted-{whole_group}'
+    command = [sys.executable, ROOT / 'tools/own_data.py', '--data', 'data/digits', '--out', out]
+    command += ['--base', DEMOS['detection'], '--backbones', 'rexnet-1.0', '--epochs', '1000']
+    command += ['--', '--from-scratch']
+    with subprocess.Popen(
+        [*map(str, command)],
+        cwd=project,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        text=True,
+    ) as tool:
+        log, end = out / 'runs/rexnet-1.0/output.log', time.monotonic() + 300
+        while not (log.exists() and 'Epoch(train)' in log.read_text()):
+            assert tool.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        (os.killpg if whole_group else os.kill)(tool.pid, signal.SIGINT)
+        output, _ = tool.communicate(timeout=120)
+    assert tool.returncode == 130
+    assert output.splitlines()[-1] == 'interrupted'
+    assert output.count('interrupted') == 1
+    assert 'Traceback' not in output
+    with (log.parent / 'lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the training has ended

@@ -89,6 +89,7 @@ def test_resuming(trained, call_tool, tmp_path):
         segmentation=('train_cfg.max_iters=4', 'iter_4.pth'),
     )[task]
     options = [*(o for o in TWO_ITERATIONS[task] if 'max_' not in o), length]
+    options += ['optim_wrapper.optimizer.lr=0.5', 'train_dataloader.num_workers=0']
     arguments = [DEMOS[task], '--work-dir', tmp_path / 'run', '--resume', '--cfg-options', *options]
     status, output, _ = call_tool('train', *arguments)
     assert status == 0
@@ -105,6 +106,7 @@ def test_resuming(trained, call_tool, tmp_path):
     assert 'Hooks will be executed' not in output
     assert 'Hooks will be executed' in log_of(tmp_path / 'run')
     assert 'validated' not in log_of(tmp_path / 'run')
+    assert 'settings of the checkpoint, not of the config: lr 0.002 (config: 0.5)' in output
     assert (tmp_path / 'run' / name).is_file()
 
 
@@ -125,6 +127,11 @@ def test_mistakes_are_one_line_with_status_2(call_tool, tmp_path):
             "model.neck: FPN has no argument 'num_out'; did you mean 'num_outs'?",
         ),
         ('train', [broken], f'{broken}: SyntaxError: '),
+        (
+            'train',
+            [DETECTOR, '--cfg-options', 'train_dataloader.sampler.type=InfiniteSampler'],
+            'train_dataloader.sampler: InfiniteSampler never ends, so an epoch would not either',
+        ),
     ):
         status, _, errors = call_tool(tool, *arguments)
         assert status == 2
