@@ -109,13 +109,6 @@ def test_deprecated_aliases(alias, option, capsys):
     assert capsys.readouterr().err == f'warning: {alias} is a deprecated alias of {option}\n'
     assert values[0] == dict(min_loaded=1, score=1)
 
-    assert parser.parse_args([]).min_loaded == 1
-    assert parser.parse_args(['--min-loaded', '0.9']).min_loaded == 0.9
-    assert not capsys.readouterr().err
-    assert parser.parse_args(['--min-coverage', '0.9']).min_loaded == 0.9
-    line = 'warning: --min-coverage is a deprecated alias of --min-loaded\n'
-    assert capsys.readouterr().err == line
-
 
 def test_ctrl_c_is_one_line_with_status_130(capsys):
     @cli.report_errors
