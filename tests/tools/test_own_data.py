@@ -1,8 +1,10 @@
 """tools/own_data.py: its configs, its messages, and its way from data to predictions."""
 
 import fcntl
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from mmdense.errors import UserError
 from support import DEMOS, ROOT, load_tool
 
 TOOL = load_tool('own_data')
+README = ROOT / 'README.md'
 VOC = """<annotation><object><name>{name}</name><difficult>{difficult}</difficult><bndbox>
 <xmin>11</xmin><ymin>21</ymin><xmax>40</xmax><ymax>50</ymax></bndbox></object></annotation>"""
 
@@ -26,7 +29,7 @@ def write_image(file, value=0):
     Image.fromarray(np.full((64, 64), value, np.uint8)).save(file)
 
 
-def write_coco(folder):
+def write_coco(folder, names=('animals', 'cat'), categories=(2,)):
     for split, count in (('train', 6), ('val', 2)):
         images = [
             dict(id=i, file_name=f'{split}{i}.jpg', width=64, height=64) for i in range(count)
@@ -34,11 +37,11 @@ def write_coco(folder):
         for image in images:  # in one folder
             write_image(folder / 'images' / image['file_name'])
         objects = [
-            dict(id=i, image_id=i, category_id=2, bbox=[8, 8, 30, 30], area=900, iscrowd=0)
-            for i in range(count)
+            dict(id=i, image_id=i, category_id=number, bbox=[8, 8, 30, 30], area=900, iscrowd=0)
+            for i, number in zip(range(count), itertools.cycle(categories))
         ]
-        categories = [dict(id=1, name='animals'), dict(id=2, name='cat')]
-        content = dict(images=images, annotations=objects, categories=categories)
+        content = dict(images=images, annotations=objects)
+        content['categories'] = [dict(id=i, name=name) for i, name in enumerate(names, start=1)]
         (folder / f'{split}.json').write_text(json.dumps(content))
 
 
@@ -170,6 +173,24 @@ def test_mistakes_are_one_line(tmp_path, options, change, message):
     with pytest.raises(UserError, match=message) as error:
         config_of(tmp_path, options)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name', ['pets', 'roads'])
+def test_the_readme_s_configs(name, tmp_path, call_tool, monkeypatch):
+    write_coco(tmp_path / 'pets', ('cat', 'dog'), (1, 2))
+    write_maps(tmp_path / 'roads')
+    for image in (tmp_path / 'roads/images').rglob('*.png'):
+        image.rename(image.with_suffix('.jpg'))
+    (config,) = re.findall(rf'```python\n# {name}.py\n(.*?)```', README.read_text(), re.DOTALL)
+    file = tmp_path / f'{name}.py'
+    file.write_text(
+        config.replace("_base_ = '", f"_base_ = '{ROOT}/").replace(
+            f"'{name}/", f"'{tmp_path}/{name}/"
+        )
+    )
+    status, output, _ = call_tool('check_dataset', file)
+    assert status == 0, output
+    assert '0 errors, 0 warnings' in output
 
 
 @pytest.mark.slow
