@@ -30,6 +30,7 @@ WAITS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'equal', 'is_nonzero
 MASKED = ('index', 'index_put', 'index_put_')
 SYNC_BN = 'torch/nn/modules/_functions.py'  # waits itself, for the counts of all processes
 PROCESSES = 8  # values that a mask of SyncBN picks
+TENSORS = {1: 110, 2: 64, 3: 48, 4: 36}  # of a foreach kernel, by its lists of tensors
 SMALL = 2**14  # elements whose copy nobody minds
 
 
@@ -199,8 +200,13 @@ def _cost(name: str, func: Any, args: tuple, kwargs: dict, outputs: Any) -> tupl
     elif name in ('native_batch_norm_backward', 'cudnn_batch_norm_backward'):
         train = name.startswith('cudnn') or args[7]
         kernels, size = 2, _size(args[1]) * (5 if train else 4)
+        if name.startswith('native') and not args[9][0]:  # only those of weight and bias
+            kernels, size = 1, _size(args[1]) * 2
     elif name == 'batch_norm_update_stats':
-        kernels, size = 2, _size(args[0])
+        kernels, size = 1 + (args[1] is not None), _size(args[0])
+    elif name.startswith('_foreach'):  # kernels of at most so many tensors
+        lists = [x for x in args if isinstance(x, list | tuple)]
+        kernels = math.ceil(len(lists[0]) / TENSORS[len(lists) + (name[-1] != '_')])
     elif name == 'native_layer_norm':
         move = not args[0].is_contiguous()
         kernels, size = 1 + move, _size(args[0]) * (4 if move else 2)

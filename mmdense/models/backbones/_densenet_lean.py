@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -53,12 +54,56 @@ def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
     return [*first, (layer.norm2, layer.conv2)] if layer.bottleneck else first
 
 
+class _Norm(NamedTuple):
+    """A norm as it ran."""
+
+    module: nn.Module
+    by_batch: bool  # whether it used the statistics of the batch
+    statistics: lean.Statistics
+    inverse: Tensor  # [C], 1 / deviation
+
+    @classmethod
+    def of(cls, module: nn.Module, x: Tensor) -> _Norm:
+        by_batch, wide = lean.norms_by_batch(module), torch.promote_types(x.dtype, torch.float32)
+        if by_batch:
+            used = lean.batch_statistics(module, x)
+        else:
+            running = module.running_mean.to(wide), module.running_var.to(wide)
+            used = lean.Statistics(*running, count=0, group=None)
+        return cls(module, by_batch, used, (used.var + module.eps).rsqrt())
+
+    def weight(self) -> Tensor:
+        """Return the weight; ones if there is none, as CUDA computes no sums without one."""
+        weight = self.module.weight
+        return torch.ones_like(self.inverse) if weight is None else weight.to(self.inverse)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """Return the output for x [N, C, H, W] after a ReLU."""
+        norm, (mean, var, *_) = self.module, self.statistics
+        if x.is_cuda:  # F.batch_norm launches three kernels
+            affine = lean.as_wide(norm.weight, mean), lean.as_wide(norm.bias, mean)
+            return torch.batch_norm_elemt(x, *affine, mean, self.inverse, norm.eps).relu_()
+        return F.relu_(lean.apply_norm(norm, x, mean, var))
+
+    def backward(
+        self, grad: Tensor, x: Tensor, *, through: bool, needed: bool = True
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return the gradients of x (if needed), weight and bias."""
+        mean, var, _, group = self.statistics
+        if through and group is not None:
+            return lean.norm_backward(grad, x, self.weight(), self.statistics, self.module.eps)
+        return torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(memory_format=lean.format_of(x)),
+            *(x, self.weight(), mean, var, mean, self.inverse, through, self.module.eps),
+            [needed, True, True],
+        )
+
+
 class _Step(NamedTuple):
     """Norm, ReLU, convolution and dropout, as they ran."""
 
-    norm: nn.Module
+    norm: _Norm
     conv: nn.Conv2d
-    statistics: lean.Statistics | None  # of the norm's input, if it used those of the batch
     mask: int | None  # index of the dropout mask, if dropout ran
 
 
@@ -70,30 +115,40 @@ class _LeanBlock(torch.autograd.Function):
         size = (len(x), first + len(block) * growth, *x.shape[2:])
         buffer = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=form)
         buffer[:, :first] = x
-        shared, layers, hidden, masks = None, [], [], []
+        by_batch = [layer.norm1 for layer in block if lean.norms_by_batch(layer.norm1)]
+        # Mean, variance and 1 / deviation of the channels that a layer reads.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        table = torch.empty(3, size[1] - growth, dtype=wide, device=x.device)
+        batch, layers, hidden, masks = None, [], [], []
         with lean.Autocast.of(x.device.type).entered():
-            for start in range(first, size[1], growth):
-                layer = block[len(layers)]
-                x = buffer[:, :start].contiguous(memory_format=form)
-                if lean.norms_by_batch(layer.norm1):
-                    shared = _extended(shared, layer.norm1, x)
+            for layer, end in zip(block, range(first, size[1], growth), strict=True):
+                if by_batch:
+                    batch = lean.batch_statistics(by_batch[0], x)
+                    mean, var, inverse = table[:, end - x.shape[1] : end]
+                    torch._foreach_copy_([mean, var], [batch.mean, batch.var])
+                    torch.add(var, by_batch[0].eps, out=inverse).rsqrt_()
+                    mean, var, inverse = table[:, :end]
+                    known = batch._replace(mean=mean, var=var)
+                x = buffer[:, :end]
+                if not x.is_cuda:  # whose norms are fast on slices too
+                    x = x.contiguous(memory_format=form)
                 steps = []
-                for i, (norm, conv) in enumerate(_steps(layer)):
-                    statistics = None
-                    if lean.norms_by_batch(norm):
-                        statistics = lean.batch_statistics(norm, x) if i else shared
-                        lean.record(norm, statistics)
+                for i, (module, conv) in enumerate(_steps(layer)):
+                    if module in by_batch:
+                        norm = _Norm(module, True, known, inverse)
+                    else:
+                        norm = _Norm.of(module, x)
                     if i:
                         hidden.append(x)
-                    x, kept = _dropped(layer.drop, conv(_activated(norm, x, statistics)))
-                    steps.append(
-                        _Step(norm, conv, statistics, None if kept is None else len(masks))
-                    )
+                    x, kept = _dropped(layer.drop, conv(norm.activated(x)))
+                    steps.append(_Step(norm, conv, None if kept is None else len(masks)))
                     if kept is not None:
                         masks.append(kept)
-                buffer[:, start : start + growth] = x
+                buffer[:, end : end + growth] = x
                 layers.append(steps)
-        ctx.layers, ctx.shared, ctx.growth, ctx.rate = layers, shared, growth, block[0].drop.p
+        _record([step.norm for steps in layers for step in steps if step.norm.by_batch])
+        ctx.layers, ctx.growth, ctx.rate = layers, growth, block[0].drop.p
+        ctx.batch, ctx.table = batch, table
         ctx.numbers = len(hidden), len(masks)
         # With the parameters, so that torch notices changes.
         ctx.save_for_backward(buffer, *hidden, *masks, *parameters)
@@ -105,73 +160,71 @@ class _LeanBlock(torch.autograd.Function):
         number, number_of_masks = ctx.numbers
         buffer, *kept = ctx.saved_tensors
         hidden, masks = kept[:number], kept[number : number + number_of_masks]
-        form, end = lean.format_of(buffer), buffer.shape[1]
+        form, end, batch = lean.format_of(buffer), buffer.shape[1], ctx.batch
         # The gradient of all features, completed from the last to the first.
         grad = grad.clone(memory_format=form)
-        eps = ctx.layers[0][0].norm.eps
         # Per channel, the sums over the layers that read it: see above.
-        sums = None if ctx.shared is None else torch.zeros_like(ctx.shared.mean).repeat(2, 1)
+        mean, sums = ctx.table[0], torch.zeros_like(ctx.table[:2])
 
         def complete(begin: int, end: int) -> Tensor:
             """Return the gradient of channels after all layers that read them."""
-            part = slice(begin, end)
-            if sums is None or begin >= sums.shape[1]:
-                return grad[:, part].contiguous(memory_format=form)
-            known = ctx.shared._replace(mean=ctx.shared.mean[part], var=ctx.shared.var[part])
-            return lean.through_statistics(
-                grad[:, part], buffer[:, part], sums[:, part], known, eps
-            )
+            d, x = grad[:, begin:end], buffer[:, begin:end]
+            if batch is None or begin == len(mean):
+                return d.contiguous(memory_format=form)
+            offset, slope = parts = sums[:, begin:end] / batch.count
+            if batch.group is not None:
+                dist.all_reduce(parts, group=batch.group)
+            offset.addcmul_(mean[begin:end], slope, value=-1)
+            # In the precision of the statistics, since the parts may almost cancel.
+            through = torch.addcmul(offset.view(1, -1, 1, 1), x, slope.view(1, -1, 1, 1))
+            return torch.sub(d, through, out=torch.empty_like(d, memory_format=form))
 
         grads: list[Tensor | None] = []
         for steps in reversed(ctx.layers):
             begin = end - ctx.growth
             d = complete(begin, end)
             end = begin
-            for i, (norm, conv, statistics, mask) in reversed(list(enumerate(steps))):
+            for i, (norm, conv, mask) in reversed(list(enumerate(steps))):
                 if mask is not None:
                     d = d * masks[mask] / (1 - ctx.rate)
                 x = hidden.pop() if i else buffer[:, :end].contiguous(memory_format=form)
-                d, d_conv = _conv_backward(norm, conv, statistics, x, d)
-                if i and statistics is not None:
-                    d, d_weight, d_bias = lean.norm_backward(d, x, norm.weight, statistics, eps)
+                d, d_conv = _conv_backward(norm, conv, x, d)
+                if i:
+                    d, d_weight, d_bias = norm.backward(d, x, through=norm.by_batch)
                 else:
-                    used = _used(norm, statistics)
-                    weight = lean.as_wide(norm.weight, used[0])
-                    # CUDA's channels-last kernel asserts saved statistics, and ignores empty ones.
-                    empty = used[0].new_empty(0)
-                    d, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                        d, x, weight, *used, empty, empty, False, eps, [True, True, True]
-                    )
-                    if statistics is not None:
-                        scale = (used[1] + eps).rsqrt()
-                        scale = scale if weight is None else scale * weight
-                        sums[:, :end] += scale * torch.stack([d_bias, d_weight])
+                    direct = x.is_cuda or x.dtype == mean.dtype  # else slow on a CPU
+                    dx, d_weight, d_bias = norm.backward(d, x, through=False, needed=not direct)
+                    scale = norm.weight() * norm.inverse
+                    if direct:
+                        grad[:, :end].addcmul_(d, scale.view(1, -1, 1, 1))
+                    else:
+                        grad[:, :end].add_(dx)
+                    if norm.by_batch:
+                        scales = [scale, scale * norm.inverse]
+                        parts = [row[:end] for row in sums]
+                        torch._foreach_addcmul_(parts, [d_bias, d_weight], scales)
                 grads += [d_conv, d_bias, d_weight]
-            grad[:, :end] += d
         dx = complete(0, end)
         needed = ctx.needs_input_grad[2:]
         grads = [g if need else None for g, need in zip(reversed(grads), needed, strict=True)]
         return None, dx, *grads
 
 
-def _extended(shared: lean.Statistics | None, norm: nn.Module, x: Tensor) -> lean.Statistics:
-    """Append the statistics of the channels of x that are not known yet."""
-    if shared is None:
-        return lean.batch_statistics(norm, x)
-    new = x[:, len(shared.mean) :].contiguous(memory_format=lean.format_of(x))
-    new = lean.batch_statistics(norm, new)
-    mean, var = torch.cat([shared.mean, new.mean]), torch.cat([shared.var, new.var])
-    return new._replace(mean=mean, var=var)
-
-
-def _used(norm: nn.Module, statistics: lean.Statistics | None) -> tuple[Tensor, Tensor]:
-    if statistics is None:
-        return norm.running_mean, norm.running_var
-    return statistics.mean, statistics.var
-
-
-def _activated(norm: nn.Module, x: Tensor, statistics: lean.Statistics | None) -> Tensor:
-    return F.relu_(lean.apply_norm(norm, x, *_used(norm, statistics)))
+def _record(norms: list[_Norm]) -> None:
+    """Update the running statistics of norms that used those of the batch, in a few launches."""
+    tracked = [n for n in norms if n.module.training and n.module.track_running_stats]
+    momenta = {n.module.momentum for n in tracked}
+    if len(momenta) != 1 or None in momenta or any(n.statistics.group for n in tracked):
+        for norm in norms:
+            lean.record(norm.module, norm.statistics)
+        return
+    modules, statistics = [n.module for n in tracked], [n.statistics for n in tracked]
+    factor = statistics[0].count / (statistics[0].count - 1)
+    old = [m.running_mean for m in modules] + [m.running_var for m in modules]
+    new = [*(s.mean for s in statistics), *torch._foreach_mul([s.var for s in statistics], factor)]
+    new = [value.to(running) for value, running in zip(new, old, strict=True)]
+    torch._foreach_lerp_(old, new, momenta.pop())
+    torch._foreach_add_([m.num_batches_tracked for m in modules], 1)
 
 
 def _dropped(drop: nn.Dropout, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -182,14 +235,10 @@ def _dropped(drop: nn.Dropout, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _conv_backward(
-    norm: nn.Module,
-    conv: nn.Conv2d,
-    statistics: lean.Statistics | None,
-    x: Tensor,
-    grad: Tensor,
+    norm: _Norm, conv: nn.Conv2d, x: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the norm's output and of the convolution's weight."""
-    x = _activated(norm, x, statistics)
+    x = norm.activated(x)
     needed = (True, conv.weight.requires_grad, False)
     dx, d_weight, _ = lean.conv_backward(conv, grad, x, conv.weight, needed)
     dx = dx.to(x.dtype)

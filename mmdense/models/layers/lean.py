@@ -83,8 +83,8 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
         group = norm.process_group or dist.group.WORLD
         group = group if dist.get_world_size(group) > 1 else None
     wide = torch.promote_types(x.dtype, torch.float32)
-    # The result has the precision of these running statistics.
-    unused = x.new_zeros(x.shape[1], dtype=wide), x.new_ones(x.shape[1], dtype=wide)
+    # Elsewhere the result has the precision of these running statistics.
+    unused = (None, None) if x.is_cuda else x.new_ones(2, x.shape[1], dtype=wide)
     mean, var = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
     count = x.numel() // x.shape[1]
     if group is not None:  # every process has a value: there are two or more

@@ -157,18 +157,21 @@ def test_norm_cfg():
         dict(norm_cfg=dict(type='BN', requires_grad=False)),
         dict(one_norm='norm1'),
         dict(one_norm='norm2'),
+        dict(one_momentum='norm2'),
     ],
 )
 def test_lean_blocks_equal_plain_ones(options):
     """Also with a single norm in evaluation: the others of its block share statistics."""
     options = dict(options)
-    one_norm = options.pop('one_norm', None)
+    one_norm, one_momentum = options.pop('one_norm', None), options.pop('one_momentum', None)
     results = []
     for memory in ('plain', 'lean'):
         torch.manual_seed(0)
         net = randomise(DenseNet(arch=SMALL, memory=memory, **options)).double().train()
         if one_norm:
             net.features['denseblock2'][1].get_submodule(one_norm).eval()
+        if one_momentum:
+            net.features['denseblock2'][1].get_submodule(one_momentum).momentum = 0.5
         results.append(step(net, image(32, 48, batch=2).double())[0])
     same_step(*reversed(results))
 
