@@ -23,6 +23,8 @@ OUTPUTS = dict(
     model='raw scores and boxes: anchors, box decoding, sigmoid or softmax, and NMS are not in the '
     'file',
     logits='logits, before softmax or sigmoid: the largest along axis 1 is the class',
+    logit='logits of class 1: it is predicted where their sigmoid exceeds decode_head.threshold, '
+    'and class 0 elsewhere',
     depth='depth, in the unit of the labels',
 )
 
@@ -95,6 +97,8 @@ def describe(exported: Exported) -> list[str]:
     batches = ', '.join(' x '.join(map(str, batch)) for batch in exported.checks)
     largest = max(max(check.values()) for check in exported.checks.values())
     kind = next((name for name in ('logits', 'depth') if name in exported.shapes), exported.part)
+    if kind == 'logits' and exported.shapes[kind][1] == 1:
+        kind = 'logit'
     lines = []
     if exported.fixed:
         axes = ', '.join(s for s in exported.shapes['image'] if isinstance(s, str))

@@ -17,7 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -39,7 +39,8 @@ PARTS = ('backbone', 'neck', 'model')
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 AXES = {0: 'batch', 2: 'height', 3: 'width'}
 DYNAMIC_AXES = (AXES, {0: 'batch'}, {})  # in the order of trying
-HEAD_OUTPUTS = ('cls_score', 'bbox_pred')
+HEAD_OUTPUTS = ('cls_score', 'bbox_pred', 'score_factor')  # the last: objectness or centerness
+DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,13 @@ def export_onnx(
 
     The input is ``image`` [N, C, H, W]. Outputs are the feature maps of a backbone, ``c2``, ``c3``,
     ... (log2 of the stride), or of a neck, ``p2``, ``p3``, ...; the raw outputs of a dense head by
-    level, ``cls_score_0``, ..., ``bbox_pred_0``, ...; or a segmentor's ``logits`` [N, K, H, W] or
-    ``depth`` [N, 1, H, W], of the image's size. Batch, height and width are dynamic if torch can
-    export that; otherwise only the batch is, or nothing.
+    level, ``cls_score_0``, ..., ``bbox_pred_0``, ... and of some ``score_factor_0``, ...; or a
+    segmentor's ``logits`` [N, K, H, W] or ``depth`` [N, 1, H, W], of the image's size. Batch size,
+    height and width are dynamic if torch can export that; otherwise the batch size is, or nothing.
 
     onnxruntime then runs the file on random images: of the given size, of another batch size, of
-    another size, and of an odd size. If an output differs from the model's by more than 1e-4 of its
-    largest value, no file is written.
+    another size, and of an odd size, or the nearest that the model takes. If an output differs from
+    the model's by more than 1e-4 of its largest value, no file is written.
 
     Args:
         model: A detector, segmentor or backbone with its weights; it is not modified.
@@ -144,6 +145,10 @@ def export_onnx(
     if normalize and not preprocessing.mean:
         raise UserError(f'{type(model).__name__} has no mean and std to normalize by')
     expected = _Network(model, part, preprocessing if normalize else None)
+    multiple = _least_multiple(expected, size)
+    if any(side % multiple for side in size):
+        raise UserError(f'{type(model).__name__} takes sides that are multiples of {multiple} only')
+    preprocessing = replace(preprocessing, multiple=math.lcm(multiple, preprocessing.multiple))
     names = _output_names(expected, size)
     network = expected
     if deploy:
@@ -159,7 +164,7 @@ def export_onnx(
         for axes in DYNAMIC_AXES[-1:] if fixed else DYNAMIC_AXES:
             try:
                 shapes, opset = _write(network, draft, names, size, axes, metadata)
-                checks = _check(draft, names, expected, size, axes)
+                checks = _check(draft, names, expected, size, axes, multiple)
                 break
             except _ExportError as error:
                 if not axes:
@@ -254,10 +259,11 @@ class _Network(nn.Module):
             meta = dict(ori_shape=size, img_shape=size, pad_shape=size)
             return (self.head.predict(features, [meta], self.test_cfg),)
         outputs = self.head(features)
-        if isinstance(outputs, Tensor) or len(outputs) != len(HEAD_OUTPUTS):
+        if isinstance(outputs, Tensor) or not 2 <= len(outputs) <= len(HEAD_OUTPUTS):
             raise UserError(
                 f'{type(self.head).__name__} returns more than scores and boxes: export the neck'
             )
+        self.kinds = len(outputs)
         return tuple(level for levels in outputs for level in levels)
 
     def random_images(self, number: int, height: int, width: int) -> Tensor:
@@ -299,13 +305,37 @@ def _windows(count: int | None, side: int, like: Tensor) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
+def _least_multiple(network: _Network, size: tuple[int, int]) -> int:
+    """Return what height and width must be multiples of; some necks add maps of unequal sizes."""
+    for multiple in DIVISORS:
+        try:
+            network.run(_odd(size, multiple))
+        except UserError:
+            raise
+        except (AssertionError, RuntimeError):
+            continue
+        return multiple
+    return 1  # it takes no other size at all
+
+
+def _odd(size: tuple[int, int], multiple: int) -> tuple[int, int, int]:
+    """Return the shape of a larger image whose sides are as hard to halve as possible."""
+    return 1, *((side // DIVISORS[-1] + 1) * DIVISORS[-1] + multiple for side in size)
+
+
 def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:
-    outputs = network.run((1, *size))
+    try:
+        outputs = network.run((1, *size))
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f'no run on images of {size[0]} x {size[1]}: {one_line(error)}') from error
     if network.segments:
         return ['depth' if hasattr(network.head, 'max_depth') else 'logits']
     if network.head is not None:
-        levels = range(len(outputs) // len(HEAD_OUTPUTS))
-        return [f'{name}_{level}' for name in HEAD_OUTPUTS for level in levels]
+        kinds = HEAD_OUTPUTS[: network.kinds]
+        levels = range(len(outputs) // len(kinds))
+        return [f'{name}_{level}' for name in kinds for level in levels]
     letter = 'c' if network.neck is None else 'p'
     sides = [max(size), *(max(x.shape[2:]) for x in outputs)]
     levels = [*accumulate(round(math.log2(a / b)) for a, b in pairwise(sides))]  # strides 2^level
@@ -379,6 +409,7 @@ def _check(
     expected: _Network,
     size: tuple[int, int],
     axes: Mapping[int, str],
+    multiple: int,
 ) -> dict[tuple[int, int, int], dict[str, float]]:
     """Compare a file's outputs with a network's on batches of random images."""
     import onnxruntime
@@ -388,7 +419,8 @@ def _check(
     if 0 in axes:
         batches.append((3, height, width))
     if 2 in axes:
-        batches += [(1, height + 32, width + 64), (1, height + 45, width + 13)]
+        step = max(32, multiple)
+        batches += [(1, height + step, width + 2 * step), _odd(size, multiple)]
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     options.intra_op_num_threads = torch.get_num_threads()

@@ -95,7 +95,7 @@ def test_every_family_in_both_forms(family, deploy, tmp_path):
     assert exported.shapes['image'] == ('batch', 3, 'height', 'width')
     assert exported.shapes['p3'] == ('batch', 8, 'p3_height', 'p3_width')
     assert list(exported.shapes) == ['image', 'p2', 'p3', 'p4']
-    assert list(exported.checks) == [(1, 64, 96), (3, 64, 96), (1, 96, 160), (1, 109, 109)]
+    assert list(exported.checks) == [(1, 64, 96), (3, 64, 96), (1, 96, 160), (1, 129, 129)]
     assert all(d < 1e-4 for check in exported.checks.values() for d in check.values())
     compare(exported, lambda x: model.neck(model.backbone(x)), image(77, 131, batch=2))
     # The file needs no other, has standard operators only, and no paths of this machine.
@@ -204,6 +204,39 @@ def test_normalizing_in_the_file(tmp_path):
     meta = [dict(img_shape=SIZE)]
     pixels = (image(*SIZE).abs() * 100).clamp(max=255)
     compare(exported, lambda x: [model.encode_decode((x - mean) / std, meta)], pixels)
+
+
+class Halves(nn.Module):
+    """A detector for multiples of 16, as RTMDet is for those of 32, with YOLOX's three outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = backbone('ReXNet', out_indices=(2, 3))
+        self.neck, self.bbox_head = Sum(), Three()
+
+
+class Sum(nn.Module):
+    def forward(self, maps):
+        fine, coarse = maps
+        return (fine[:, :1] + nn.functional.interpolate(coarse[:, :1], scale_factor=2),)
+
+
+class Three(nn.Module):
+    def forward(self, maps):
+        return [[x * factor for x in maps] for factor in (1, 2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fixed', [False, True])
+def test_a_neck_for_multiples_and_a_head_of_three_outputs(fixed, tmp_path):
+    model = Halves()
+    exported = export_onnx(model, tmp_path / 'net.onnx', size=(64, 96), fixed=fixed)
+    assert list(exported.shapes)[1:] == ['cls_score_0', 'bbox_pred_0', 'score_factor_0']
+    assert exported.preprocessing.multiple == 16
+    if not fixed:
+        assert (1, 144, 144) in exported.checks
+    with pytest.raises(UserError, match='Halves takes sides that are multiples of 16 only'):
+        export_onnx(model, tmp_path / 'net.onnx', size=(64, 100), fixed=True)
 
 
 class FixedSize(nn.Module):
