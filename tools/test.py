@@ -2,6 +2,8 @@
 
 import argparse
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -55,8 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if runner.rank == 0:
         table = Table('metric', 'value')
         for name, value in metrics.items():
-            table.add_row(escape(name), '-' if is_empty(name, value) else f'{value:.3f}')
+            table.add_row(escape(name), escape(format_metric(name, value)))
         Console().print(table)
+
+
+def format_metric(name: str, value: Any) -> str:
+    if not isinstance(value, Real):  # a metric may return anything
+        return ' '.join(str(value).split())
+    return '-' if is_empty(name, value) else f'{value:.3f}'
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.apis import Predictor
 from mmdense.config.validate import check_data_files
-from mmdense.visualization.logs import METRICS, plot_runs, read_runs
+from mmdense.visualization.logs import METRICS, main_metrics, plot_runs, read_runs
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,16 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     predictor = Predictor(cfg, args.checkpoint)
     out = Path(args.out or cfg.work_dir)
     out.mkdir(parents=True, exist_ok=True)
-    keys = [key for key in run.keys if 'loss' in key or key in METRICS]
+    metrics = main_metrics(key for record in run.metrics[-1:] for key in record)
+    keys = [key for key in run.keys if 'loss' in key or key in metrics]
     plot_runs([run], out / 'curves.png', keys=keys)
     drawings, legend = draw_test_images(cfg, predictor, args.num, args.score)
     save_grid(drawings, legend, out / 'predictions.png')
     console = Console()
     if run.metrics:
         table = Table('last validation', 'value')
-        for key, name in METRICS.items():
-            if key in run.metrics[-1]:
-                table.add_row(name, f'{run.metrics[-1][key]:.3f}')
+        for key in metrics:
+            table.add_row(METRICS.get(key, key), f'{run.metrics[-1][key]:.3f}')
         console.print(table)
     written = f'pictures: {out / "predictions.png"} {out / "curves.png"}'
     console.print(written, soft_wrap=True, markup=False)

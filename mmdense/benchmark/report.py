@@ -137,7 +137,8 @@ class Report:
         self.columns = [c for c in self.all_columns if c.known and c.name not in ONLY_IN_CSV]
         self.parts = self._parts()
         self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
-        keys = [math.inf if value is None else -value for value in self.metric.values]
+        sign = -1 if self.metric.better == 'max' else 1
+        keys = [math.inf if value is None else sign * value for value in self.metric.values]
         self.ranked = sorted(range(len(keys)), key=keys.__getitem__)  # rows, best first
         names = dict.fromkeys(row['family'] for row in self.rows)
         self.families = {name: number for number, name in enumerate(names)}
@@ -150,7 +151,9 @@ class Report:
         for name in self.results['metrics']:
             title, _, unit = name.partition(' (')  # such as 'mIoU (%)'
             values = [row and _finite(row['metrics'].get(name)) for row in self.finished]
-            yield Column(_slug(name), 'Accuracy', title, unit.rstrip(')'), values, 'max')
+            less = self.results.get('rule') == 'less' and name == self.results['metrics'][0]
+            better = 'min' if less else 'max'
+            yield Column(_slug(name), 'Accuracy', title, unit.rstrip(')'), values, better)
 
     def _costs(self) -> Iterable[Column]:
         for kind, group in (('infer', 'Inference'), ('train', 'Training step')):

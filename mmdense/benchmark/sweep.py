@@ -35,12 +35,13 @@ from mmdense.benchmark.report import write_report
 from mmdense.benchmark.timing import inference_run, machine, measure, training_run
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
+from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
-from mmdense.visualization.logs import METRICS, read_scalars
+from mmdense.visualization.logs import METRICS, NO_METRICS, main_metrics, read_scalars
 
 __all__ = ['Progress', 'Sweep']
 
@@ -318,7 +319,8 @@ class Sweep:
         measured = json.loads(file.read_text()) if file.exists() else {}
         rows = [self._row(spec, measured.get('rows', {})) for spec in self.backbones]
         task = 'segmentation' if self.cfg.default_scope == 'mmseg' else 'detection'
-        metrics = [m for m in METRICS.values() if any(m in row['metrics'] for row in rows)]
+        data = (node for _, node in iter_dataset_configs(self.cfg.train_dataloader, ''))
+        data = [str(node.get('data_root') or node.get('ann_file') or '') for node in data]
         # Reports are read on other machines.
         here, file = Path.cwd(), Path(self.cfg.filename).resolve()
         loop = self.cfg.train_cfg
@@ -328,9 +330,9 @@ class Sweep:
             config=str(file.relative_to(here) if file.is_relative_to(here) else file),
             command=self.command,
             schedule=f'{loop.max_epochs} epochs' if by_epoch else f'{loop.max_iters} iterations',
-            data=str(self.cfg.get('data_root') or '').rstrip('/'),
+            data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
             pretrained=self.pretrained,
-            metrics=metrics or [DEFAULT_METRICS[task]],
+            **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
             measured=measured.get('measured'),
             rows=rows,
@@ -339,6 +341,16 @@ class Sweep:
         )
         atomic_write(self.folder / 'results.json', json.dumps(results, indent=1).encode())
         write_report(self.folder)
+
+    def _metrics(self, rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, Any]:
+        """Return the metrics to report, the one of the best checkpoint first, and its rule."""
+        hook = self.cfg.default_hooks.get('checkpoint') or {}
+        logged = list(dict.fromkeys(name for row in rows for name in row['metrics']))
+        best = hook.get('save_best') or ()
+        names = [*([best] if isinstance(best, str) else best), *main_metrics(logged)]
+        names = dict.fromkeys(METRICS.get(name, name) for name in names)
+        names = [name for name in names if name in logged] or [DEFAULT_METRICS[task]]
+        return dict(metrics=names, rule=hook.get('rule'))
 
     def _row(self, backbone: BackboneSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
         name = backbone.name
@@ -383,7 +395,7 @@ def _locked(folder: Path) -> Iterator[int]:
 
 
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: record[key] for key, name in METRICS.items() if key in record}
+    return {METRICS.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
 
 
 def _read_progress(log: Path, cfg: Config) -> tuple[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ from matplotlib.lines import Line2D
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 
-__all__ = ['METRICS', 'Run', 'is_empty', 'plot_runs', 'read_runs', 'read_scalars']
+__all__ = [
+    'METRICS',
+    'NO_METRICS',
+    'Run',
+    'is_empty',
+    'main_metrics',
+    'plot_runs',
+    'read_runs',
+    'read_scalars',
+]
 
 # Metrics that are plotted and printed by default, with their usual names.
 METRICS = {
@@ -31,6 +40,7 @@ METRICS = {
 }
 LOWER_IS_BETTER = ('abs_rel', 'log10', 'rmse', 'rmse_log', 'silog', 'sq_rel')
 COUNTERS = ('epoch', 'iter', 'step', 'validated_at')  # the last in logs of earlier versions
+NO_METRICS = (*COUNTERS, 'data_time', 'time')  # in the record of a validation
 FORMATS = ('.pdf', '.png', '.svg')  # of plots of several runs
 SMOOTHING = 25  # a smoothed value is the mean over 1/25 of a run
 
@@ -38,6 +48,12 @@ SMOOTHING = 25  # a smoothed value is the mean over 1/25 of a run
 def is_empty(name: str, value: Any) -> bool:
     """Return whether a metric is COCO's AP or AR of a size that no object has, which is -1."""
     return ('AP' in name or 'AR' in name) and isinstance(value, float) and value == -1
+
+
+def main_metrics(names: Iterable[str]) -> list[str]:
+    """Return the metrics to show of those that are logged: of :data:`METRICS`, or the first."""
+    names = [name for name in names if name not in NO_METRICS]
+    return [name for name in (*METRICS, *METRICS.values()) if name in names] or names[:1]
 
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
@@ -48,8 +64,8 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
 
     Returns:
         The records of the losses and those of the metrics, both in order. In a record of metrics
-        ``iter`` is the training iteration of the validation; AP of sizes that no object has is left
-        out.
+        ``iter`` is the training iteration of the validation; AP of sizes that no object has and
+        what is no number are left out.
 
     Raises:
         UserError: if there is no training log.
@@ -66,8 +82,9 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
                     metrics = {i: r for i, r in metrics.items() if i < record['step']}
                 last, resumed = record['step'], False
                 losses[last] = record
-            elif last and record['step'] and METRICS.keys() & record.keys():  # a test's step is 0
-                record = {k: v for k, v in record.items() if not is_empty(k, v)}
+            elif last and record['step'] and main_metrics(record):  # a test's step is 0
+                numbers = ((k, v) for k, v in record.items() if isinstance(v, int | float))
+                record = {k: v for k, v in numbers if not is_empty(k, v)}
                 metrics[last] = dict(record, iter=last)
     if not losses:
         raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')
@@ -140,8 +157,8 @@ def plot_runs(
     Args:
         runs: The runs, from :func:`read_runs`.
         file: The .png, .svg or .pdf file to write.
-        keys: Names of logged values; by default the loss, and those of :data:`METRICS` that any of
-            the runs has. A panel leaves out the runs without its key.
+        keys: Names of logged values; by default the loss and :func:`main_metrics`. A panel leaves
+            out the runs without its key.
 
     Returns:
         The plotted keys.
@@ -153,7 +170,8 @@ def plot_runs(
     if file.suffix not in FORMATS:
         raise UserError(f'{file} must end in {", ".join(FORMATS)}')
     known = list(dict.fromkeys(key for run in runs for key in run.keys))
-    keys = list(dict.fromkeys(keys or ('loss', *(key for key in METRICS if key in known))))
+    metrics = dict.fromkeys(key for run in runs for record in run.metrics for key in record)
+    keys = list(dict.fromkeys(keys or ('loss', *main_metrics(metrics))))
     for key in keys:
         if key not in known:
             raise UserError(f'no run has logged {key}; logged values: {", ".join(known)}')

@@ -134,6 +134,13 @@ def test_no_winner_where_nothing_was_learned(report):
     assert 'Fastest inference: net-0' in page.text
 
 
+def test_the_least_value_is_best_if_the_rule_says_so(report):
+    rows = [make_row(i, metrics={'box AP': value}) for i, value in enumerate((0.5, 0.2))]
+    for rule, best in (('less', 'net-1'), (None, 'net-0')):
+        markdown = report(rows, metrics=['box AP'], rule=rule)[2]
+        assert re.findall(r'^\| (net-\d)', markdown, re.MULTILINE)[0] == best
+
+
 def test_the_report(report, tmp_path):
     """Three trained backbones and one that failed, with pictures."""
     (tmp_path / 'pictures').mkdir()

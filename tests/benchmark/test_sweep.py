@@ -18,7 +18,7 @@ from mmdense.config.channels import build_part
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from mmdense.flops import model_macs
-from support import CONDENSED, DEMOS, ROOT, load_tool
+from support import CONDENSED, DEMOS, ROOT, load_tool, write_log
 
 TOOL = ROOT / 'tools/benchmark.py'
 NAMES = [str(DEMOS['detection']), 'timm:resnet18']
@@ -82,6 +82,24 @@ def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
     assert again.state('rdnet-nano')['seconds'] > seconds
     assert (folder / 'runs/rdnet-nano/starts').read_text() == '..'
     assert (folder / 'runs/timm-resnet18/starts').read_text() == '.'  # it was finished
+
+
+@pytest.mark.parametrize(
+    ('best', 'metrics'), [({}, ['voc/AP50']), (dict(save_best='voc/mAP'), ['voc/mAP', 'voc/AP50'])]
+)
+def test_any_metric_and_the_data_of_the_training(best, metrics, tmp_path):
+    options = {f'default_hooks.checkpoint.{key}': value for key, value in best.items()}
+    options['train_dataloader.dataset.data_root'] = 'data/trees/'
+    sweep = sweep_of(tmp_path, NAMES[1:], **options)
+    odd = dict(table=[[1.0]], note='x', time=1.0, step=1)
+    records = [dict(loss=1.0, step=1), {'voc/AP50': 0.3, 'voc/mAP': 0.2} | odd]
+    write_log(tmp_path / 'runs/timm-resnet18', records)
+    state = json.dumps(dict(status='done', seconds=1))
+    (tmp_path / 'runs/timm-resnet18/state.json').write_text(state)
+    sweep.report()
+    results = json.loads((tmp_path / 'results.json').read_text())
+    assert (results['metrics'], results['data']) == (metrics, 'data/trees')
+    assert results['rows'][0]['metrics'] == {'voc/AP50': 0.3, 'voc/mAP': 0.2}
 
 
 def test_the_config_is_relative_to_the_working_folder(tmp_path, monkeypatch):

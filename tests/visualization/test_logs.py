@@ -33,6 +33,17 @@ def test_read_scalars_joins_resumed_runs(tmp_path):
     assert logs.read_scalars(tmp_path) == ([loss(9.0, 50)], [])
 
 
+def test_metrics_of_any_name_and_kind(tmp_path):
+    odd = dict(table=[[1.0]], note='x', time=1.0)
+    write_log(
+        tmp_path, [dict(loss=2.0, step=5), odd | {'voc/mAP': 0.2, 'voc/AP50': 0.4, 'step': 1}]
+    )
+    (run,) = logs.read_runs([tmp_path])
+    assert run.metrics == [{'time': 1.0, 'voc/mAP': 0.2, 'voc/AP50': 0.4, 'step': 1, 'iter': 5}]
+    assert logs.plot_runs([run], tmp_path / 'x.png') == ['loss', 'voc/mAP']
+    assert logs.main_metrics(['voc/mAP', 'coco/bbox_mAP_50']) == ['coco/bbox_mAP_50']
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     def write(name, records):
