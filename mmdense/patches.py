@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +47,8 @@ def apply_patches() -> None:
       (``s3://``, ``petrel://``, ``pavi://``) stay mmengine's.
     - mmengine's ``Pretrained`` initializer accepts every known weight format and raises an error
       instead of continuing with random weights.
+    - mmengine's ``ImgDataPreprocessor``, and so mmdet's, normalizes any number of channels, not
+      only 1 or 3.
 
     Besides these, ``import mmdense`` provides ``mmcv._ext`` where mmcv's compiled operators are
     missing (:func:`mmdense.ops.install`) and calls :func:`patch_configs`; the tools run in
@@ -54,6 +56,7 @@ def apply_patches() -> None:
     """
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')  # read when cv2 is imported
 
+    from mmengine.model import ImgDataPreprocessor
     from mmengine.registry import WEIGHT_INITIALIZERS
     from mmengine.runner import CheckpointLoader
     from PIL import EpsImagePlugin
@@ -65,6 +68,22 @@ def apply_patches() -> None:
     for prefix, loader in SCHEMES.items():
         CheckpointLoader.register_scheme(prefix, loader=loader, force=True)
     WEIGHT_INITIALIZERS.register_module(name='Pretrained', module=PretrainedInit, force=True)
+    ImgDataPreprocessor.__init__ = _for_any_channels(ImgDataPreprocessor.__init__)
+
+
+def _for_any_channels(init: Callable[..., None]) -> Callable[..., None]:
+    import torch
+
+    @functools.wraps(init)
+    def wrapped(self: Any, mean: Any = None, std: Any = None, *args: Any, **kwargs: Any) -> None:
+        wide = bool(mean and std) and len(mean) == len(std) and len(mean) not in (1, 3)
+        init(self, *((None, None) if wide else (mean, std)), *args, **kwargs)
+        if wide:
+            self._enable_normalize = True
+            self.register_buffer('mean', torch.tensor(mean).view(-1, 1, 1), False)
+            self.register_buffer('std', torch.tensor(std).view(-1, 1, 1), False)
+
+    return wrapped
 
 
 def find_config(path: str) -> Path:

@@ -6,16 +6,22 @@ They are compared with the registries and with signatures before anything is bui
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import logging
 import re
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from mmengine import registry
 from mmengine.config import Config
+from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
 from mmengine.optim import OptimWrapper
 from mmengine.registry import Registry
 from mmengine.runner import LogProcessor
@@ -25,6 +31,7 @@ from mmdense.errors import UserError, one_line, suggest_name
 
 __all__ = ['arguments', 'build_error', 'check_part', 'check_parts', 'dicts', 'find']
 
+PACKAGE = f'{Path(__file__).parents[1]}/'
 LIBRARIES = ('mmcv', 'mmdense', 'mmdet', 'mmengine', 'mmseg', 'torch')
 LOADERS = ('train', 'val', 'test')
 MODEL = (registry.MODELS, registry.TASK_UTILS, registry.WEIGHT_INITIALIZERS)
@@ -40,7 +47,7 @@ REGISTRIES = dict(
     log_processor=(registry.LOG_PROCESSORS,),
     **{f'{loader}_dataloader': DATA for loader in LOADERS},
     **{f'{loader}_cfg': (registry.LOOPS,) for loader in LOADERS},
-    **{f'{loader}_evaluator': (registry.METRICS,) for loader in LOADERS},
+    **{f'{loader}_evaluator': (registry.METRICS, registry.EVALUATOR) for loader in LOADERS},
 )
 # Section -> what is built without a type.
 DEFAULTS = dict(
@@ -57,6 +64,22 @@ TYPED = re.compile(
 # and mmseg 1.2 is that close to another, but for `deformable_groups`.
 CUTOFF = 0.85
 NO_ARGUMENTS = ('type', '_scope_', 'deformable_groups')
+# Signs of errors that libraries raise when a config runs -> the way out.
+ADVICE = {
+    'Expected more than 1 value per channel': 'batch norm cannot train on a single value: set '
+    "train_dataloader.batch_size to 2 or more, or norm_cfg=dict(type='GN', num_groups=32); if only "
+    'the last batch of an epoch is too small, set train_dataloader.drop_last=True',
+    'weight tensor should be defined either for all': "a loss's class_weight needs one value for "
+    'each output of its head (in detectors the background is the last)',
+    r'expected input\[.+\] to have \d+ channels|size of tensor a .+ non-singleton dimension 0': (
+        "set a part's in_channels to what it reads; the backbone's, mean and std to the images' "
+        'channels, with bgr_to_rgb=False unless these are 3'
+    ),
+    "no attribute '(gt_)?masks'": 'to learn masks, LoadAnnotations needs with_mask=True, and the '
+    'annotations a segmentation',
+    'Target -?[0-9]+ is out of bounds': 'tools/check_dataset.py finds labels outside the classes',
+    r"^(?!.*pip install).*?(?:No module named '(\w+)|([\w-]+) is not installed)": 'pip install {}',
+}
 
 
 def dicts(node: Any) -> Iterator[dict]:
@@ -174,26 +197,51 @@ def _refuse_misspelt_type(
 
 
 def build_error(error: Exception) -> str | None:
-    """Return in one line why something could not be built from a config, or None for a bug.
+    """Return in one line why a config cannot be built or run, or None for a bug.
 
-    The config is at fault if the registry finds nothing, if a constructor of mmdense, an MM package
-    or torch refuses its arguments, or if mmdense refuses a value (``ValueError``) in a build.
+    The config is at fault if, below mmengine, nothing but libraries is on the stack. Errors in the
+    user's own modules, and those of mmdense that are no refusals, are bugs. Where no constructor
+    refuses its arguments, the traceback goes to the run's log file, which the line names.
     """
-    calls = list(traceback.walk_tb(error.__traceback__))
-    modules = [frame.f_globals.get('__name__', '') for frame, _ in calls]
-    builds = [i for i, module in enumerate(modules) if module.startswith('mmengine.registry')]
-    if not builds or isinstance(error, UserError):
+    stack = traceback.extract_tb(error.__traceback__)
+    runs = [i for i, frame in enumerate(stack) if '/mmengine/' in frame.filename]
+    if not runs or isinstance(error, UserError):
         return None
-    refused = isinstance(error, AssertionError | KeyError | TypeError | ValueError) and all(
-        frame.f_code.co_name.startswith(('__init__', 'build'))
-        and module.partition('.')[0] in LIBRARIES
-        for (frame, _), module in [*zip(calls, modules, strict=True)][builds[-1] + 1 :]
-    )
-    missing = builds[-1] == len(calls) - 1 and isinstance(error, RuntimeError)
-    invalid = modules[-1].startswith('mmdense.') and type(error) is ValueError
-    if not (refused or missing or invalid):
+    everything = ''.join(traceback.format_exception(error))  # with causes, and a worker's stack
+    files = {*re.findall(r'File "(.+?)", line', everything)}
+    command, below = ({f.filename for f in part} for part in (stack[: runs[0]], stack[runs[0] :]))
+    if not all(map(_in_library, below | (files - command))):
         return None
-    reason = one_line(error)
-    if not str(error):  # a bare assertion: its source
-        reason = traceback.extract_tb(error.__traceback__)[-1].line
-    return f'cannot build from the config: {reason} ({modules[-1]})'
+    last = stack[-1]
+    inside = last.filename.startswith(PACKAGE) and error.__cause__ is None
+    building = '/mmengine/registry/' in stack[runs[-1]].filename
+    refused = building and all(f.name.startswith(('__init__', 'build')) for f in stack[runs[-1] :])
+    refused |= inside and type(error) is ValueError
+    text = str(error).strip()
+    matches = ((re.search(sign, text), way) for sign, way in ADVICE.items())
+    ways = (way.format(*filter(None, match.groups())) for match, way in matches if match)
+    advice = next((f': {way}' for way in ways), '')
+    log = '' if refused or inside else _log(everything)
+    if not (refused or advice or log) and is_main_process():
+        return None
+    reason = text.splitlines()[-1] if 'Traceback' in text else one_line(error)
+    reason = reason if text else last.line  # a bare assertion
+    start = 'cannot build from the config' if building else 'the run stops'
+    return f'{start}: {reason} ({Path(last.filename).name}, line {last.lineno}){advice}{log}'
+
+
+@functools.cache
+def _in_library(file: str) -> bool:
+    """Return whether a file of Python code belongs to Python, mmdense or an installed package."""
+    folders = [f'{sysconfig.get_path(name)}/' for name in ('stdlib', 'purelib', 'platlib')]
+    return file.startswith(('<', PACKAGE, *folders))
+
+
+def _log(text: str) -> str:
+    """Append a text to mmengine's log file, and return the end of a message that names it."""
+    for handler in MMLogger.get_current_instance().handlers:
+        if isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).exists():
+            with Path(handler.baseFilename).open('a') as file:
+                file.write(text)
+            return f'; the traceback is in {handler.baseFilename}'
+    return ''

@@ -37,11 +37,16 @@ def read_config(path: str) -> Config:
         if isinstance(error, SyntaxError | UnicodeError):
             _check_syntax(file)
         cause = error.__cause__ or error
-        place = traceback.extract_tb(cause.__traceback__)[-1]
-        if 'mmengine' in Path(place.filename).parts:
-            raise UserError(f'{path}: {one_line(cause)}') from error
-        where = f'{place.filename}, line {place.lineno}'
-        raise UserError(f'{path}: {one_line(cause)} ({where})') from error
+        while isinstance(cause.__context__, ImportError):  # the one that says what is missing
+            cause = cause.__context__
+        frames = traceback.extract_tb(cause.__traceback__)
+        place = [frame for frame in frames if not frame.filename.startswith('<frozen')][-1]
+        where = f' ({place.filename}, line {place.lineno})'
+        if {'mmengine', 'importlib'} & {*Path(place.filename).parts}:
+            where = ''
+            if isinstance(cause, ModuleNotFoundError):  # named by custom_imports itself
+                where = ': run from the folder that holds it, add that to PYTHONPATH, or install it'
+        raise UserError(f'{path}: {one_line(cause)}{where}') from error
 
 
 def _check_syntax(file: Path) -> None:
