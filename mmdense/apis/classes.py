@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import nn
 
+from mmdense.config.evaluators import iter_metrics
 from mmdense.visualization.draw import make_palette
 
 __all__ = ['class_names', 'coco_categories', 'num_classes_of']
@@ -90,8 +91,7 @@ def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any
 
 def _annotated_categories(cfg: Config) -> Sequence[Mapping[str, Any]]:
     """Return the categories of the test metric's annotation file, if it can be read."""
-    metrics = cfg.get('test_evaluator') or []
-    for metric in metrics if isinstance(metrics, list | tuple) else [metrics]:
+    for _, metric in iter_metrics(cfg.get('test_evaluator')):
         file = Path(metric.get('ann_file') or '')
         if file.suffix == '.json' and file.is_file():
             try:

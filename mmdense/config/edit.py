@@ -17,6 +17,7 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
+from mmdense.config.evaluators import iter_metrics
 from mmdense.config.parts import LIBRARIES, find
 from mmdense.errors import UserError
 
@@ -197,19 +198,17 @@ def use_tta(cfg: Config) -> None:
 
 def write_predictions(cfg: Config, out: str) -> None:
     """Write test predictions: a .pkl file (detection) or a folder of label maps (segmentation)."""
-    metrics = cfg.test_evaluator
-    metrics = list(metrics) if isinstance(metrics, list | tuple) else [metrics]
     if cfg.default_scope == 'mmseg':
-        depth = [metric for metric in metrics if metric.type == 'DepthMetric']
+        metrics = [metric for _, metric in iter_metrics(cfg.test_evaluator)]
+        depth = [metric for metric in metrics if metric['type'] == 'DepthMetric']
         for metric in depth:  # mmseg names the files by the images' last names
-            metric.output_dir = out
-        if not depth:
-            hook = dict(type='mmdense.SaveLabelMapsHook', out_dir=out)
-            cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), hook]
-        return
-    if not out.endswith('.pkl'):
+            metric['output_dir'] = out
+        hooks = [] if depth else [dict(type='mmdense.SaveLabelMapsHook', out_dir=out)]
+    elif out.endswith('.pkl'):
+        hooks = [dict(type='mmdense.SavePredictionsHook', out_file=out)]
+    else:
         raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
-    cfg.test_evaluator = [*metrics, dict(type='DumpDetResults', out_file_path=out)]
+    cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
 
 
 def use_show_dir(cfg: Config, folder: str) -> None:

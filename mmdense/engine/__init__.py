@@ -8,7 +8,7 @@ from mmdense.engine.layer_decay import LayerDecayOptimWrapperConstructor
 from mmdense.engine.loops import EpochBasedTrainLoop, IterBasedTrainLoop
 from mmdense.engine.nan_guard import NaNGuardHook
 from mmdense.engine.optim_wrapper import BFloat16OptimWrapper
-from mmdense.engine.outputs import SaveLabelMapsHook
+from mmdense.engine.outputs import SaveLabelMapsHook, SavePredictionsHook
 
 __all__ = [
     'BFloat16OptimWrapper',
@@ -22,4 +22,5 @@ __all__ = [
     'LoadReportHook',
     'NaNGuardHook',
     'SaveLabelMapsHook',
+    'SavePredictionsHook',
 ]

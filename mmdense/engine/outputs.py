@@ -1,4 +1,4 @@
-"""Hooks that save the predictions of a test, each at its image's path below the image folder.
+"""Hooks that save the predictions of a test, pictures at their image's path below the image folder.
 
 mmdet and mmseg name such files by the image's last name alone, so that of ``cam0/1.jpg`` and
 ``cam1/1.jpg`` only one would be left.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from mmengine.dist import barrier
 from mmengine.hooks import Hook
+from mmengine.registry import METRICS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 from mmdense.files import change_suffix, check_writable, relative_paths
 from mmdense.registry import HOOKS
 
-__all__ = ['SaveLabelMapsHook']
+__all__ = ['SaveLabelMapsHook', 'SavePredictionsHook']
 
 
 @HOOKS.register_module()
@@ -62,6 +63,31 @@ class SaveLabelMapsHook(Hook):
             labels = labels + bool(sample.get('reduce_zero_label'))
             dtype = np.uint8 if labels.max() < 256 else np.uint16
             Image.fromarray(labels.astype(dtype)).save(self._files[sample.img_path])
+
+
+@HOOKS.register_module()
+class SavePredictionsHook(Hook):
+    """Save all predictions of a detector in one file, as mmdet's ``DumpDetResults`` does.
+
+    That metric has no place in a ``MultiDatasetsEvaluator``, which takes one for each data set.
+
+    Args:
+        out_file: The .pkl file.
+    """
+
+    def __init__(self, out_file: str) -> None:
+        check_writable(Path(out_file))
+        self._metric = METRICS.build(dict(type='mmdet.DumpDetResults', out_file_path=out_file))
+
+    def after_test_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = ()
+    ) -> None:
+        """Keep the predictions of a batch."""
+        self._metric.process(data_batch, [sample.to_dict() for sample in outputs])
+
+    def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
+        """Write the file, from all processes."""
+        self._metric.evaluate(len(runner.test_dataloader.dataset))
 
 
 def _image_paths(runner: Runner) -> list[str]:

@@ -110,7 +110,7 @@ def test_tta_uses_model_and_pipeline(cfg):
 
 def test_predictions_of_a_detector_are_a_pickle(cfg):
     edit.write_predictions(cfg, 'x.pkl')
-    assert [m.type for m in cfg.test_evaluator] == ['CocoMetric', 'DumpDetResults']
+    assert cfg.custom_hooks[-1] == dict(type='mmdense.SavePredictionsHook', out_file='x.pkl')
     with pytest.raises(UserError, match='pkl'):
         edit.write_predictions(cfg, 'x.json')
 

@@ -1,5 +1,6 @@
-"""Predictions of images that have the same name in several folders are all saved."""
+"""Predictions that are saved: of images of one name in several folders, all."""
 
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -55,8 +56,7 @@ def test_label_maps(runner, tmp_path, reduce_zero_label):
     assert sum(file.is_file() for file in out.rglob('*')) == 3
 
 
-def test_pictures_of_detectors(runner, tmp_path):
-    DetLocalVisualizer.get_instance('test_outputs')
+def detections(runner):
     samples = []
     for info in runner.test_dataloader.dataset:
         sample = DetDataSample(metainfo=info)
@@ -64,7 +64,21 @@ def test_pictures_of_detectors(runner, tmp_path):
             bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0)
         )
         samples.append(sample)
+    return samples
+
+
+def test_predictions_of_detectors(runner, tmp_path):
+    out = tmp_path / 'new/out.pkl'
+    hook = HOOKS.build(dict(type='mmdense.SavePredictionsHook', out_file=str(out)))
+    run(hook, runner, detections(runner))
+    hook.after_test_epoch(runner)
+    paths = [prediction['img_path'] for prediction in pickle.loads(out.read_bytes())]
+    assert paths == [info['img_path'] for info in runner.test_dataloader.dataset]
+
+
+def test_pictures_of_detectors(runner, tmp_path):
+    DetLocalVisualizer.get_instance('test_outputs')
     hook = dict(type='mmdense.DetVisualizationHook', draw=True, test_out_dir=str(tmp_path / 'out'))
-    run(HOOKS.build(hook), runner, samples)
+    run(HOOKS.build(hook), runner, detections(runner))
     files = [file for file in (tmp_path / 'out').rglob('*') if file.is_file()]
     assert sorted(str(file.relative_to(tmp_path / 'out')) for file in files) == sorted(NAMES)

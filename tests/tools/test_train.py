@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -65,6 +66,34 @@ def test_predictions_and_images(trained, call_tool, tmp_path):
         assert predictions[0]['pred_instances']['bboxes'].shape[1] == 4
     else:
         assert len(list(out.glob('*.png'))) == 4
+
+
+def test_several_data_sets(call_tool, checkpoints, tmp_path):
+    config, out = tmp_path / 'config.py', tmp_path / 'predictions.pkl'
+    config.write_text(f"""
+_base_ = {str(DEMOS['detection'])!r}
+data, metric = _base_.test_dataloader.dataset, _base_.test_evaluator
+test_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', datasets=[data, data]))
+test_evaluator = dict(
+    _delete_=True,
+    type='MultiDatasetsEvaluator',
+    metrics=[metric, metric],
+    dataset_prefixes=['a', 'b'],
+)
+""")
+    arguments = [config, checkpoints / 'detection.pth', '--out', out, '--work-dir', tmp_path]
+    status, output, _ = call_tool('test', *arguments)
+    assert status == 0
+    assert 'a/coco/bbox_mAP' in output
+    assert 'b/coco/bbox_mAP' in output
+    assert len(pickle.loads(out.read_bytes())) == 8
+
+
+def test_metrics_of_any_kind():
+    show = load_tool('test').format_metric
+    values = (0.5, np.float32(0.25), 3, 'good', [1, 2], np.eye(2), {'a': 1})
+    expected = ['0.500', '0.250', '3.000', 'good', '[1, 2]', '[[1. 0.] [0. 1.]]', "{'a': 1}"]
+    assert [show('x', value) for value in values] == expected
 
 
 def test_test_time_augmentation(trained, call_tool, tmp_path):
