@@ -18,7 +18,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mmdense import cli
+from mmdense.config.evaluators import check_metric_files
 from mmdense.config.read import load_config
+from mmdense.config.validate import check_prefixes
 from mmdense.datasets.check import ERROR, Finding
 from mmdense.datasets.files import check_files, list_files
 from mmdense.errors import UserError
@@ -60,9 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         check_writable(Path(args.json))
     cfg = load_config(args.config, options=args.cfg_options)
+    check_prefixes(cfg, args.loaders)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task('annotations', total=None)
         findings, files = list_files(cfg, args.loaders)
+        try:
+            check_metric_files(cfg, args.loaders)
+        except UserError as error:
+            findings.append(Finding('wrong setting', args.config, str(error)))
         progress.update(task, total=1, completed=1)
         results = check_files(files, args.workers)
         for more in progress.track(results, total=len(files), description='images'):

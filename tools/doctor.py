@@ -265,6 +265,7 @@ def probe_environment() -> dict[str, str]:
 
 def probe_config(path: str) -> list[Finding]:
     """Check whether a config can be read, its data exist and its weights are here or online."""
+    from mmdense.config.evaluators import check_metric_files
     from mmdense.config.read import load_config
     from mmdense.config.validate import check_data_files
     from mmdense.errors import UserError
@@ -276,10 +277,13 @@ def probe_config(path: str) -> list[Finding]:
     for loader in ('train', 'val', 'test'):
         try:
             check_data_files(cfg, (loader,))
+            check_metric_files(cfg, (loader,))
         except UserError as error:
             fix = f'{train} data_root=FOLDER'
             if 'digits' in str(cfg.get('data_root')):
                 fix = f'python tools/make_demo_dataset.py --out {cfg.data_root}'
+            if match := re.match(r'\w+_evaluator[\w.]*', str(error)):
+                fix = f'{train} {match[0]}=FILE'
             rows.append(Finding('data', 'error', str(error), fix))
         else:
             rows.append(Finding('data', 'ok', f'the files of {loader} exist'))

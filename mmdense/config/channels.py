@@ -24,6 +24,7 @@ __all__ = [
     'backbone_maps',
     'build_part',
     'fill_channels',
+    'nested_models',
     'put_backbone',
     'readers',
     'remove_weights',
@@ -41,7 +42,7 @@ class Reader:
     """A neck or head that reads the backbone's feature maps, in a model's config.
 
     Attributes:
-        name: 'neck', 'decode_head' or 'auxiliary_head'.
+        name: 'neck', 'decode_head', 'auxiliary_head' or 'panoptic_head'.
         node: Its config.
         key: The key that states the channels, such as 'in_channels'.
         channels: The channels of the feature maps that it reads, or of the only one.
@@ -74,9 +75,12 @@ def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reade
         first = neck[0] if isinstance(neck, list | tuple) else neck
         yield Reader('neck', first, 'in_channels', list(channels))
         return
+    if 'panoptic_head' in model:  # MaskFormer's and Mask2Former's
+        yield Reader('panoptic_head', model['panoptic_head'], 'in_channels', list(channels))
     for name in ('decode_head', 'auxiliary_head'):
         nodes = model.get(name) or []
         for node in nodes if isinstance(nodes, list | tuple) else [nodes]:
+            node = node.get('kernel_generate_head', node)  # K-Net's
             stated = node.get('in_channels')
             index = -1
             if isinstance(stated, list | tuple) or node.get('type') in READ_ALL:
@@ -94,31 +98,42 @@ def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reade
                 yield Reader(name, node, 'c1_in_channels', channels[0])
 
 
+def nested_models(model: Mapping[str, Any], place: str = '') -> Iterator[tuple[str, dict]]:
+    """Yield a model's config and those inside it, such as ``detector``, that have a backbone."""
+    if isinstance(model.get('backbone'), dict):
+        yield place, model
+    for key, node in model.items():
+        if isinstance(node, dict) and key != 'backbone':
+            yield from nested_models(node, f'{place}{key}.')
+
+
 def fill_channels(cfg: Config) -> None:
     """Replace ``in_channels='auto'`` in a complete config by the backbone's channels, in place.
 
-    It may be used in the (first) neck, or in the heads of a segmentor without one, where
-    ``in_index`` counts. With mmdet's SSDNeck the first ``out_channels`` become the backbone's, and
+    It may be used in the (first) neck, in the heads of a segmentor without one, where ``in_index``
+    counts, and in Mask2Former's ``panoptic_head``; also in models inside others, such as
+    SoftTeacher's. With mmdet's SSDNeck the first ``out_channels`` become the backbone's, and
     ``in_channels='auto'`` of the bbox head becomes the neck's ``out_channels``.
 
     Raises:
         UserError: 'auto' is used elsewhere, or the backbone cannot be built.
     """
-    if not _has_auto(cfg.model):
-        return
-    channels = backbone_maps(cfg.model.backbone, cfg.get('default_scope')).channels
-    for reader in readers(cfg.model, channels):
-        if reader.node.get(reader.key) == AUTO:
-            reader.node[reader.key] = reader.channels
-    neck = cfg.model.get('neck')
-    if isinstance(neck, dict) and neck.get('type') == SSD_NECK:
-        neck.out_channels = [*channels, *neck.out_channels[len(channels) :]]
-        if cfg.model.bbox_head.get('in_channels') == AUTO:
-            cfg.model.bbox_head.in_channels = neck.out_channels
+    for _, model in nested_models(cfg.model):
+        if not _has_auto(model):
+            continue
+        channels = backbone_maps(model.backbone, cfg.get('default_scope')).channels
+        for reader in readers(model, channels):
+            if reader.node.get(reader.key) == AUTO:
+                reader.node[reader.key] = reader.channels
+        neck = model.get('neck')
+        if isinstance(neck, dict) and neck.get('type') == SSD_NECK:
+            neck.out_channels = [*channels, *neck.out_channels[len(channels) :]]
+            if model.bbox_head.get('in_channels') == AUTO:
+                model.bbox_head.in_channels = neck.out_channels
     if _has_auto(cfg.model):
         raise UserError(
             f"{cfg.filename}: in_channels='auto' works in parts that read the backbone: the first "
-            'neck, or the heads of a segmentor without one'
+            'neck or, without one, the heads of a segmentor and the panoptic_head'
         )
 
 

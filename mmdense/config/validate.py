@@ -10,19 +10,21 @@ import copy
 import difflib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, METRICS
 from mmengine.runner import FlexibleRunner, Runner
 from torch import nn
 
-from mmdense.config.channels import readers
+from mmdense.config.channels import nested_models, readers
+from mmdense.config.evaluators import iter_metrics
 from mmdense.config.parts import arguments, find
 from mmdense.datasets.files import iter_dataset_configs
-from mmdense.errors import UserError, suggest_name
+from mmdense.errors import UserError, first_of, suggest_name
 
 __all__ = [
     'check_channels',
@@ -30,6 +32,7 @@ __all__ = [
     'check_data_files',
     'check_neck',
     'check_options',
+    'check_prefixes',
     'check_sections',
 ]
 
@@ -107,49 +110,76 @@ def _check_key(cfg: Mapping[str, Any], key: str, names: Sequence[str]) -> None:
 
 
 def check_data_files(cfg: Config, loaders: Sequence[str]) -> None:
-    """Check that the annotation files and folders of the data sets exist."""
-    for loader in loaders:
-        place = f'{loader}_dataloader'
-        for where, dataset in iter_dataset_configs(cfg.get(place), place):
-            root = dataset.get('data_root') or ''
-            prefixes = (dataset.get('data_prefix') or {}).values()
-            for name in [dataset.get('ann_file'), *(p for p in prefixes if isinstance(p, str))]:
-                path = Path(root, name or '')
-                if '://' in root or '://' in str(name) or path.exists():
-                    continue
-                raise UserError(
-                    f'{path} not found (for {where}): if the data are elsewhere, add '
-                    '--cfg-options data_root=FOLDER'
-                )
+    """Check that the annotation files and folders of the data sets exist, and are all read."""
+    check_prefixes(cfg, loaders)
+    for where, dataset in _datasets(cfg, loaders):
+        root = dataset.get('data_root') or ''
+        prefixes = (dataset.get('data_prefix') or {}).values()
+        for name in [dataset.get('ann_file'), *(p for p in prefixes if isinstance(p, str))]:
+            path = Path(root, name or '')
+            if '://' in root or '://' in str(name) or path.exists():
+                continue
+            raise UserError(
+                f'{path} not found (for {where}): if the data are elsewhere, add '
+                '--cfg-options data_root=FOLDER'
+            )
+
+
+def _datasets(cfg: Config, loaders: Sequence[str]) -> Iterator[tuple[str, dict]]:
+    for place in [f'{loader}_dataloader' for loader in loaders]:
+        yield from iter_dataset_configs(cfg.get(place), place)
+
+
+def check_prefixes(cfg: Config, loaders: Sequence[str]) -> None:
+    """Refuse keys of ``data_prefix`` that the data set's class never reads."""
+    for where, node in _datasets(cfg, loaders):
+        kind = find(node.get('type'), [DATASETS], node.get('_scope_', cfg.get('default_scope')))
+        if not isinstance(kind, type) or not kind.__module__.startswith(('mmdet.', 'mmseg.')):
+            continue
+        code = re.sub('#.*', '', ''.join(map(inspect.getsource, kind.__mro__[:-1])))
+        known = {*re.findall(r'data_prefix(?:\[|\.get\()[\'"](\w+)', code)}
+        for key in node.get('data_prefix') or () if known else ():
+            if key not in (*known, 'sub_data_root'):  # VOC's stays in leaf configs of mmdet
+                keys = ' and '.join(sorted(known))
+                raise UserError(f'{where}.data_prefix: {kind.__name__} reads {keys}, not {key}')
 
 
 # After the model is built
 
 
+def _with_backbone(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the model and those inside it, such as a teacher, that have a backbone."""
+    parts = model.named_modules()
+    return [(name, part) for name, part in parts if hasattr(part, 'backbone')]
+
+
 def check_channels(model: nn.Module, cfg: Mapping[str, Any]) -> None:
-    """Compare the channels of the backbone's feature maps with those in the model's config."""
-    channels = getattr(getattr(model, 'backbone', None), 'out_channels', None)
-    if not isinstance(channels, tuple):  # not one of mmdense's backbones
-        return
-    for reader in readers(cfg, channels):
-        if not reader.fits:
-            raise UserError(
-                f'{reader.name} expects {reader.node[reader.key]} channels, but the backbone gives '
-                f"{reader.channels}: set model.{reader.name}.{reader.key}='auto'"
-            )
+    """Compare the channels of each backbone's feature maps with those in the model's config."""
+    for (place, node), (_, part) in zip(nested_models(cfg), _with_backbone(model), strict=False):
+        channels = getattr(part.backbone, 'out_channels', None)
+        if not isinstance(channels, tuple):  # not one of mmdense's backbones
+            continue
+        for reader in readers(node, channels):
+            name = f'{place}{reader.name}'
+            if not reader.fits:
+                raise UserError(
+                    f'{name} expects {reader.node[reader.key]} channels, but the backbone gives '
+                    f"{reader.channels}: set model.{name}.{reader.key}='auto'"
+                )
 
 
 def check_neck(model: nn.Module) -> None:
     """Compare the output channels of a detector's neck with those that its heads expect."""
-    given = _channels(getattr(model, 'neck', None), 'out_channels')
-    for name, part in model.named_modules():
-        key = next((key for places, key in NECK_READERS.items() if places.fullmatch(name)), '')
-        expected = _channels(part, key)
-        if given and expected and given != expected:
-            raise UserError(
-                f'model.{name}.{key} is {expected}, but the neck gives {given}: make them equal '
-                '(model.neck.out_channels)'
-            )
+    for place, detector in _with_backbone(model):
+        given = _channels(getattr(detector, 'neck', None), 'out_channels')
+        for name, part in detector.named_modules():
+            key = next((key for places, key in NECK_READERS.items() if places.fullmatch(name)), '')
+            expected = _channels(part, key)
+            if given and expected and given != expected:
+                raise UserError(
+                    f'{"" if place else "model."}{name}.{key} is {expected}, but the neck gives '
+                    f'{given}: make them equal (neck.out_channels)'
+                )
 
 
 def _channels(part: nn.Module | None, key: str) -> int | list[int] | None:
@@ -158,16 +188,60 @@ def _channels(part: nn.Module | None, key: str) -> int | list[int] | None:
 
 
 def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None:
-    """Compare the heads' numbers of classes with the data sets', before any file is read."""
-    for loader in loaders:
-        place = f'{loader}_dataloader'
-        for where, node in iter_dataset_configs(cfg.get(place), place):
-            scope = node.get('_scope_', cfg.get('default_scope'))
-            kind = find(node['type'], [DATASETS], scope)
-            if kind and 'lazy_init' in arguments(kind):  # any other would read its files
-                with DATASETS.switch_scope_and_registry(scope) as registry:
-                    dataset = registry.build({**copy.deepcopy(node), 'lazy_init': True})
-                compare_classes(model, dataset.metainfo, where)
+    """Compare classes, palettes, ignored labels and masks of data, heads, losses and metrics.
+
+    No file is read.
+    """
+    keys = ('ignore_index', 'ignore_label', *(['seg_pad_val'] if 'train' in loaders else []))
+    parts = dict(model.named_modules())
+    ignored = {
+        f'model.{name}.{key}': getattr(part, key, None)
+        for name, part in parts.items()
+        for key in keys
+    }
+    segments = False
+    for where, node in _datasets(cfg, loaders):
+        scope = node.get('_scope_', cfg.get('default_scope'))
+        _check_palette(node.get('metainfo') or {}, where, scope)
+        kind = find(node['type'], [DATASETS], scope)
+        if not kind or 'lazy_init' not in arguments(kind):  # it would read its files
+            continue
+        with DATASETS.switch_scope_and_registry(scope) as registry:
+            dataset = registry.build({**copy.deepcopy(node), 'lazy_init': True})
+        compare_classes(model, dataset.metainfo, where)
+        if hasattr(dataset, 'reduce_zero_label'):  # mmseg's
+            segments = type(model).__name__ != 'DepthEstimator'
+            ignored[f'{where}.ignore_index'] = dataset.ignore_index
+            ignored[f'{where}.reduce_zero_label'] = 255 if dataset.reduce_zero_label else None
+            for i, step in enumerate(dataset.pipeline.transforms):
+                ignored[f'{where}.pipeline.{i}.seg_pad_val'] = getattr(step, 'seg_pad_val', None)
+    for place in [f'{loader}_evaluator' for loader in loaders]:
+        for where, node in iter_metrics(cfg.get(place), place):
+            kind = find(node.get('type'), [METRICS], cfg.get('default_scope'))
+            if kind and 'ignore_index' in arguments(kind):
+                default = inspect.signature(kind).parameters['ignore_index'].default
+                ignored[f'{where}.ignore_index'] = node.get('ignore_index', default)
+            if 'segm' in (node.get('metric') or ()) and not any('mask' in name for name in parts):
+                raise UserError(
+                    f"{where}.metric has 'segm', but {type(model).__name__} predicts no masks: set "
+                    "metric='bbox', or train a model with a mask head"
+                )
+    places = defaultdict(list)
+    for where, value in ignored.items():
+        places[value].append(where)
+    places.pop(None, None)
+    if segments and len(places) > 1:
+        listed = '; '.join(f'{value} in {first_of(names)}' for value, names in places.items())
+        raise UserError(f'the ignored label differs: {listed}: set all to that of the label maps')
+
+
+def _check_palette(metainfo: Mapping[str, Any], where: str, scope: str | None) -> None:
+    colours, names = (len(metainfo.get(key) or ()) for key in ('palette', 'classes'))
+    if colours and (colours < names or (scope == 'mmseg' and colours > names > 0)):
+        raise UserError(
+            f'{where}.metainfo.palette has {colours} colours for {names} classes: give each class '
+            f'one, or set palette={[] if scope == "mmseg" else None}'
+        )
 
 
 def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -> None:
@@ -181,10 +255,10 @@ def compare_classes(model: nn.Module, metainfo: Mapping[str, Any], where: str) -
         number = getattr(head, 'num_classes', None)
         if {'', 'backbone', 'rpn_head'} & {*name.split('.')}:  # ImageNet's, objectness or none
             continue
-        if number == 1 == getattr(head, 'out_channels', None):  # depth
+        if hasattr(head, 'max_depth'):
             continue
-        stuff = type(head).__name__ == 'FusedSemanticHead'  # HTC's, on COCO stuff
-        if isinstance(number, int) and number != len(classes) and not stuff:
+        other = type(head).__name__ in ('FusedSemanticHead', 'STDCHead')  # stuff, boundaries
+        if isinstance(number, int) and number != len(classes) and not other:
             raise UserError(
                 f'model.{name}.num_classes is {number}, but {where} has {len(classes)} classes: '
                 'make them equal (the classes are in its metainfo.classes)'

@@ -53,6 +53,7 @@ KINDS = {
     ),
     'no labels': (WARNING, 'every pixel is ignored: label it, or remove it'),
     'unreadable annotations': (ERROR, 'write the file again'),
+    'wrong setting': (ERROR, 'change it in the config'),
     'no images': (ERROR, 'fix data_root, data_prefix, ann_file, img_suffix or filter_cfg'),
     'missing class': (ERROR, 'name the classes in metainfo.classes as the file does'),
     'class order': (WARNING, 'order metainfo.classes like the file, whose order mmdet uses'),

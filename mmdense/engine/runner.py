@@ -19,6 +19,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 
 from mmdense.config.edit import drop_amp, fit_to_machine
+from mmdense.config.evaluators import check_metric_files
 from mmdense.config.loops import check_loops
 from mmdense.config.parts import check_parts, dicts, find
 from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
@@ -54,11 +55,12 @@ def build_runner(
             the backbone's, if training starts from it (``load_from``).
 
     Raises:
-        UserError: A data set file is missing, a part of the config is misspelt, channels or
-            numbers of classes differ, FSDP is used with an option that it breaks, or the work dir
-            cannot be written.
+        UserError: A file of data or metrics is missing or of other data, a part of the config is
+            misspelt, channels, classes or ignored labels differ, FSDP is used with an option that
+            it breaks, or the work dir cannot be written.
     """
     check_data_files(cfg, loaders)
+    check_metric_files(cfg, loaders)
     check_writable(Path(cfg.work_dir, 'last_checkpoint'))
     training = 'train' in loaders
     replaced = _make_resumable(cfg) if training else []

@@ -29,6 +29,32 @@ def test_auto_is_what_each_head_reads():
     assert cfg.model.auxiliary_head.in_channels == 96
 
 
+@pytest.mark.parametrize(
+    ('place', 'head'),
+    [
+        ('detector.neck', {}),  # SoftTeacher's
+        ('teacher_config.model.neck', {}),
+        ('panoptic_head', {}),  # Mask2Former's
+        ('decode_head.kernel_generate_head', dict(in_index=[0, 1, 2])),  # K-Net's
+    ],
+)
+def test_auto_inside_other_parts(place, head):
+    *outer, last = place.split('.')
+    node = {last: dict(type='Part', in_channels='auto', **head)}
+    backbone = demo('detection').model.backbone
+    if last == 'neck':
+        node['backbone'] = backbone
+    for name in reversed(outer):
+        node = {name: node}
+    model = node if last == 'neck' else dict(node, backbone=backbone)
+    cfg = Config(dict(default_scope='mmdet', model=model))
+    fill_channels(cfg)
+    part = cfg.model
+    for name in place.split('.'):
+        part = part[name]
+    assert part.in_channels == [64, 96, 144]
+
+
 def test_auto_elsewhere_is_refused():
     with pytest.raises(UserError, match=r"faster-rcnn_rdnet.*in_channels='auto' works in parts"):
         demo('detection', **{'model.rpn_head.in_channels': 'auto'})

@@ -3,7 +3,11 @@
 import pytest
 import torch
 from mmengine.dataset import BaseDataset
-from mmengine.registry import MODELS
+from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.registry import METRICS, MODELS, TRANSFORMS, DefaultScope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
 
 from mmdense.config import read, validate
 from mmdense.config.channels import build_part
@@ -25,13 +29,14 @@ def message_of(file=DETECTOR, **options):
     return str(error.value)
 
 
-def check_model(file, **options):
+def check_model(file, loaders=('train',), **options):
     """Check the model of a config, as a runner does after building it."""
     cfg = read.load_config(str(file), options=options)
+    validate.check_prefixes(cfg, loaders)
     model = build_part(cfg.model, cfg.default_scope)
     validate.check_channels(model, cfg.model)
     validate.check_neck(model)
-    validate.check_classes(model, cfg, ('train',))
+    validate.check_classes(model, cfg, loaders)
 
 
 @pytest.fixture(autouse=True)
@@ -136,10 +141,20 @@ def test_a_part_that_cannot_be_built():
 # Errors of constructors
 
 
-def build_error_of(part):
-    with pytest.raises((AssertionError, KeyError, TypeError, ValueError)) as error:
-        MODELS.build(part)
+def build_error_of(part, registry=MODELS):
+    with pytest.raises((AssertionError, KeyError, RuntimeError, TypeError, ValueError)) as error:
+        registry.build(part)
     return build_error(error.value)
+
+
+def test_a_missing_package_comes_with_the_command(monkeypatch):
+    message = build_error_of(dict(type='mmdet.LVISMetric'), METRICS)
+    assert 'Please run "pip install git+https://github.com/lvis-dataset' in message
+    assert 'pip install lvis' not in message
+    monkeypatch.setattr('mmdet.datasets.transforms.transforms.Compose', None)
+    message = build_error_of(dict(type='mmdet.Albu', transforms=[]), TRANSFORMS)
+    assert message.startswith('cannot build from the config: RuntimeError: albumentations is not ')
+    assert message.endswith(': pip install albumentations')
 
 
 @pytest.mark.parametrize(
@@ -161,11 +176,12 @@ def test_errors_of_constructors_are_one_line(part, message):
 
 def test_a_runner_makes_all_checks(tmp_path, monkeypatch):
     checks = []
-    for name in ('data_files', 'parts', 'channels', 'neck', 'classes'):
+    names = ['data_files', 'metric_files', 'parts', 'channels', 'neck', 'classes']
+    for name in names:
         monkeypatch.setattr(engine, f'check_{name}', lambda *_, name=name: checks.append(name))
     cfg = read.load_config(str(DETECTOR), work_dir=str(tmp_path))
     engine.build_runner(cfg, loaders=('test',))
-    assert checks == ['data_files', 'parts', 'channels', 'neck', 'classes']
+    assert checks == names
 
 
 class Faulty(torch.nn.Module):
@@ -182,6 +198,44 @@ def test_a_bug_inside_a_model_keeps_its_traceback(wrong):
     with pytest.raises((TypeError, ValueError, KeyError)) as error:
         MODELS.build(dict(type=Faulty, wrong=wrong))
     assert build_error(error.value) is None
+
+
+@pytest.mark.parametrize(
+    ('options', 'shape', 'advice'),
+    [
+        ({}, (1, 3), 'batch norm cannot train on a single value: set train_dataloader.batch_size'),
+        ({}, (2, 4), "the backbone's, mean and std to the images' channels"),
+        ({'model.backbone.in_channels': 4}, (2, 3), "set a part's in_channels to what it reads"),
+        (
+            {'model.decode_head.loss_decode.class_weight': [1.0, 2.0, 3.0]},
+            (2, 3),
+            "a loss's class_weight needs one value for each output",
+        ),
+        ({'model.decode_head.align_corners': 'x'}, (2, 3), ''),
+    ],
+)
+def test_errors_of_libraries_in_a_run_are_one_line(options, shape, advice, tmp_path):
+    cfg = read.load_config(str(SEGMENTOR), options=options)
+    log = MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / 'run.log'))
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        model = MODELS.build(cfg.model)
+    number, channels = shape
+    label = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 64, 64, dtype=torch.long)))
+    images = [torch.zeros(channels, 64, 64)] * number
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
+        model.train_step(dict(inputs=images, data_samples=[label] * number), wrapper)
+    message = build_error(error.value)
+    assert message.startswith(f'the run stops: {error.type.__name__}: ')
+    assert advice in message
+    assert message.endswith(f'; the traceback is in {log.log_file}')
+    assert 'Traceback' in (tmp_path / 'run.log').read_text()
+
+
+def test_four_channels_are_normalized():
+    node = dict(type='mmdet.DetDataPreprocessor', mean=[1.0, 2.0, 3.0, 4.0], std=[2.0] * 4)
+    inputs = MODELS.build(node)(dict(inputs=[torch.full((4, 2, 2), 5)], data_samples=None))
+    assert inputs['inputs'][0, :, 0, 0].tolist() == [2.0, 1.5, 1.0, 0.5]
 
 
 # Channels and numbers of classes
@@ -208,12 +262,76 @@ def test_a_bug_inside_a_model_keeps_its_traceback(wrong):
         (CASCADE, 'roi_head.bbox_head.2.num_classes', 10, 'bbox_head.2.num_classes is 10, but'),
         (CASCADE, 'roi_head.mask_head.num_classes', 10, 'mask_head.0.num_classes is 10, but'),
         (RETINANET, 'bbox_head.num_classes', 10, '10, but train_dataloader.dataset has 80 cla'),
+        (SEGMENTOR, 'decode_head.num_classes', 1, 'decode_head.num_classes is 1, but'),
     ],
 )
 def test_parts_that_do_not_fit(file, key, value, message):
     with pytest.raises(UserError) as error:
         check_model(file, **{f'model.{key}': value})
     assert message in str(error.value)
+
+
+IGNORED = 'train_dataloader.dataset.ignore_index'
+PREFIX = 'train_dataloader.dataset.data_prefix'
+
+
+@pytest.mark.parametrize(
+    ('file', 'options', 'message'),
+    [
+        (SEGMENTOR, {IGNORED: 250}, '255 in model.data_preprocessor.seg_pad_val, model.decode_hea'),
+        (SEGMENTOR, {IGNORED: 250}, '; 250 in train_dataloader.dataset.ignore_index: set all to'),
+        (
+            SEGMENTOR,
+            {'model.decode_head.ignore_index': 0},
+            '; 0 in model.decode_head.ignore_index: set all',
+        ),
+        (
+            SEGMENTOR,
+            {'model.decode_head.loss_decode': dict(type='DiceLoss', ignore_index=3)},
+            '3 in model.decode_head.loss_decode.ignore_index',
+        ),
+        (SEGMENTOR, {'val_evaluator.ignore_index': 1}, '1 in val_evaluator.ignore_index'),
+        (
+            SEGMENTOR,
+            {'val_evaluator': dict(metrics=[dict(type='IoUMetric', ignore_index=1)])},
+            '1 in val_evaluator.metrics.0.ignore_index',
+        ),
+        (DETECTOR, {'train_dataloader.dataset.metainfo.palette': [(0, 0, 0)]}, 'has 1 colours for'),
+        (
+            SEGMENTOR,
+            {'train_dataloader.dataset.metainfo.palette': [(0, 0, 0)]},
+            'or set palette=[]',
+        ),
+        (
+            DETECTOR,
+            {'val_evaluator.metric': ['bbox', 'segm']},
+            "'segm', but FasterRCNN predicts no",
+        ),
+        (
+            DETECTOR,
+            {f'{PREFIX}.img_path': 'x'},
+            'data_prefix: CocoDataset reads img and seg, not i',
+        ),
+        (SEGMENTOR, {f'{PREFIX}.img': 'x'}, 'reads img_path and seg_map_path, not img'),
+        (SEGMENTOR, {f'{PREFIX}.ann': 'x'}, 'reads img_path and seg_map_path, not ann'),
+    ],
+)
+def test_settings_that_must_agree(file, options, message):
+    with pytest.raises(UserError) as error:
+        check_model(file, loaders=('train', 'val'), **options)
+    assert message in str(error.value)
+
+
+def test_settings_that_agree():
+    labels = {'decode_head.ignore_index', 'auxiliary_head.ignore_index'}
+    options = {f'model.{key}': 250 for key in (*labels, 'data_preprocessor.seg_pad_val')}
+    options |= {IGNORED: 250, 'val_dataloader.dataset.ignore_index': 250}
+    check_model(
+        SEGMENTOR, loaders=('train', 'val'), **options, **{'val_evaluator.ignore_index': 250}
+    )
+    del options['model.data_preprocessor.seg_pad_val']  # only training pads label maps
+    options |= {'test_dataloader.dataset.ignore_index': 250, 'test_evaluator.ignore_index': 250}
+    check_model(SEGMENTOR, loaders=('test',), **options)
 
 
 def test_a_concatenating_head_states_each_channel():
@@ -259,7 +377,8 @@ def test_classes_of_wrapped_data():
         (dict(num_classes=2), dict(classes=('a', 'b'))),
         (dict(num_classes=3), dict(classes=('a', 'b'), thing_classes=('a',))),  # panoptic
         (dict(num_classes=3), dict()),
-        (dict(num_classes=1, out_channels=1), dict(classes=('a', 'b'))),  # depth
+        (dict(num_classes=1, max_depth=10), dict(classes=('a', 'b'))),  # depth
+        (dict(num_classes=2, out_channels=1), dict(classes=('a', 'b'))),
     ],
 )
 def test_classes_that_fit(attributes, metainfo):
@@ -321,9 +440,13 @@ BROKEN = {
     'config.txt': ('model = 1', 'config.txt: OSError: Only py/yml/yaml/json'),
     'loop.py': ("_base_ = './loop.py'", 'inherits itself'),
     'gone.py': ("_base_ = './nowhere.py'", "No such file or directory: '"),
+    'inside.py': (
+        "model = dict()\ncustom_imports = dict(imports=['sound.broken'])",
+        "inside.py: ModuleNotFoundError: No module named 'nowhere' (PACKAGE, line 2)",
+    ),
     'imports.py': (
         "model = dict()\ncustom_imports = dict(imports=['nowhere'])",
-        'imports.py: ImportError: Failed to import nowhere',
+        "imports.py: ModuleNotFoundError: No module named 'nowhere': run from the folder that",
     ),
 }
 
@@ -332,11 +455,14 @@ BROKEN = {
     'name',
     [*(n for n in BROKEN if n != 'loop.py'), pytest.param('loop.py', marks=pytest.mark.slow)],
 )
-def test_files_that_are_no_configs(name, tmp_path):
+def test_files_that_are_no_configs(name, tmp_path, monkeypatch):
     text, expected = BROKEN[name]
-    file = tmp_path / name
+    file, package = tmp_path / name, tmp_path / 'sound/broken.py'
+    package.parent.mkdir()
+    package.write_text('import math\nimport nowhere\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
     file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    expected = expected.replace('NAME', str(file))
+    expected = expected.replace('NAME', str(file)).replace('PACKAGE', str(package))
     assert expected in message_of(file)
-    if name not in ('imports.py', 'config.txt', 'loop.py'):
+    if name not in ('imports.py', 'inside.py', 'config.txt', 'loop.py'):
         assert expected in message_of(leaf(tmp_path, '', base=file))
