@@ -29,6 +29,7 @@ from mmdense.apis.predict import IMAGE_SUFFIXES
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, first_of, one_line
+from mmdense.patches import find_config
 from mmdense.visualization.draw import make_palette
 
 ROOT = Path(__file__).parents[1]
@@ -97,9 +98,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--no-flip', action='store_true', help='where mirrored objects differ, such as text'
     )
-    parser.add_argument(
-        '--base', type=Path, help='config of the model (DenseNet-121 on COCO or ADE20K)'
-    )
+    parser.add_argument('--base', help='config of the model (DenseNet-121 on COCO or ADE20K)')
     parser.add_argument(
         '--backbones',
         nargs='+',
@@ -127,8 +126,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console(soft_wrap=True, markup=False, highlight=False)
     config = args.out / 'config.py'
     config.parent.mkdir(parents=True, exist_ok=True)
-    base = args.base or ROOT / 'configs' / BASES[data.task]
-    config.write_text(make_config(data, base.resolve(), args.epochs, flip=not args.no_flip))
+    base = find_config(str(args.base or ROOT / 'configs' / BASES[data.task])).resolve()
+    config.write_text(make_config(data, base, args.epochs, flip=not args.no_flip))
     for note in data.notes:
         console.print(note)
     console.print(f'{data.images} training images, {len(data.classes)} classes; config: {config}')
