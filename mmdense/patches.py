@@ -24,8 +24,10 @@ SILENCED = (
     'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
     '"FileClient" will be deprecated',  # mmengine's own hooks use both
     '"HardDiskBackend" is the alias',
+    'The prefix is not set in metric class',  # mmseg's metrics and hooks with their defaults
+    'The draw is False',
 )
-LOGGING = ('logging', 'mmengine.logging', __name__)
+LOGGING = ('logging', 'mmengine.logging.logger', __name__)
 # Messages of libraries that the terminal shows: progress, metrics, and what a run starts from.
 LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'pycocotools')
 SHOWN = re.compile(
@@ -145,6 +147,6 @@ def _is_shown(record: logging.LogRecord) -> bool:
     message, frame = record.getMessage(), sys._getframe(1)
     if record.levelno >= logging.WARNING or SHOWN.match(message):
         return not message.startswith(SILENCED)
-    while (origin := frame.f_globals['__name__']).startswith(LOGGING):
+    while (origin := frame.f_globals.get('__name__', '')) in LOGGING:
         frame = frame.f_back
-    return not origin.startswith(LIBRARIES)
+    return origin.partition('.')[0] not in LIBRARIES

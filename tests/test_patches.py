@@ -28,7 +28,7 @@ MESSAGES = (  # package, level, message, and whether the terminal shows it
     ('mmdet.models', 'WARNING', 'something is wrong', True),
     ('mmengine.fileio', 'WARNING', SILENCED[-1], False),
     ('mmdense.weights', 'INFO', 'from the checkpoint', True),
-    ('my_hooks', 'INFO', "a user's hook", True),
+    ('mmdet_hooks', 'INFO', "a user's hook", True),
 )
 
 
