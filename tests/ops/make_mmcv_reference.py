@@ -157,6 +157,32 @@ def oversized_offsets(rng: np.random.RandomState, deform_groups: int) -> Arrays:
     )
 
 
+def samples_at_the_rim(rng: np.random.RandomState, offsets: str, modulated: bool) -> Arrays:
+    """Offsets of zero, as training begins, or of whole pixels: samples lie exactly at -1 and H."""
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    whole = torch.from_numpy(rng.randint(-2, 3, (2, 18, 4, 5)).astype(np.float32))
+    leaves = dict(
+        input=normal(rng, 2, 2, 4, 5),
+        offset=whole * (offsets == 'whole'),
+        weight=normal(rng, 3, 2, 3, 3),
+    )
+    if not modulated:
+        return with_grads(
+            rng,
+            lambda input, offset, weight: deform_conv2d(input, offset, weight, 1, 1),
+            **leaves,
+        )
+    return with_grads(
+        rng,
+        lambda input, offset, weight, mask: modulated_deform_conv2d(
+            input, offset, mask, weight, None, 1, 1
+        ),
+        **leaves,
+        mask=normal(rng, 2, 9, 4, 5),
+    )
+
+
 def psa_mask(rng: np.random.RandomState, psa_type: str, mask_size: tuple[int, int]) -> Arrays:
     from mmcv.ops import PSAMask
 
@@ -180,6 +206,7 @@ def cases() -> Iterator[tuple[str, Case]]:
             dict(stride=(1, 2), both_groups=pairs, with_bias=booleans),
         ),
         (oversized_offsets, dict(deform_groups=(1, 2))),
+        (samples_at_the_rim, dict(offsets=('zero', 'whole'), modulated=booleans)),
         (psa_mask, dict(psa_type=('collect', 'distribute'), mask_size=((5, 7), (3, 1)))),
     ]
     for function, options in grid:
