@@ -45,11 +45,13 @@ def check_loops(cfg: Config, loaders: Sequence[str]) -> None:
             )
     if 'train' not in loaders:
         return
-    if train.get('val_interval', 1) < 1:
-        raise UserError(
-            f'train_cfg.val_interval is {train.val_interval}, must be at least 1; to train without '
-            'validation add --cfg-options val_dataloader=None val_cfg=None val_evaluator=None'
-        )
+    for key in ('max_epochs', 'max_iters', 'val_interval'):
+        if train.get(key, 1) < 1:
+            way = '; without validation: val_dataloader=None val_cfg=None val_evaluator=None'
+            raise UserError(
+                f'train_cfg.{key} is {train[key]}, must be at least 1'
+                + (way if key == 'val_interval' else '')
+            )
     for section in ('default_hooks', 'custom_hooks', 'param_scheduler') if by_iter else ():
         parts = cfg.get(section) or {}
         single = 'type' in parts

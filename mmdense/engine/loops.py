@@ -82,7 +82,7 @@ class _Resumable:
         runner = self.runner
         self._signal = StopSignal(self._save_in_validation)
         runner.register_hook(self._signal)
-        for line in cut_schedules(runner):
+        for line in misfits(runner):
             runner.logger.warning(line)
         try:
             with self._signal, wrap_disk_errors(runner.work_dir):
@@ -243,19 +243,19 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
         return runner.model
 
 
-def cut_schedules(runner: Runner) -> Iterator[str]:
-    """Yield a line for each schedule that the training is too short for.
+def misfits(runner: Runner) -> Iterator[str]:
+    """Yield a line for each schedule, interval and hook that the training is too short for.
 
-    They are those of the checkpoint, if the training is resumed.
+    The schedules are those of the checkpoint, if the training is resumed.
     """
     loop, schedules = runner.train_loop, runner.param_schedulers or []
-    length = f'{loop.max_iters} iterations'
-    if isinstance(loop, EpochBasedTrainLoop):
-        length += f' ({loop.max_epochs} epochs of {len(loop.dataloader)})'
+    by_epoch = isinstance(loop, EpochBasedTrainLoop)
+    limits = {True: loop.max_epochs, False: loop.max_iters}
+    epochs = f' ({loop.max_epochs} epochs of {len(loop.dataloader)})' if by_epoch else ''
+    length = f'since the training has {loop.max_iters} iterations{epochs}'
     groups = schedules.values() if isinstance(schedules, dict) else [schedules]
     for i, schedule in (pair for group in groups for pair in enumerate(group)):
-        limit = loop.max_epochs if schedule.by_epoch else loop.max_iters
-        unit = 'epoch' if schedule.by_epoch else 'iteration'
+        limit, unit = limits[schedule.by_epoch], 'epoch' if schedule.by_epoch else 'iteration'
         kind, value, end = type(schedule).__name__, schedule.param_name, schedule.end
         start, stop = (getattr(schedule, f'{key}_factor', 1.0) for key in ('start', 'end'))
         steps = sorted(schedule.begin + step for step in getattr(schedule, 'milestones', ()))
@@ -268,4 +268,13 @@ def cut_schedules(runner: Runner) -> Iterator[str]:
             fault = f'warms up until {unit} {end}: {value} gets to {share:.0%} of its full value'
         else:
             fault = f'goes on until {unit} {end}: {value} does not get to its last value'
-        yield f'param_scheduler.{i}: {kind} {fault}, since the training has {length}'
+        yield f'param_scheduler.{i}: {kind} {fault}, {length}'
+    for hook in runner.hooks:
+        name = type(hook).__name__
+        if isinstance(hook, CheckpointHook) and hook.interval > limits[hook.by_epoch]:
+            yield f'{name}.interval={hook.interval}: it saves at the end alone, {length}'
+        for key in ('num_last_epochs', 'switch_epoch') if by_epoch else ():
+            if (epoch := getattr(hook, key, -1)) >= loop.max_epochs:
+                yield f'{name}.{key}={epoch}: it never acts, {length}'
+    if runner.val_loop is not None and loop.val_interval > limits[by_epoch]:
+        yield f'train_cfg.val_interval={loop.val_interval}: validation at the end alone, {length}'

@@ -150,11 +150,8 @@ def compare_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
         raise UserError(f'the checkpoint is at {unit} {done}, beyond train_cfg.max_{unit}s={end}')
     if done == end:
         runner.logger.warning(f'nothing is left to train: train_cfg.max_{unit}s={end} is reached')
-    batch, old = (
-        runner.cfg.train_dataloader.get('batch_size'),
-        BATCH_SIZE.search(meta.get('cfg', '')),
-    )
-    if old and old[1] != str(batch):
+    batch = runner.cfg.train_dataloader.get('batch_size')
+    if (old := BATCH_SIZE.search(meta.get('cfg') or '')) and old[1] != str(batch):
         runner.logger.warning(f'resumed in batches of {batch} images, where it had {old[1]}')
     groups = checkpoint.get('optimizer', {}).get('param_groups')
     if not isinstance(groups, list):  # several optimizers

@@ -70,8 +70,9 @@ def test_what_agrees(task, changes):
         (
             'detection',
             {'train_cfg.val_interval': 0},
-            'train_cfg.val_interval is 0, must be at least 1; to train without validation add ',
+            'train_cfg.val_interval is 0, must be at least 1; without validation: val_data',
         ),
+        ('detection', {'train_cfg.max_epochs': 0}, 'train_cfg.max_epochs is 0, must be at least 1'),
         (
             'detection',
             {**BY_ITER, 'default_hooks.checkpoint': dict(type='CheckpointHook', interval=1)},

@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from mmdense.engine import stopping
+from mmdense.engine.loops import misfits
 from mmdense.engine.stopping import STATUS
 from mmdense.errors import UserError
 from mmdense.weights.files import read_checkpoint
@@ -293,6 +294,34 @@ def short(folder, kind='epochs', **options):
 def test_schedules_longer_than_the_training_are_named(kind, schedule, warning, tmp_path):
     warnings = short(tmp_path, kind, param_scheduler=schedule)
     assert warnings == [f'param_scheduler.0: {warning}'] * (warning is not None)
+
+
+@pytest.mark.parametrize(
+    ('checkpoint', 'val_interval', 'switch_epoch', 'warnings'),
+    [
+        (dict(by_epoch=False, interval=12), 3, 2, []),
+        (
+            dict(by_epoch=False, interval=13),
+            4,
+            3,
+            [
+                'Act.switch_epoch=3: it never acts',
+                'CheckpointHook.interval=13: it saves at the end alone',
+                'train_cfg.val_interval=4: validation at the end alone',
+            ],
+        ),
+    ],
+)
+def test_intervals_longer_than_the_training(
+    checkpoint, val_interval, switch_epoch, warnings, tmp_path
+):
+    switch = Act(None, None)
+    switch.switch_epoch = switch_epoch
+    hook = dict(type='mmdense.CheckpointHook', **checkpoint)
+    runner = build(tmp_path, 'epochs', switch, checkpoint=hook)
+    runner.train_loop.val_interval, runner.param_schedulers = val_interval, None
+    length = ', since the training has 12 iterations (3 epochs of 4)'
+    assert [*misfits(runner)] == [line + length for line in warnings]
 
 
 def test_images_that_make_no_batch(tmp_path):
