@@ -93,8 +93,9 @@ def fit_to_machine(cfg: Config, loaders: Sequence[str]) -> None:
     evaluation in float16 becomes float32, with a warning.
     """
     gpu, scope = torch.cuda.is_available(), cfg.get('default_scope')
-    hooks = [find(hook.get('type'), [HOOKS], scope) for hook in cfg.get('custom_hooks') or ()]
-    known = all(str(getattr(hook, '__module__', '')).split('.')[0] in LIBRARIES for hook in hooks)
+    hooks = cfg.get('custom_hooks') or ()
+    kinds = [find(h['type'], [HOOKS], scope) if isinstance(h, dict) else type(h) for h in hooks]
+    known = all(getattr(kind, '__module__', '').split('.')[0] in LIBRARIES for kind in kinds)
     for loader in loaders:
         node, loop = cfg.get(f'{loader}_dataloader') or {}, cfg.get(f'{loader}_cfg') or {}
         if not node.get('num_workers'):

@@ -179,8 +179,9 @@ def test_loaders_fit_workers_and_device(gpu, cfg, monkeypatch):
     assert cfg.val_cfg.fp16 == gpu
 
 
-def test_hooks_that_may_change_the_data_set_keep_workers_short_lived(cfg):
-    cfg.custom_hooks = [dict(type=OTHERS_HOOK)]
+@pytest.mark.parametrize('hook', [dict(type=OTHERS_HOOK), OTHERS_HOOK()])
+def test_hooks_that_may_change_the_data_set_keep_workers_short_lived(hook, cfg):
+    cfg.custom_hooks = [hook]
     cfg.train_dataloader = dict(num_workers=2)
     edit.fit_to_machine(cfg, ['train', 'val'])
     assert 'persistent_workers' not in cfg.train_dataloader
