@@ -6,6 +6,7 @@ custom_imports = dict(imports=['mmdense'])
 train_dataloader = dict(pin_memory=True)
 val_dataloader = dict(pin_memory=True)
 test_dataloader = val_dataloader
+act_cfg = dict(inplace=False)  # in training ReLU6 would copy what it overwrites
 model = dict(
     backbone=dict(
         _delete_=True,
@@ -13,6 +14,11 @@ model = dict(
         arch='1.0',
         out_indices=(3, 5),
         init_cfg=dict(type='Pretrained', checkpoint='timm://rexnet_100.nav_in1k')),
-    neck=dict(in_channels=(128, 1280), out_channels=(128, 1280, 512, 256, 256, 128)),
+    neck=dict(
+        in_channels=(128, 1280),
+        out_channels=(128, 1280, 512, 256, 256, 128),
+        act_cfg=act_cfg),
     bbox_head=dict(
-        type='mmdense.SSDHead', in_channels=(128, 1280, 512, 256, 256, 128)))
+        type='mmdense.SSDHead',
+        in_channels=(128, 1280, 512, 256, 256, 128),
+        act_cfg=act_cfg))

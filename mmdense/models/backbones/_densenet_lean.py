@@ -79,11 +79,7 @@ class _Norm(NamedTuple):
 
     def activated(self, x: Tensor) -> Tensor:
         """Return the output for x [N, C, H, W] after a ReLU."""
-        norm, (mean, var, *_) = self.module, self.statistics
-        if x.is_cuda:  # F.batch_norm launches three kernels
-            affine = lean.as_wide(norm.weight, mean), lean.as_wide(norm.bias, mean)
-            return torch.batch_norm_elemt(x, *affine, mean, self.inverse, norm.eps).relu_()
-        return F.relu_(lean.apply_norm(norm, x, mean, var))
+        return F.relu_(lean.apply_norm(self.module, x, self.statistics.mean, self.inverse))
 
     def backward(
         self, grad: Tensor, x: Tensor, *, through: bool, needed: bool = True

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from timm.layers import DropPath, SEModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.deploy.rexnet import DeployedBottleneck, DeployedConv
@@ -76,6 +77,32 @@ class Arch:
 ARCHS = {width: Arch(width=float(width)) for width in ('1.0', '1.3', '1.5', '2.0', '3.0')}
 
 
+# In place, unless autograd saves the input: it would have to be copied.
+class _SiLU(nn.SiLU):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, self.inplace and not x.requires_grad)
+
+
+class _ReLU6(nn.ReLU6):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x, self.inplace and not x.requires_grad)
+
+
+class _AddToFirst(torch.autograd.Function):
+    """Add a tensor with fewer channels to the first channels of x, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shortcut: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        ctx.channels = shortcut.shape[1]
+        x[:, : ctx.channels].add_(shortcut)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad[:, : ctx.channels]
+
+
 def _conv_norm(
     in_channels: int,
     channels: int,
@@ -94,7 +121,7 @@ def _conv_norm(
         bn=nn.BatchNorm2d(channels),
     )
     if act:
-        layers['act'] = nn.SiLU(inplace=True)
+        layers['act'] = _SiLU(inplace=True)
     return nn.Sequential(layers)
 
 
@@ -143,7 +170,7 @@ class LinearBottleneck(nn.Module):
         if gated:
             reduced = max(hidden // 12, 1)
             self.se = SEModule(hidden, rd_channels=reduced, norm_layer=nn.BatchNorm2d)
-        self.act_dw = nn.ReLU6(inplace=True)
+        self.act_dw = _ReLU6(inplace=True)
         self.conv_pwl = _conv_norm(hidden, out_channels)
         self.drop_path = None
         if shortcut and stride == 1 and in_channels <= out_channels:
@@ -162,8 +189,10 @@ class LinearBottleneck(nn.Module):
         if self.drop_path is None:
             return x
         x = self.drop_path(x)
-        channels = shortcut.shape[1]
-        return torch.cat([x[:, :channels] + shortcut, x[:, channels:]], 1)
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            channels = shortcut.shape[1]
+            return torch.cat([x[:, :channels] + shortcut, x[:, channels:]], 1)
+        return _AddToFirst.apply(x, shortcut)
 
 
 @MODELS.register_module()
@@ -295,7 +324,9 @@ class ReXNet(Backbone):
         returned = [self._ends[i] for i in self.out_indices]
         maps = []
         for i, block in enumerate(self.features):
-            x = recompute(block, x) if self.memory == 'recompute' else block(x)
+            # Backward begins with the last block: recomputing it would save nothing.
+            again = self.memory == 'recompute' and block is not self.features[-1]
+            x = recompute(block, x) if again else block(x)
             if i in returned:
                 maps.append(x)
         return tuple(maps)

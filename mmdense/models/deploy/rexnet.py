@@ -64,5 +64,5 @@ class DeployedBottleneck(nn.Module):
         if torch.compiler.is_compiling():
             # Inductor fuses this, and fails on a part written in place if it freezes weights.
             return y + F.pad(x, (0, 0, 0, 0, 0, y.shape[1] - x.shape[1]))
-        y[:, : x.shape[1]] += x
+        y[:, : x.shape[1]].add_(x)
         return y

@@ -2,8 +2,8 @@
 
 A convolution needs its input for the gradient of its weight. If that input is cheap to compute from
 other convolutions' outputs (concatenation, norm, activation, gate), saving these outputs is enough.
-Batch statistics are saved too, so running statistics are updated once and synchronized ones
-exchanged once. N images, C channels, H x W pixels.
+Batch statistics and gates are saved too, so running statistics are updated once, synchronized ones
+exchanged once, and small layers not launched again. N images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import SEModule
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 from mmdense.models.layers.recompute import StatisticsUntouched
 
@@ -37,12 +39,14 @@ __all__ = [
     'plain_conv',
     'record',
     'saves_memory',
-    'through_statistics',
 ]
 
 
 # Modules with these forwards are replaced by their operators here.
-FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward)
+FORWARDS = (
+    *(_BatchNorm.forward, nn.SyncBatchNorm.forward),
+    *(nn.Conv2d.forward, SEModule.forward),
+)
 
 
 class Statistics(NamedTuple):
@@ -61,7 +65,7 @@ def norms_by_batch(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Return whether calling torch's norm or convolution runs only its operator."""
+    """Return whether calling a norm, convolution or gate runs only torch's or timm's operators."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     return type(module).forward in FORWARDS and not hooks
 
@@ -78,16 +82,12 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
     Raises:
         ValueError: The batch has one value per channel.
     """
-    group = None
-    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
-        group = norm.process_group or dist.group.WORLD
-        group = group if dist.get_world_size(group) > 1 else None
+    group, count = _group(norm, x), x.numel() // x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     # Elsewhere the result has the precision of these running statistics.
     unused = (None, None) if x.is_cuda else x.new_ones(2, x.shape[1], dtype=wide)
     mean, var = torch.ops.aten.batch_norm_update_stats(x, *unused, 0.0)
-    count = x.numel() // x.shape[1]
-    if group is not None:  # every process has a value: there are two or more
+    if group is not None:
         local = torch.cat([mean, var, mean.new_full((1,), count)])
         every = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, local, group=group)
@@ -96,9 +96,18 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
         mean = (shares * means).sum(0)
         var = (shares * (variances + (means - mean).square())).sum(0)
         count = counts.sum()  # stays on the device: reading it would wait
-    elif count < 2:
-        raise ValueError(f'Expected more than 1 value per channel when training, got {x.shape}')
     return Statistics(mean, var, count, group)
+
+
+def _group(norm: _BatchNorm, x: Tensor) -> Any:
+    """Return the processes that share the statistics of a batch; None for a single one."""
+    if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
+        group = norm.process_group or dist.group.WORLD
+        if dist.get_world_size(group) > 1:  # each has a value: there are two or more
+            return group
+    if x.numel() < 2 * x.shape[1]:
+        raise ValueError(f'Expected more than 1 value per channel when training, got {x.shape}')
+    return None
 
 
 def record(norm: _BatchNorm, statistics: Statistics) -> None:
@@ -114,10 +123,12 @@ def record(norm: _BatchNorm, statistics: Statistics) -> None:
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var), share)
 
 
-def apply_norm(norm: _BatchNorm, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """Return x [N, C, H, W] normalized by ``norm`` with the given statistics [C]."""
+def apply_norm(norm: _BatchNorm, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    """Return x [N, C, H, W] normalized by ``norm`` with mean and 1 / deviation [C]."""
     weight, bias = as_wide(norm.weight, mean), as_wide(norm.bias, mean)
-    return F.batch_norm(x, mean, var, weight, bias, False, 0.0, norm.eps)
+    if x.is_cuda:  # F.batch_norm would launch three kernels
+        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, norm.eps)
+    return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, False, 0.0, 0.0)
 
 
 def as_wide(parameter: Tensor | None, statistic: Tensor) -> Tensor | None:
@@ -128,48 +139,26 @@ def as_wide(parameter: Tensor | None, statistic: Tensor) -> Tensor | None:
 def norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias; that of x goes through the statistics too."""
-    mean, var, count, group = statistics
-    inverse = (var + eps).rsqrt()
-    weight = as_wide(weight, mean)
-    grad = grad.contiguous(memory_format=format_of(x))
+    """Return the gradients of x, weight and bias for statistics of several processes.
 
-    def backward(needed: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.aten.native_batch_norm_backward(
-            grad, x, weight, None, None, mean, inverse, True, eps, needed
-        )
-
-    if group is None:
-        return backward([True, True, True])
-    _, d_weight, d_bias = backward([False, True, True])
-    scale = inverse if weight is None else weight * inverse
-    sums = scale * torch.stack([d_bias, d_weight])
-    dx = grad * scale.view(1, -1, 1, 1)
-    return through_statistics(dx, x, sums, statistics, eps).to(grad.dtype), d_weight, d_bias
-
-
-def through_statistics(
-    grad: Tensor, x: Tensor, sums: Tensor, statistics: Statistics, eps: float
-) -> Tensor:
-    """Return the gradient of x: ``grad`` plus the part that flows through the statistics of x.
-
-    Args:
-        grad: The part that doesn't flow through the statistics, [N, C, H, W].
-        x: [N, C, H, W].
-        sums: [2, C]: gradients of the norms' biases and weights in this process, times weight over
-            deviation, summed over all norms of x.
-        statistics: Of x.
-        eps: Of the norms.
+    That of x goes through the statistics too; those of weight and bias are of this process.
     """
     mean, var, count, group = statistics
-    if group is not None:
-        sums = sums.clone()
-        dist.all_reduce(sums, group=group)
-    slope = (var + eps).rsqrt() * sums[1] / count
+    inverse, weight = (var + eps).rsqrt(), as_wide(weight, mean)
+    grad = grad.contiguous(memory_format=format_of(x))
+    known = None, None, mean, inverse, True, eps
+    _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, *known, [False, True, True]
+    )
+    scale = inverse if weight is None else weight * inverse
+    sums = scale * torch.stack([d_bias, d_weight])
+    dist.all_reduce(sums, group=group)
+    slope = inverse * sums[1] / count
     offset = sums[0] / count - mean * slope
+    scale, slope, offset = (value.view(1, -1, 1, 1) for value in (scale, slope, offset))
     # In the precision of the statistics, since the parts may almost cancel.
-    dx = grad - torch.addcmul(offset.view(1, -1, 1, 1), x.to(slope), slope.view(1, -1, 1, 1))
-    return dx.to(grad.dtype)
+    dx = grad * scale - torch.addcmul(offset, x.to(mean.dtype), slope)
+    return dx.to(grad.dtype), d_weight, d_bias
 
 
 def conv_backward(
@@ -264,10 +253,11 @@ class _LeanConv(torch.autograd.Function):
         inputs = tensors[:number]  # the parameters of the chain follow
         ctx.chain, ctx.conv = chain, conv
         ctx.autocast = Autocast.of(inputs[0].device.type)
-        ctx.random = _Random.of(chain, inputs[0].device)
-        ctx.statistics = {}
+        drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in _modules(chain))
+        ctx.random = (torch.get_rng_state(), *get_device_states(inputs[0])) if drops else None
+        ctx.kept = {}
         with ctx.autocast.entered():
-            x = _run(chain, inputs, measured=ctx.statistics)
+            x = _run(chain, inputs, ctx.kept)
             y = conv._conv_forward(x, weight, bias)
         ctx.number, ctx.modes = number, [module.training for module in _modules(chain)]
         ctx.save_for_backward(weight, *tensors)  # parameters too: torch notices changes
@@ -281,48 +271,112 @@ class _LeanConv(torch.autograd.Function):
         if ctx.modes != [module.training for module in _modules(ctx.chain)]:
             raise RuntimeError("memory='lean': the mode was changed between forward and backward")
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=False)]
-        others = [
-            step
-            for i, step in enumerate(ctx.chain)
-            if isinstance(step, nn.Module) and i not in ctx.statistics
-        ]
-        context = ctx.autocast.entered(), ctx.random.again(), StatisticsUntouched(others)
+        modules = {i: step for i, step in enumerate(ctx.chain) if isinstance(step, nn.Module)}
+        others = [step for i, step in modules.items() if i not in ctx.kept]
+        context = ctx.autocast.entered(), _random_again(ctx.random), StatisticsUntouched(others)
         with torch.enable_grad(), context[0], context[1], context[2]:
-            x = _run(ctx.chain, leaves, known=ctx.statistics)
+            x = _run(ctx.chain, leaves, ctx.kept, again=True)
         conv_needs = (x.requires_grad, *ctx.needs_input_grad[3:5])
         dx, d_weight, d_bias = conv_backward(ctx.conv, grad, x.detach(), weight, conv_needs)
-        grads: list[Tensor | None] = [None] * len(needed)
+        grads = iter(())
         if x.requires_grad:
-            of = {i: t for i, t in enumerate([*leaves, *_of(ctx.chain)]) if needed[i]}
-            values = torch.autograd.grad(x, list(of.values()), dx.to(x.dtype), allow_unused=True)
-            for i, value in zip(of, values, strict=True):
-                grads[i] = value
+            of = zip([*leaves, *_of(ctx.chain)], needed, strict=False)
+            of = [tensor for tensor, need in of if need]
+            grads = iter(torch.autograd.grad(x, of, dx.to(x.dtype), allow_unused=True))
+        grads = [next(grads, None) if need else None for need in needed]
         return None, None, None, _like(d_weight, weight), _like(d_bias, weight), *grads
 
 
-class _Normed(torch.autograd.Function):
-    """Normalize a batch by its own statistics, which are known."""
+class _Norm(NamedTuple):
+    """What a norm computed from a batch."""
+
+    norm: _BatchNorm
+    mean: Tensor  # [C], in float32 at least
+    inverse: Tensor  # [C], 1 / deviation
+    shared: Statistics | None  # the same, if they are those of several processes
+
+    @classmethod
+    def of(cls, norm: _BatchNorm, x: Tensor) -> tuple[Tensor, _Norm]:
+        """Return the norm's output, and what it computed; update the running statistics."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
+        running = (norm.running_mean, norm.running_var) if tracks else ()
+        same = all(t is not None and t.dtype == wide for t in (norm.weight, *running))
+        if same and norm.momentum is not None and _group(norm, x) is None:
+            if tracks:
+                norm.num_batches_tracked.add_(1)
+            tensors = x, norm.weight, norm.bias, *(running or (None, None))
+            y, mean, inverse = torch.native_batch_norm(*tensors, True, norm.momentum, norm.eps)
+            return y, cls(norm, mean, inverse, None)
+        statistics = batch_statistics(norm, x)
+        record(norm, statistics)
+        inverse = (statistics.var + norm.eps).rsqrt()
+        shared = None if statistics.group is None else statistics
+        known = cls(norm, statistics.mean, inverse, shared)
+        return known.apply(x), known
+
+    def apply(self, x: Tensor) -> Tensor:
+        return apply_norm(self.norm, x, self.mean, self.inverse)
+
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        return self.norm.weight, self.norm.bias
+
+    def backward(self, grad: Tensor, x: Tensor, needed: Sequence[bool]) -> Sequence[Tensor]:
+        norm, mean, inverse, shared = self
+        if shared is not None:
+            return norm_backward(grad, x, norm.weight, shared, norm.eps)
+        grad, weight = grad.contiguous(memory_format=format_of(x)), as_wide(norm.weight, mean)
+        known = None, None, mean, inverse, True, norm.eps
+        return torch.ops.aten.native_batch_norm_backward(grad, x, weight, *known, needed)
+
+
+class _Gate(NamedTuple):
+    """What a gate computed from a batch, with the graph of its derivatives."""
+
+    se: SEModule
+    mean: Tensor  # of x, [N, C, 1, 1]
+    value: Tensor  # [N, C, 1, 1]
+    trained: list[Tensor]
+
+    @classmethod
+    def of(cls, se: SEModule, x: Tensor) -> tuple[Tensor, _Gate]:
+        """Return x times the gate, and the gate."""
+        with torch.enable_grad():
+            mean = x.detach().mean((2, 3), keepdim=True).requires_grad_()
+            value = se.gate(se.fc2(se.act(se.bn(se.fc1(mean)))))
+        known = cls(se, mean, value, [p for p in _of([se]) if p.requires_grad])
+        return known.apply(x), known
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.value.detach()
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(p for p in _of([self.se]) if p.requires_grad)  # FSDP has others in backward
+
+    def backward(self, grad: Tensor, x: Tensor, needed: Sequence[bool]) -> Sequence[Tensor]:
+        _, mean, value, trained = self
+        d_value = (grad * x).sum((2, 3), keepdim=True).to(value.dtype)
+        # The graph stays, for a second backward pass.
+        options = dict(retain_graph=True, allow_unused=True)
+        d_mean, *grads = torch.autograd.grad(value, [mean, *trained], d_value, **options)
+        return torch.addcmul(d_mean / x[0, 0].numel(), grad, value.detach()), *grads
+
+
+class _Again(torch.autograd.Function):
+    """Apply a norm or a gate again; its derivatives go through what it computed from the batch."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        norm: _BatchNorm,
-        statistics: Statistics,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.statistics, ctx.eps = statistics, norm.eps
-        return apply_norm(norm, x, statistics.mean, statistics.var)
+    def forward(ctx: Any, known: _Norm | _Gate, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.known = known
+        ctx.save_for_backward(x)
+        return known.apply(x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dx, d_weight, d_bias = norm_backward(grad, x, weight, ctx.statistics, ctx.eps)
-        affine = weight is not None
-        return None, None, dx, d_weight if affine else None, d_bias if affine else None
+        needed = ctx.needs_input_grad[1:]
+        grads = ctx.known.backward(grad, *ctx.saved_tensors, needed)
+        return None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
 class Autocast(NamedTuple):
@@ -342,58 +396,43 @@ class Autocast(NamedTuple):
         return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
 
 
-class _Random(NamedTuple):
-    """Random states at the start of a chain with dropout; empty for other chains."""
-
-    device: torch.device | None = None
-    host: Tensor | None = None
-    there: Tensor | None = None
-
-    @classmethod
-    def of(cls, chain: Sequence[Callable[..., Tensor]], device: torch.device) -> _Random:
-        drops = [m for m in _modules(chain) if isinstance(m, _DropoutNd) and m.training and m.p]
-        if not drops:
-            return cls()
-        there = None
-        if device.type != 'cpu':
-            there = getattr(torch, device.type).get_rng_state(device)
-        return cls(device, torch.get_rng_state(), there)
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        if self.device is None:
-            yield
-            return
-        kind = self.device.type
-        with torch.random.fork_rng(
-            [] if kind == 'cpu' else [self.device], device_type='cuda' if kind == 'cpu' else kind
-        ):
-            torch.set_rng_state(self.host)
-            if self.there is not None:
-                getattr(torch, kind).set_rng_state(self.there, self.device)
-            yield
+@contextmanager
+def _random_again(states: tuple[Tensor, list[int], list[Tensor]] | None) -> Iterator[None]:
+    if states is None:
+        yield
+        return
+    host, devices, there = states
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(host)
+        set_device_states(devices, there)
+        yield
 
 
 def _run(
     chain: Sequence[Callable[..., Tensor]],
     inputs: Sequence[Tensor],
+    kept: dict[int, _Norm | _Gate] | None = None,
     *,
-    measured: dict[int, Statistics] | None = None,
-    known: dict[int, Statistics] | None = None,
+    again: bool = False,
 ) -> Tensor:
-    """Run a chain: plainly, recording the batch statistics of its norms, or using known ones."""
+    """Run a chain: plainly, keeping what norms and gates computed, or again with what they kept."""
     x = inputs[0]
     for i, step in enumerate(chain):
-        if measured is not None and norms_by_batch(step):
-            measured[i] = batch_statistics(step, *inputs)
-            record(step, measured[i])
-            x = apply_norm(step, *inputs, measured[i].mean, measured[i].var)
-        elif known is not None and i in known:
-            x = _Normed.apply(step, known[i], *inputs, step.weight, step.bias)
+        kind = _kind(step) if kept is not None and not again else None
+        if kind is not None:
+            x, kept[i] = kind.of(step, *inputs)
+        elif again and i in kept:
+            x = _Again.apply(kept[i], *inputs, *kept[i].parameters())
         else:
             x = step(*inputs)
         inputs = (x,)
     return x
+
+
+def _kind(step: Callable[..., Tensor]) -> type[_Norm] | type[_Gate] | None:
+    if norms_by_batch(step):
+        return _Norm
+    return _Gate if isinstance(step, SEModule) and is_plain(step) and not step.add_maxpool else None
 
 
 def _like(grad: Tensor | None, parameter: Tensor) -> Tensor | None:

@@ -4,7 +4,18 @@ import statistics
 
 import pytest
 import torch
-from families import FAMILIES, build, image, random_options, randomise, run, same, same_step, step
+from families import (
+    FAMILIES,
+    Operators,
+    build,
+    image,
+    random_options,
+    randomise,
+    run,
+    same,
+    same_step,
+    step,
+)
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -178,6 +189,15 @@ def test_memory_modes_under_autocast(family, memory):
         for name, buffer in net.named_buffers():
             assert result[name] is buffer
     assert 0 < errors[memory] < 1.5 * errors['plain']
+
+
+@pytest.mark.parametrize('family', [family for family in FAMILIES if family != 'TimmBackbone'])
+def test_no_activation_overwrites_what_autograd_saves(family):
+    """It would be copied first; timm's activations are timm's."""
+    with Operators() as operators:
+        build(family).train()(image(batch=2))
+    assert operators.names
+    assert 'clone' not in operators.names
 
 
 def test_memory_of_a_network_in_eval_mode(family):

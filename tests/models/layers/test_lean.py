@@ -6,6 +6,7 @@ import socket
 import pytest
 import torch
 from mmengine.model import revert_sync_batchnorm
+from timm.layers import SEModule
 from torch import distributed as dist
 from torch import nn
 from torch.nn import functional as F
@@ -135,6 +136,35 @@ def test_dropout_masks_and_later_random_numbers_are_the_same(drop):
 def test_norms_inside_a_step_count_once():
     steps = same_steps(lambda: chain(None, Gate()))
     assert steps[2].norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize('frozen', ['', 'fc1', 'bn'])
+def test_gates_run_once(frozen):
+    calls = []
+
+    def make():
+        torch.manual_seed(4)
+        gate = SEModule(6, rd_channels=3, norm_layer=nn.BatchNorm2d)
+        gate.fc1.register_forward_hook(lambda *_: calls.append(1))
+        if frozen:
+            gate.get_submodule(frozen).requires_grad_(False)
+        norm, *others = chain(None, gate)
+        return [gate if frozen else norm, *others]  # a gate twice, or a norm before it
+
+    same_steps(make)
+    assert len(calls) == (8 if frozen else 4)
+
+
+def test_two_backward_passes_through_one_graph():
+    def results(run):
+        torch.manual_seed(4)
+        gate, x = SEModule(6, rd_channels=3).double(), batch().requires_grad_()
+        y = run(chain(None, gate), conv(), x).square().sum()
+        y.backward(retain_graph=True)
+        y.backward()
+        return [x.grad, *(p.grad for p in gate.parameters())]
+
+    both(results)
 
 
 def test_a_weight_that_replaces_the_convolutions():
