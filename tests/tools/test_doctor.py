@@ -28,6 +28,8 @@ FAKES = {
     'mmengine/registry.py': 'class Registry:\n'
     '    def __init__(self, *args, **kwargs): pass\n'
     'def __getattr__(name): return Registry',
+    'mmengine/config.py': 'class Config: _get_cfg_path = None\nclass utils: MODULE2PACKAGE = {}',
+    'mmengine/logging.py': 'MMLogger = logger = None',
     'mmcv/__init__.py': '',
     'mmcv/ops.py': 'import mmcv._ext',
     'mmcv/_ext.py': '',
