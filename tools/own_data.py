@@ -336,7 +336,12 @@ def make_config(data: Data, base: Path, epochs: int | None, *, flip: bool) -> st
         set_length(cfg, iters=length)
     meta = dict(classes=data.classes)
     if data.task == 'semantic':
-        meta['palette'] = make_palette(len(data.classes))
+        colours = make_palette(len(data.classes))
+        names = [name.strip('_').lower() for name in data.classes]
+        meta['palette'] = [
+            (0, 0, 0) if name == 'background' else colour
+            for name, colour in zip(names, colours, strict=True)
+        ]
     train, val = (dict(part, metainfo=meta) for part in (data.train, data.val))
     if not flip:
         pipeline = cfg.train_dataloader.dataset.pipeline
