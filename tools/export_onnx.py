@@ -130,7 +130,7 @@ def describe_preprocessing(exported: Exported) -> str:
         value = 'the mean' if exported.normalized else 'zeros'
         text += (
             f'; padded with {value} at the right and bottom to multiples of '
-            f'{preprocessing.multiple}, as in training'
+            f'{preprocessing.multiple}'
         )
     return text
 

@@ -319,8 +319,9 @@ def _least_multiple(network: _Network, size: tuple[int, int]) -> int:
 
 
 def _odd(size: tuple[int, int], multiple: int) -> tuple[int, int, int]:
-    """Return the shape of a larger image whose sides are as hard to halve as possible."""
-    return 1, *((side // DIVISORS[-1] + 1) * DIVISORS[-1] + multiple for side in size)
+    """Return the shape of a larger image: sides just above and below what halves best."""
+    height, width = (side // DIVISORS[-1] * DIVISORS[-1] for side in size)
+    return 1, height + DIVISORS[-1] + multiple, width + 2 * DIVISORS[-1] - multiple
 
 
 def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:

@@ -5,7 +5,8 @@ import inspect
 import pytest
 import torch
 
-from support import CONDENSED, DEMOS
+from mmdense.apis.export import Exported, Preprocessing
+from support import CONDENSED, DEMOS, load_tool
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -40,6 +41,18 @@ def test_segmentor_with_random_weights(export):
     assert 'weights: random' in output
     assert 'the file normalizes them' in output
     assert 'the largest along axis 1 is the class' in output
+
+
+def test_advice_for_one_output_and_multiples(tmp_path):
+    shapes = dict(image=('batch', 3, 'height', 'width'), logits=('batch', 1, 'height', 'width'))
+    exported = Exported(
+        *(tmp_path, 'model', 1, 18, shapes, '', {(1, 8, 8): dict(logits=0.0)}),
+        Preprocessing(multiple=32),
+        normalized=False,
+    )
+    *_, image, outputs, _ = load_tool('export_onnx').describe(exported)
+    assert image.endswith('padded with zeros at the right and bottom to multiples of 32')
+    assert 'where their sigmoid exceeds decode_head.threshold' in outputs
 
 
 def test_checkpoint_of_another_model(export, checkpoints, tmp_path):
