@@ -218,7 +218,9 @@ def _cost(name: str, func: Any, args: tuple, kwargs: dict, outputs: Any) -> tupl
 def _check_kernel(name: str, overload: str, args: tuple, kwargs: dict) -> None:
     """Refuse the arguments that torch's Normalization.cu refuses (read in torch 2.15)."""
     if name == 'native_batch_norm_backward':
-        x, save_mean, mask = args[1], args[5], args[9]
+        x, weight, save_mean, mask = args[1], args[2], args[5], args[9]
+        if weight is None and any(mask[1:]):
+            raise Refused('native_batch_norm_backward computes no gradients of a missing weight')
         if (_layout(x) == 'NHWC' or not mask[0]) and save_mean is None:
             raise Refused('native_batch_norm_backward of a channels-last map needs save_mean')
     if name == 'native_batch_norm' and overload == 'out' and not args[5]:

@@ -165,6 +165,8 @@ def _rows() -> dict[str, Callable[..., Record]]:
                 rows[f'{family} deployed {title} {layout}'] = partial(
                     infer, make, dtype, amp, layout
                 )
+    fixed = partial(DenseNet, arch=DENSENET, memory='lean', norm_cfg=dict(type='BN', affine=False))
+    rows['densenet lean affine=False'] = partial(train, fixed, 'float32', 'bfloat16', 'NHWC')
     rows['operator roi_align'] = partial(operate, _roi_align, ((2, 8, 40, 50),))
     rows['operator sigmoid_focal_loss'] = partial(operate, _focal, ((99, 80),))
     rows['operator modulated_deform_conv2d'] = partial(

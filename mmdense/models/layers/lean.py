@@ -144,13 +144,15 @@ def norm_backward(
     That of x goes through the statistics too; those of weight and bias are of this process.
     """
     mean, var, count, group = statistics
-    inverse, weight = (var + eps).rsqrt(), as_wide(weight, mean)
+    inverse = (var + eps).rsqrt()
+    # CUDA's kernels compute no sums without a weight.
+    weight = torch.ones_like(mean) if weight is None else weight.to(mean)
     grad = grad.contiguous(memory_format=format_of(x))
     known = None, None, mean, inverse, True, eps
     _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, *known, [False, True, True]
     )
-    scale = inverse if weight is None else weight * inverse
+    scale = weight * inverse
     sums = scale * torch.stack([d_bias, d_weight])
     dist.all_reduce(sums, group=group)
     slope = inverse * sums[1] / count
