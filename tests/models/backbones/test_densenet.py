@@ -176,6 +176,24 @@ def test_lean_blocks_equal_plain_ones(options):
     same_step(*reversed(results))
 
 
+@pytest.mark.parametrize('options', [{}, dict(norm_cfg=dict(type='BN', affine=False))])
+def test_what_lean_blocks_call_on_a_gpu_is_equal(options, monkeypatch):
+    """A CPU calls the same, but for the operator that only CUDA has."""
+
+    def elemt(x, weight, bias, mean, inverse, eps):
+        return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, eps=0.0)
+
+    results, x = [], image(32, 48, batch=2).double().to(memory_format=torch.channels_last)
+    for memory in ('plain', 'lean'):
+        torch.manual_seed(0)
+        net = randomise(DenseNet(arch=SMALL, memory=memory, **options)).double().train()
+        if memory == 'lean':
+            monkeypatch.setattr(torch.Tensor, 'is_cuda', True, raising=False)
+            monkeypatch.setattr(torch, 'batch_norm_elemt', elemt)
+        results.append(step(net.to(memory_format=torch.channels_last), x)[0])
+    same_step(*reversed(results))
+
+
 def test_lean_blocks_save_memory_that_is_linear_in_their_depth():
     """They save the features once, and the output of each 1x1 convolution."""
     growth, layers = 8, 6
