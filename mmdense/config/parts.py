@@ -75,8 +75,8 @@ ADVICE = {
         "set a part's in_channels to what it reads; the backbone's, mean and std to the images' "
         'channels, with bgr_to_rgb=False unless these are 3'
     ),
-    "no attribute '(gt_)?masks'": 'to learn masks, LoadAnnotations needs with_mask=True, and the '
-    'annotations a segmentation',
+    r"no attribute '_?(?:gt_\w+|masks|labels|bboxes)'": 'the samples lack what the model learns: '
+    'LoadAnnotations needs with_bbox, with_mask or with_seg, and the files such annotations',
     'Target -?[0-9]+ is out of bounds': 'tools/check_dataset.py finds labels outside the classes',
     r"^(?!.*pip install).*?(?:No module named '(\w+)|([\w-]+) is not installed)": 'pip install {}',
 }

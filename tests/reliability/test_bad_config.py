@@ -201,30 +201,34 @@ def test_a_bug_inside_a_model_keeps_its_traceback(wrong):
 
 
 @pytest.mark.parametrize(
-    ('options', 'shape', 'advice'),
+    ('options', 'images', 'labels', 'advice'),
     [
-        ({}, (1, 3), 'batch norm cannot train on a single value: set train_dataloader.batch_size'),
-        ({}, (2, 4), "the backbone's, mean and std to the images' channels"),
-        ({'model.backbone.in_channels': 4}, (2, 3), "set a part's in_channels to what it reads"),
+        ({}, (1, 3), True, 'batch norm cannot train on a single value: set train_dataloader.batch'),
+        ({}, (2, 4), True, "the backbone's, mean and std to the images' channels"),
+        ({'backbone.in_channels': 4}, (2, 3), True, "set a part's in_channels to what it reads"),
         (
-            {'model.decode_head.loss_decode.class_weight': [1.0, 2.0, 3.0]},
+            {'decode_head.loss_decode.class_weight': [1.0, 2.0, 3.0]},
             (2, 3),
+            True,
             "a loss's class_weight needs one value for each output",
         ),
-        ({'model.decode_head.align_corners': 'x'}, (2, 3), ''),
+        ({}, (2, 3), False, 'the samples lack what the model learns: LoadAnnotations needs'),
+        ({'decode_head.align_corners': 'x'}, (2, 3), True, ''),
     ],
 )
-def test_errors_of_libraries_in_a_run_are_one_line(options, shape, advice, tmp_path):
+def test_errors_of_libraries_in_a_run_are_one_line(options, images, labels, advice, tmp_path):
+    options = {f'model.{key}': value for key, value in options.items()}
     cfg = read.load_config(str(SEGMENTOR), options=options)
     log = MMLogger.get_instance(tmp_path.name, log_file=str(tmp_path / 'run.log'))
     with DefaultScope.overwrite_default_scope('mmseg'):
         model = MODELS.build(cfg.model)
-    number, channels = shape
-    label = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 64, 64, dtype=torch.long)))
-    images = [torch.zeros(channels, 64, 64)] * number
+    number, channels = images
+    truth = PixelData(data=torch.zeros(1, 64, 64, dtype=torch.long))
+    sample = SegDataSample(gt_sem_seg=truth) if labels else SegDataSample()
+    data = dict(inputs=[torch.zeros(channels, 64, 64)] * number, data_samples=[sample] * number)
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
-    with pytest.raises((RuntimeError, TypeError, ValueError)) as error:
-        model.train_step(dict(inputs=images, data_samples=[label] * number), wrapper)
+    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)) as error:
+        model.train_step(data, wrapper)
     message = build_error(error.value)
     assert message.startswith(f'the run stops: {error.type.__name__}: ')
     assert advice in message
