@@ -241,7 +241,7 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     assert output.splitlines()[-1] == f'report: {folder}/report.html'
     assert 'timm:test_resnet: starting\n' in output
     assert 'timm:test_resnet: done\n' in output
-    assert 'measuring: inference: round 1 of 2\n' in output
+    assert 'measuring: inference: ' in output
     assert len(output.splitlines()) < 30
     rows = results_of(folder)
     assert [*rows] == ['condensenetv2-nano', 'timm:test_resnet']
