@@ -423,13 +423,14 @@ class CondenseNetV2(Backbone):
                 maps.append(x)
         return tuple(maps)
 
-    @torch.compiler.disable
     def _forward_deployed(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Run eagerly, in the precision of the weights, since layers write to shared memory."""
+        """Run in the precision of the weights."""
         if x.requires_grad and torch.is_grad_enabled():
             raise UserError('the deployed form has no gradients: the condensed form has them')
         stem, *blocks = self.features.values()
-        work = self._local.workspace if x.device.type == 'cpu' else {}
+        work = {}
+        if x.device.type == 'cpu' and not torch.compiler.is_compiling():
+            work = self._local.workspace
         maps = []
         with torch.autocast(x.device.type, enabled=False):
             # The stem is several times faster in channels-last.

@@ -56,6 +56,7 @@ FAMILIES = dict(
         num_maps=5,
         random='drop_rate',
         deployed={'CondenseNetV2': {}},
+        smallest=dict(arch=dict(layers=(1, 1), growth=(8, 8), groups=4, gated_from=1)),
     ),
     ReXNet=Family(
         dict(arch=dict(width=0.25, depth=0.4)),

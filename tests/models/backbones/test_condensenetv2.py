@@ -313,13 +313,15 @@ def test_impossible_options(options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('form', ['condensed', 'deployed'])
-def test_compiles(form):
-    """The deployed form runs as it is inside of a compiled model."""
+@pytest.mark.parametrize(
+    ('form', 'backend'),
+    [('condensed', 'aot_eager'), ('deployed', 'aot_eager'), ('deployed', 'inductor')],
+)
+def test_compiles(form, backend):
     net = build(COMPILED, out_indices=None)
     net.condense() if form == 'condensed' else net.switch_to_deploy()
     torch.compiler.reset()
-    compiled = torch.compile(nn.Sequential(net), fullgraph=form == 'condensed', backend='aot_eager')
+    compiled = torch.compile(nn.Sequential(net), fullgraph=True, backend=backend)
     for x in (image(), image(130, 140, batch=2)):
         same(run(compiled, x), run(net, x))
 
