@@ -217,6 +217,7 @@ class Backbone(BaseModule):
 
     def train(self, mode: bool = True) -> Backbone:
         """Set training mode, except for frozen stages and, with ``norm_eval``, batch norms."""
+        mode = mode and self.form != 'deployed'
         super().train(mode)
         if mode:
             self._freeze()

@@ -10,17 +10,18 @@ Parameter names are those of timm's ``rdnet_*``; tests compare the outputs.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import DropPath, EffectiveSEModule, LayerNorm2d
+from timm.layers import DropPath, EffectiveSEModule
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmdense.models.backbones.base import Backbone, resolve_arch
-from mmdense.models.deploy.rdnet import DeployedDenseStage, DeployedTransition
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 
@@ -85,6 +86,45 @@ ARCHS = dict(
 )
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of [N, C, H, W], in the type of the features.
+
+    Autocast would run it in float32 on a GPU. torch's kernels compute the statistics so in any case.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if x.is_cuda:  # whose kernel takes one type; the CPU's is more precise with two
+            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, weight, bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class OutputNorm(nn.GroupNorm):
+    """GroupNorm(1) of [N, C, H, W], in the memory format and the type of the features.
+
+    Statistics are computed in float32, and the rest is one product and one sum.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(1, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes, size = (1, 2, 3), math.prod(x.shape[1:])
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            mean = x.mean(axes, keepdim=True, dtype=wide)
+            length = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
+            variance = (length.square() / size - mean.square()).clamp(min=0)
+            scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
+            shift = self.bias.view(1, -1, 1, 1) - mean * scale
+            return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+
+
 class MixBlock(nn.Module):
     """Map all features of the dense stage, [N, C, H, W] in total, to ``growth`` new channels."""
 
@@ -102,7 +142,7 @@ class MixBlock(nn.Module):
         hidden = _eighths(channels * 4)
         layers = [
             nn.Conv2d(channels, channels, 7, padding=3, groups=channels),
-            LayerNorm2d(channels, eps=1e-6),
+            ChannelNorm(channels),
             nn.Conv2d(channels, hidden, 1),
             nn.GELU(),
             nn.Conv2d(hidden, growth, 1),
@@ -126,8 +166,8 @@ class MixBlock(nn.Module):
         for module in gate:
             # Both scales in one product, or autograd would save the value in between.
             scale = scale * module.gate(module.fc(x.mean((2, 3), keepdim=True)))
-        # Autocast multiplies in float32; the result, which all later blocks read, is cast back.
-        return self.drop_path((x * scale).to(x.dtype))
+        # Under autocast the scale is cast: otherwise the features would become float32.
+        return self.drop_path(x * scale.to(x.dtype))
 
 
 class DenseStage(nn.Sequential):
@@ -169,7 +209,6 @@ class RDNet(Backbone):
     archs = ARCHS
     weights = {arch: f'timm://rdnet_{arch}.nv_in1k' for arch in ARCHS}
     detector_recipe = dict(output_norm=True)
-    form_marks = dict(trained='.gamma', deployed='.scale')
     not_pretrained = ('output_norms.',)
 
     def __init__(
@@ -203,7 +242,7 @@ class RDNet(Backbone):
         self._ends = ends
         self._blocks = arch.blocks
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, arch.stem, 4, stride=4), LayerNorm2d(arch.stem, eps=1e-6)
+            nn.Conv2d(in_channels, arch.stem, 4, stride=4), ChannelNorm(arch.stem)
         )
         num_blocks = num_stages * arch.blocks
         rates = [drop_path_rate * i / max(num_blocks - 1, 1) for i in range(num_blocks)]
@@ -213,7 +252,7 @@ class RDNet(Backbone):
             if i:
                 stride = 2 if i in arch.down else 1
                 layers += [
-                    LayerNorm2d(outputs[i - 1], eps=1e-6),
+                    ChannelNorm(outputs[i - 1]),
                     nn.Conv2d(outputs[i - 1], inputs[i], stride, stride=stride),
                 ]
             blocks = [
@@ -235,16 +274,14 @@ class RDNet(Backbone):
         self.output_norms = nn.ModuleDict()
         if output_norm:
             for index, channels in zip(self.out_indices, self.out_channels, strict=True):
-                self.output_norms[str(index)] = nn.GroupNorm(1, channels)
+                self.output_norms[str(index)] = OutputNorm(channels)
         self._freeze()
 
     def switch_to_deploy(self) -> None:
-        """Switch to the channels-last inference form, in place; see :class:`Backbone`."""
-        if self.form == 'deployed':
-            return
-        for i, (*between, blocks) in enumerate(self.dense_stages):
-            transition = [DeployedTransition(*between)] if between else []
-            self.dense_stages[i] = nn.Sequential(*transition, DeployedDenseStage(blocks))
+        """Switch to evaluation in channels-last, in place; see :class:`Backbone`.
+
+        Layers and weights stay as they are: folding has not made the compiled network faster.
+        """
         self._finish_deploy()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:

@@ -38,8 +38,7 @@ FAMILIES = dict(
     RDNet=Family(
         dict(arch=dict(stem=8, growth=(8, 8, 8, 16, 8), down=(1, 2, 4), blocks=2)),
         random='drop_path_rate',
-        # With one thread, products are other calls.
-        deployed={'RDNet': {}, 'RDNet one-thread': dict(output_norm=True)},
+        deployed={'RDNet': {}, 'RDNet normed': dict(output_norm=True)},
         smallest=dict(arch=dict(stem=8, growth=(8, 8), down=(1,), blocks=1, gate_from=1)),
     ),
     DenseNet=Family(

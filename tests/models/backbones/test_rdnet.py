@@ -1,5 +1,8 @@
 """RDNet equals timm's; test_contract.py has what all families share."""
 
+import copy
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -100,13 +103,33 @@ def test_arch_fields_have_an_effect():
     assert scaled.dense_stages[0][0].dense_block0.gamma.tolist() == [0.5] * 8
 
 
-def test_features_stay_narrow_under_autocast():
-    net = RDNet(arch=TINY, out_indices=(0, 1, 2))
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_features_stay_narrow_under_autocast(layout):
+    net = RDNet(arch=TINY, output_norm=True)
     with torch.autocast('cpu', torch.bfloat16):
-        outputs = net(image(32, 32))
-    assert [y.dtype for y in outputs] == [torch.bfloat16] * 3
+        outputs = net.to(memory_format=layout)(image(32, 32, batch=2))
+    for y in outputs:
+        assert y.dtype == torch.bfloat16
+        assert y.is_contiguous(memory_format=torch.channels_last)  # as norms over channels leave it
     sum(y.sum() for y in outputs).backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_as_precise_as_timms(dtype):
+    """The error against float64, of outputs and of all gradients, in root mean square."""
+    theirs, ours = timm_twin(), RDNet(arch='tiny')
+    ours.load_state_dict(theirs.state_dict())
+    x, errors = image(64, 96, batch=2), []
+    exact, _ = step(copy.deepcopy(ours).double(), x.double())
+    for net in (ours, theirs):
+        run_all = partial(theirs.forward_intermediates, intermediates_only=True)
+        forward = torch.autocast('cpu', dtype)(ours if net is ours else run_all)
+        result, _ = step(net, x, forward)
+        squares = [((result[name] - y).norm() / y.norm()).square() for name, y in exact.items()]
+        errors.append(sum(squares) / len(squares))
+    assert errors[0] <= 1.5**2 * errors[1]
 
 
 def test_lean_recomputes_the_hidden_layer_of_narrow_blocks(monkeypatch):

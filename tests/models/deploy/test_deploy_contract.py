@@ -31,8 +31,9 @@ CHANNELS_LAST = torch.channels_last
 # A network's name begins with its family's -> options of its variant.
 NETWORKS = {name: o for family in FAMILIES.values() for name, o in family.deployed.items()}
 # CondenseNetV2's inference form has no gradients and computes in the precision of its weights, which
-# are buffers.
+# are buffers. RDNet's has the weights of the trained network.
 FOLDED = [name for name in NETWORKS if name != 'CondenseNetV2']
+OTHERS = [name for name in NETWORKS if 'RDNet' not in name]
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
 # Mean error in half precision, relative to that of the trained network; the second is allowed if
 # weights are rounded twice.
@@ -41,10 +42,7 @@ ERROR, TWICE_ROUNDED = 1.15, dict(DenseNet=1.25, CondenseNetV2=1.6)
 
 @pytest.fixture(params=NETWORKS)
 def network(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if request.param.endswith('one-thread') else 2)
-    yield request.param
-    torch.set_num_threads(before)
+    return request.param
 
 
 def family_of(network):
@@ -161,7 +159,7 @@ def test_training_options_have_no_effect(network, stages, memory):
     same(fast(image()), expected)  # with gradients enabled
 
 
-@pytest.mark.parametrize('network', [n for n in NETWORKS if 'RDNet' not in n], indirect=True)
+@pytest.mark.parametrize('network', OTHERS, indirect=True)
 def test_synchronised_norms(network):
     net = build(network)
     expected = run(net, image())
@@ -293,6 +291,7 @@ def test_two_threads_at_once(network):
             same(outputs, results, 1e-6)
 
 
+@pytest.mark.parametrize('network', OTHERS, indirect=True)
 def test_weights_of_another_form_are_refused(network):
     net = build(network)
     fast = deployed(net)
