@@ -89,7 +89,7 @@ ARCHS = dict(
 class ChannelNorm(nn.LayerNorm):
     """LayerNorm over the channels of [N, C, H, W], in the type of the features.
 
-    Autocast would run it in float32 on a GPU. torch's kernels compute the statistics so in any case.
+    Autocast would run it in float32 on a GPU, whose kernel computes only the statistics so.
     """
 
     def __init__(self, channels: int) -> None:
@@ -107,7 +107,7 @@ class ChannelNorm(nn.LayerNorm):
 class OutputNorm(nn.GroupNorm):
     """GroupNorm(1) of [N, C, H, W], in the memory format and the type of the features.
 
-    Statistics are computed in float32, and the rest is one product and one sum.
+    It computes in float32 at least and rounds once, without a copy of x in another layout or type.
     """
 
     def __init__(self, channels: int) -> None:
@@ -122,7 +122,7 @@ class OutputNorm(nn.GroupNorm):
             variance = (length.square() / size - mean.square()).clamp(min=0)
             scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
             shift = self.bias.view(1, -1, 1, 1) - mean * scale
-            return torch.addcmul(shift.to(x.dtype), x, scale.to(x.dtype))
+            return torch.addcmul(shift, x, scale).to(x.dtype)
 
 
 class MixBlock(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from families import image, randomise, run, same_step, step
+from torch import nn
 
 from mmdense.models import RDNet
 
@@ -78,6 +79,11 @@ def test_output_norm_is_one_group_norm_per_feature_map():
         variance, mean = torch.var_mean(raw, (1, 2, 3), keepdim=True, correction=0)
         expected = (raw - mean) / (variance + 1e-5).sqrt()
         torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    norm = normed.output_norms['0'].double()
+    raw = 5 + torch.randn(2, 32, 7, 9, dtype=torch.float64)
+    torch.testing.assert_close(norm(raw), nn.GroupNorm.forward(norm, raw))
+    half = norm.float()(raw.bfloat16())
+    torch.testing.assert_close(half, norm(raw.bfloat16().float()).bfloat16())
     depth, number = normed.layer_depth('output_norms.2.weight')
     assert depth == number - 1
 

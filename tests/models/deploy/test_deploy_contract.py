@@ -30,8 +30,8 @@ from mmdense.errors import UserError
 CHANNELS_LAST = torch.channels_last
 # A network's name begins with its family's -> options of its variant.
 NETWORKS = {name: o for family in FAMILIES.values() for name, o in family.deployed.items()}
-# CondenseNetV2's inference form has no gradients and computes in the precision of its weights, which
-# are buffers. RDNet's has the weights of the trained network.
+# CondenseNetV2's inference form has no gradients, and computes in the precision of its weights,
+# which are buffers. RDNet's has the weights of the trained network.
 FOLDED = [name for name in NETWORKS if name != 'CondenseNetV2']
 OTHERS = [name for name in NETWORKS if 'RDNet' not in name]
 HALF = {torch.float16: 0.01, torch.bfloat16: 0.05}
