@@ -12,6 +12,7 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.apis import deploy
 from mmdense.config import edit
+from mmdense.datasets.files import check_trained_labels
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.engine.runner import build_runner, load_weights, unwrap
 from mmdense.visualization.logs import is_empty
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         edit.use_show_dir(cfg, args.show_dir)
     cfg.load_from = None
     runner = build_runner(cfg, loaders=('test',), min_loaded=args.min_loaded)
-    load_weights(runner, args.checkpoint)
+    checkpoint = load_weights(runner, args.checkpoint)
+    check_trained_labels(cfg, checkpoint.get('meta') or {})
     if args.deploy:
         deploy(unwrap(runner.model))
     with explain_out_of_memory(cfg, 'test'):

@@ -14,6 +14,7 @@ from mmengine.registry import DATASETS
 from torch import nn
 
 from mmdense.config.evaluators import iter_metrics
+from mmdense.errors import first_of
 from mmdense.visualization.draw import make_palette
 
 __all__ = ['class_names', 'coco_categories', 'num_classes_of']
@@ -51,6 +52,10 @@ def class_names(
     named = [s for s in sources if s.get('classes') and count in (None, len(s['classes']))]
     if named:
         classes = tuple(map(str, named[0]['classes']))
+        other = sources[1].get('classes')
+        if named[0] is sources[0] and other and classes != tuple(map(str, other)):
+            names = f'{first_of(classes)}, not {first_of(other)} as in the config'
+            _warn(f'the classes are those of the checkpoint: {names}')
     else:
         classes = tuple(f'class {i}' for i in range(count or 0))
         _warn(f'neither the checkpoint nor the config names {count} classes')
@@ -61,7 +66,9 @@ def class_names(
     return classes, make_palette(len(classes))
 
 
-def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+def coco_categories(
+    cfg: Config, classes: tuple[str, ...], trained: bool = False
+) -> list[dict[str, Any]]:
     """Return a detector's COCO categories, ``dict(id=..., name=...)``, by label.
 
     They are those of the annotation file of the config's test metric if it has these classes,
@@ -69,8 +76,9 @@ def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any
 
     Args:
         cfg: The config.
-        classes: Class names. mmdet orders labels as the annotation file does, whatever the order in
-            the config: names in another order are sorted, with a warning.
+        classes: Class names. If the annotation file has another order, there is a warning.
+        trained: Whether the classes are a checkpoint's, and so in the order of its labels. Those of
+            a config are sorted as in the annotation file, by which mmdet numbers labels.
     """
     categories = [
         dict(id=category['id'], name=category['name'])
@@ -80,7 +88,10 @@ def coco_categories(cfg: Config, classes: tuple[str, ...]) -> list[dict[str, Any
     names = tuple(category['name'] for category in categories)
     if sorted(names) == sorted(classes):
         if names != classes:
-            _warn('the classes are in the order of the annotation file, not of the config')
+            orders = ('checkpoint', 'annotation file') if trained else ('annotation file', 'config')
+            _warn('the classes are in the order of the {}, not of the {}'.format(*orders))
+        if trained:
+            categories.sort(key=lambda category: classes.index(category['name']))
         return categories
     from mmdet.datasets import CocoDataset
 

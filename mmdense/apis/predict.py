@@ -125,7 +125,8 @@ class Predictor:
         if self.segments:
             self.categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
         else:
-            self.categories = coco_categories(cfg, classes)
+            trained = bool(meta.get('dataset_meta') or meta.get('CLASSES'))
+            self.categories = coco_categories(cfg, classes, trained)
         self.classes = tuple(category['name'] for category in self.categories)
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> list[BaseDataElement]:

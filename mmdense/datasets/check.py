@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +34,7 @@ REMOVE = 'fix the annotation, or remove it'
 # Severity, and how to fix it.
 KINDS = {
     'missing file': (ERROR, 'add it, or remove it from the annotations'),
+    'missing files': (ERROR, 'fix data_prefix, file names, img_suffix or seg_map_suffix'),
     'empty file': (ERROR, REPLACE),
     'not an image': (ERROR, f'{REPLACE}, or save it as JPEG or PNG'),
     'damaged file': (ERROR, REPLACE),
@@ -42,6 +43,7 @@ KINDS = {
         f'cut it into tiles, or allow more: export {PIXELS_VARIABLE}=NUMBER, which takes memory',
     ),
     'size mismatch': (ERROR, 'annotate the upright image at its actual size'),
+    'other suffix': (WARNING, 'a data set reads one: rename files, or join two by ConcatDataset'),
     'extreme shape': (WARNING, 'resizing may leave nothing of it: crop it, or remove it'),
     'high bit depth': (WARNING, 'training reads the upper 8 bits: convert dark images yourself'),
     'transparency': (WARNING, 'training ignores it: flatten the image if its colours then differ'),
@@ -51,17 +53,31 @@ KINDS = {
         'fix the map or metainfo.classes; if 0 is not a class and classes count from 1, set '
         'reduce_zero_label=True',
     ),
+    'binary masks': (
+        ERROR,
+        "255 is ignored: write 1, or set type='mmdense.LabelMapDataset' and values=[0, 255]",
+    ),
     'no labels': (WARNING, 'every pixel is ignored: label it, or remove it'),
+    'mostly ignored': (WARNING, 'if they have one, fix the maps, ignore_index or label_map'),
+    'one class': (WARNING, 'mIoU would be that of one class: fix the maps, or take others'),
+    'absent class': (WARNING, 'add examples, or remove it from metainfo.classes and num_classes'),
+    'nothing to learn': (ERROR, 'fix the annotations or the names in metainfo.classes'),
+    'relative boxes': (ERROR, "multiply them by their images' width and height"),
+    'box format': (ERROR, "convert them to COCO's x, y, width, height"),
+    'other classes': (ERROR, 'list the same categories in the same order, or scores are exchanged'),
+    'other labels': (ERROR, 'set it in both, so that labels mean the same classes'),
+    'shared images': (WARNING, 'the metrics would be too high: remove them from one of both'),
     'unreadable annotations': (ERROR, 'write the file again'),
     'wrong setting': (ERROR, 'change it in the config'),
     'no images': (ERROR, 'fix data_root, data_prefix, ann_file, img_suffix or filter_cfg'),
     'missing class': (ERROR, 'name the classes in metainfo.classes as the file does'),
-    'class order': (WARNING, 'order metainfo.classes like the file, whose order mmdet uses'),
+    'class order': (ERROR, 'order metainfo.classes like the file, by which mmdet numbers labels'),
+    'same name': (ERROR, 'give all annotations of them one category id, and remove the others'),
     'unused category': (WARNING, 'ignored: add it to metainfo.classes to train on it'),
     'invalid field': (ERROR, REMOVE),
     'duplicate id': (ERROR, 'renumber them'),
     'duplicate file': (WARNING, 'give all annotations of an image the same image id'),
-    'unknown image': (ERROR, REMOVE),
+    'unknown image': (WARNING, f'ignored: {REMOVE}'),
     'unknown category': (ERROR, REMOVE),
     'empty box': (WARNING, f'ignored: {REMOVE}'),
     'box outside': (WARNING, f'ignored: {REMOVE}'),
@@ -105,6 +121,8 @@ class ReadOptions:
     ignored: int = 255
     reduce_zero_label: bool = False  # label 0 is ignored and the others count from 1
     label_map: Mapping[int, int] = field(default_factory=dict)  # replacements, after that
+    where: str = field(default='', compare=False)  # the data set's place in the config
+    names: Sequence[str] = field(default=(), compare=False)  # of its classes, by label
 
 
 @dataclass(frozen=True)
@@ -121,9 +139,12 @@ class Sample:
 Problems = list[tuple[str, str]]
 
 
-def check_sample(sample: Sample, options: ReadOptions) -> list[Finding]:
+def check_sample(
+    sample: Sample, options: ReadOptions, counts: np.ndarray | None = None
+) -> list[Finding]:
     """Decode an image and its label map, and return what is wrong with them.
 
+    The pixels of each number in the label map are added to ``counts``, [256].
     Damage inside a JPEG that keeps its length is not found: decoders fill in something plausible.
     """
     size, problems = _decode(sample.image, options)
@@ -138,7 +159,7 @@ def check_sample(sample: Sample, options: ReadOptions) -> list[Finding]:
     part = '' if sample.id is None else f'image {sample.id}'
     findings = [Finding(kind, sample.image, text, part) for kind, text in problems]
     if sample.label_map is not None:
-        problems = _check_label_map(sample.label_map, size, options)
+        problems = _check_label_map(sample.label_map, size, options, counts)
         findings += [Finding(kind, sample.label_map, text) for kind, text in problems]
     return findings
 
@@ -199,7 +220,8 @@ def _decode_by_pillow(
 
 def _decode_by_opencv(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Problems]:
     try:
-        pixels = mmcv.imread(file, options.color_type, backend='cv2')
+        backend = 'tifffile' if options.backend == 'tifffile' else 'cv2'
+        pixels = mmcv.imread(file, options.color_type, backend=backend)
     except Exception as error:  # OpenCV and the file system raise their own
         if 'MAX_IMAGE_PIXELS' in str(error):
             return None, [('too many pixels', "more pixels than OpenCV's limit")]
@@ -220,7 +242,7 @@ def _ends_in_zeros(file: str) -> bool:
 
 
 def _check_label_map(
-    file: str, image_size: tuple[int, int] | None, options: ReadOptions
+    file: str, image_size: tuple[int, int] | None, options: ReadOptions, counts: np.ndarray | None
 ) -> Problems:
     size, problems = _decode(file, ReadOptions(color_type='unchanged'))
     if size is None:
@@ -242,10 +264,13 @@ def _check_label_map(
         text = f'{pixels.shape[2]} numbers per pixel'
     elif pixels.dtype.kind not in 'bui':
         text = f'{pixels.dtype} numbers'
-    elif int(pixels.max()) > 255:
-        text = f'numbers up to {pixels.max()}, of which training keeps 8 bits'
+    elif int(pixels.max()) > 255 or int(pixels.min()) < 0:
+        text = f'numbers from {pixels.min()} to {pixels.max()}, of which training keeps 8 bits'
     else:
-        return problems + _check_labels(np.flatnonzero(np.bincount(pixels.flat)), options)
+        numbers = np.bincount(pixels.flat, minlength=256)
+        if counts is not None:
+            counts += numbers
+        return problems + _check_labels(np.flatnonzero(numbers), options)
     return [*problems, ('not a label map', text)]
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from mmdense.datasets.check import Finding, Sample
+from mmdense.datasets.content import SLACK, check_objects
 from mmdense.errors import first_of, one_line
 
 __all__ = ['CocoCheck']
 
-SLACK = 1  # pixels by which rounding may put a box outside
 NUMBER = int | float
 FIELDS = dict(
     images=('image', dict(file_name=str, width=NUMBER, height=NUMBER)),
@@ -44,20 +44,25 @@ class CocoCheck:
     training: bool = True  # False for evaluation, which leaves out no image
     filter_empty: bool = False  # whether training leaves out images without objects
     min_size: int = 0  # training leaves out images with a shorter side, in pixels
+    labelled: bool = True  # False for images that a semi-supervised model labels itself
     findings: list[Finding] = field(default_factory=list, init=False)
 
-    def run(self) -> tuple[list[Finding], list[Sample]]:
-        """Return the findings, and the images that are read, with their label maps."""
+    def run(self) -> tuple[list[Finding], list[Sample], Sequence[str]]:
+        """Return the findings, the images that are read, and the class names by label."""
+        self._boxes, self._objects = [], Counter()  # for check_objects()
         try:
             content = self._read()
             images = self._records(content, 'images')
             categories = self._records(content, 'categories')
             names = {number: category['name'] for number, category in categories.items()}
-            self._check_names(list(names.values()))
+            labels = self._check_names(list(names.values()))
             annotated = self._check_annotations(content, images, names)
+            if 'annotations' in content and self.labelled:
+                counts = self._boxes, self._objects
+                self.findings += check_objects(self.file, *counts, self.classes)
         except _UnreadableError as error:
             self._report('unreadable annotations', str(error))
-            return self.findings, []
+            return self.findings, [], ()
         samples = []
         for name, count in Counter(image['file_name'] for image in images.values()).items():
             if count > 1:
@@ -74,7 +79,7 @@ class CocoCheck:
             samples.append(Sample(os.path.join(self.images, name), number, size, label_map))
         if not samples:
             self._report('no images', 'no image is left')
-        return self.findings, samples
+        return self.findings, samples, labels
 
     def _report(self, kind: str, text: str, part: str = '') -> None:
         self.findings.append(Finding(kind, self.file, text, part))
@@ -89,7 +94,8 @@ class CocoCheck:
         if not isinstance(content, dict):
             raise _UnreadableError(f'is a {type(content).__name__}, not images and annotations')
         # A test set may have no annotations.
-        optional = not self.training and 'annotations' not in content
+        unused = not (self.training and self.labelled)
+        optional = unused and 'annotations' not in content
         for key in ('images', 'categories', *(() if optional else ('annotations',))):
             if not isinstance(content.get(key), list):
                 raise _UnreadableError(f'no list of {key}')
@@ -101,7 +107,7 @@ class CocoCheck:
         records = {}
         for i, record in enumerate(content[key]):
             number = record.get('id') if isinstance(record, dict) else None
-            if not isinstance(number, int | str):
+            if not _is_id(number):
                 self._report('invalid field', 'no id', f'{key}[{i}]')
                 continue
             part = f'{title} {number}'
@@ -115,16 +121,17 @@ class CocoCheck:
                     records.pop(number, None)
         return records
 
-    def _check_names(self, names: list[str]) -> None:
-        for name, count in Counter(names).items():
-            if count > 1:
-                self._report('duplicate id', f'{count} categories are {name}', f'category {name}')
+    def _check_names(self, names: list[str]) -> Sequence[str]:
+        """Return the classes in the order of the file, or () if it is ambiguous."""
         known = [name for name in names if name in self.classes]
+        for name, count in Counter(known).items():
+            if count > 1:
+                text = f'{count} categories are {name!r}, and mmdet gives each its own label'
+                self._report('same name', text)
         if missing := [name for name in self.classes if name not in known]:
             text = f'no category {first_of(missing)} (it has {first_of(names, 10)})'
             self._report('missing class', text)
-        elif known != list(self.classes):
-            self._report('class order', f'the categories are ordered {first_of(known, 10)}')
+        return () if missing or len(known) > len({*known}) else known
 
     def _check_annotations(
         self,
@@ -136,7 +143,7 @@ class CocoCheck:
         annotated, numbers, unused = set(), set(), Counter()
         for i, annotation in enumerate(content.get('annotations', ())):
             number = annotation.get('id') if isinstance(annotation, dict) else None
-            if not isinstance(number, int | str):
+            if not _is_id(number):
                 self._report('invalid field', 'no id', f'annotations[{i}]')
                 continue
             part = f'annotation {number}'
@@ -151,24 +158,26 @@ class CocoCheck:
                 self._report('invalid field', text, part)
                 continue
             if image is None:
-                self._report('unknown image', f'no image {ids[0]}', part)
+                self._report('unknown image', f'no image {ids[0]!r}', part)
                 continue
             part = f'image {ids[0]}, {part}'
             if category is None:
-                self._report('unknown category', f'no category {ids[1]}', part)
+                self._report('unknown category', f'no category {ids[1]!r}', part)
             elif category not in self.classes:
                 unused[category] += 1
             else:
                 annotated.add(ids[0])
-                if not annotation.get('ignore'):
-                    self._check_object(annotation, image['width'], image['height'], part)
+                size = image['width'], image['height']
+                if not annotation.get('ignore') and self._check_object(annotation, *size, part):
+                    self._objects[category] += not annotation.get('iscrowd')
         for category, count in unused.items():
             self._report('unused category', f'{count} annotations', f'category {category}')
         return annotated
 
     def _check_object(
         self, annotation: Mapping[str, Any], width: int, height: int, part: str
-    ) -> None:
+    ) -> bool:
+        """Check an annotation, and return whether mmdet reads it."""
         box, area = annotation.get('bbox'), annotation.get('area')
         try:
             x, y, w, h = box
@@ -178,20 +187,22 @@ class CocoCheck:
         if not finite:
             text = f'bbox is {short_repr(box)}, area is {short_repr(area)}'
             self._report('invalid field', text, part)
-            return
+            return False
+        self._boxes.append((x, y, w, h, width, height))
         if not self.training and 'iscrowd' not in annotation:
             self._report('invalid field', 'no iscrowd, which evaluation needs', part)
         text = f'bbox is {box}, the image has {width} x {height} pixels'
         if w < 1 or h < 1 or area <= 0:
             self._report('empty box', f'bbox is {box}, area is {area}', part)
-            return
+            return False
         if x >= width or y >= height or x + w <= 0 or y + h <= 0:
             self._report('box outside', text, part)
-            return
+            return False
         if min(x, y) < -SLACK or x + w > width + SLACK or y + h > height + SLACK:
             self._report('box crosses border', text, part)
         if self.masks:
             self._check_mask(annotation.get('segmentation'), width, height, part)
+        return True
 
     def _check_mask(self, mask: Any, width: int, height: int, part: str) -> None:
         if isinstance(mask, dict):
@@ -213,3 +224,8 @@ class CocoCheck:
             self._report('invalid mask', 'a polygon lies far outside the image', part)
         elif short := sum(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
             self._report('short polygon', f'{short} of {len(mask)} polygons', part)
+
+
+def _is_id(number: Any) -> bool:
+    """Whether this is an id: text or a whole number, also as 1.0."""
+    return isinstance(number, int | str) or (isinstance(number, float) and number.is_integer())

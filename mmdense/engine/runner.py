@@ -23,6 +23,7 @@ from mmdense.config.evaluators import check_metric_files
 from mmdense.config.loops import check_loops
 from mmdense.config.parts import check_parts, dicts, find
 from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
+from mmdense.datasets.files import check_data
 from mmdense.engine.bad_samples import FlexibleRunner, Runner
 from mmdense.engine.hooks import LoadReportHook, unwrap
 from mmdense.errors import UserError, one_line, suggest_file
@@ -55,9 +56,10 @@ def build_runner(
             the backbone's, if training starts from it (``load_from``).
 
     Raises:
-        UserError: A file of data or metrics is missing or of other data, a part of the config is
-            misspelt, channels, classes or ignored labels differ, FSDP is used with an option that
-            it breaks, or the work dir cannot be written.
+        UserError: A file of data or metrics is missing, of other data or has an error that
+            :func:`.check_data` finds, a part of the config is misspelt, channels, classes or
+            ignored labels differ, FSDP is used with an option that it breaks, or the work dir
+            cannot be written.
     """
     check_data_files(cfg, loaders)
     check_metric_files(cfg, loaders)
@@ -69,6 +71,7 @@ def build_runner(
     check_parts(cfg)
     check_loops(cfg, loaders)
     fit_to_machine(cfg, loaders)
+    check_data(cfg, loaders)
     if not torch.cuda.is_available():
         if cfg.get('launcher') == 'pytorch':
             _distribute_on_cpu(cfg)

@@ -37,7 +37,8 @@ def test_names_of_the_checkpoint_come_first(meta, expected, log):
     metainfo = dict(classes=DIGITS, palette=DIGIT_COLOURS)
     dataset = ConfigDict(type='CocoDataset', metainfo=metainfo)
     assert class_names(dataset, 'mmdet', meta, 10) == expected
-    assert not log
+    letters = 'a, b, c, d, e and 5 more, not 0, 1, 2, 3, 4 and 5 more as in the config'
+    assert log == [f'the classes are those of the checkpoint: {letters}'] * (expected[0] == LETTERS)
 
 
 def test_names_of_the_data_set_or_numbers(log):
@@ -64,6 +65,9 @@ def test_category_ids_of_the_annotation_file(tmp_path, log):
     file.write_text(json.dumps(dict(categories=known[::-1])))
     assert categories() == (ids[::-1], DIGITS[::-1])  # the order of mmdet's labels
     assert log == ['the classes are in the order of the annotation file, not of the config']
+    trained = coco_categories(ConfigDict(test_evaluator=dict(ann_file=str(file))), DIGITS, True)
+    assert trained == [dict(id=i, name=name) for i, name in zip(ids, DIGITS, strict=True)]
+    assert log[1:] == ['the classes are in the order of the checkpoint, not of the annotation file']
     # Of another data set, damaged, or missing.
     for content in (json.dumps(dict(categories=known[:-1])), '[{'):
         file.write_text(content)

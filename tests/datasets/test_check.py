@@ -162,7 +162,7 @@ def test_label_maps_that_fit(tmp_path):
         (MAP * 0, dict(reduce_zero_label=True), 'no labels', 'no pixel has a class'),
         (MAP, dict(label_map={2: 7}), 'unknown label', '2 found'),
         (MAP[:, :90], {}, 'size mismatch', '90 x 64 pixels, but its image has 96 x 64'),
-        (MAP * 300, {}, 'not a label map', 'numbers up to 600, of which training keeps 8 bits'),
+        (MAP * 300, {}, 'not a label map', 'numbers from 0 to 600, of which training'),
     ],
 )
 def test_label_maps_that_do_not_fit(values, options, kind, text, tmp_path):

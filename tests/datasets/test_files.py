@@ -1,7 +1,10 @@
 """The files of a config's datasets, and their names in the errors of a training."""
 
+import functools
+import json
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 import bad_data as bad
 from mmdense.datasets import files as files_module
 from mmdense.datasets.check import ReadOptions, Sample
-from mmdense.datasets.files import check_files, list_files
+from mmdense.datasets.files import check_data, check_files, check_trained_labels, list_files
 from mmdense.engine.bad_samples import Runner
 from mmdense.errors import UserError
 
@@ -38,7 +41,8 @@ def boxes(folder, split='train', number=2, **options):
     images = [(i, f'{i}.jpg', 96, 64) for i in range(number)]
     for _, name, *_ in images:
         bad.write(folder / split, name, bad.INTACT)
-    file = bad.write_json(folder / f'{split}.json', bad.coco(images, [bad.box(1, image=0)]))
+    annotations = [bad.box(i, image=0, category=i) for i in (1, 2)]
+    file = bad.write_json(folder / f'{split}.json', bad.coco(images, annotations))
     config = dict(type='CocoDataset', metainfo=dict(classes=('a', 'b')), pipeline=BOXES)
     config.update(data_root=str(folder), ann_file=file.name, data_prefix=dict(img=f'{split}/'))
     return dict(config, **options)
@@ -114,7 +118,8 @@ def test_read_options_come_from_the_pipeline(tmp_path):
 def test_masks_are_checked_if_the_pipeline_loads_them(tmp_path):
     dataset = boxes(tmp_path)
     short = bad.box(1, image=0, segmentation=[[1, 2, 3, 4]])
-    bad.write_json(tmp_path / 'train.json', bad.coco([(0, '0.jpg', 96, 64)], [short]))
+    annotations = [short, bad.box(2, image=0, category=2)]
+    bad.write_json(tmp_path / 'train.json', bad.coco([(0, '0.jpg', 96, 64)], annotations))
     assert not files_of(train=dataset)[0]
     dataset['pipeline'] = [dict(type='LoadAnnotations', with_bbox=True, with_mask=True)]
     (finding,) = files_of(train=dataset)[0]
@@ -134,7 +139,7 @@ def test_other_datasets_list_their_images(tmp_path):
     (tmp_path / 'x.txt').write_text('0\n')
     for options, kinds in (
         (dict(img_suffix='.jpg'), []),
-        (dict(img_suffix='.bmp'), ['no images']),
+        (dict(img_suffix='.bmp'), ['no images', 'other suffix']),
         (dict(ann_file='x.txt'), []),  # a list of names
         (dict(ann_file='x'), ['unreadable annotations']),
     ):
@@ -155,19 +160,194 @@ def test_datasets_that_cannot_be_checked(tmp_path):
         files_of()
 
 
-def die(sample, options):
+def die(*arguments):
     os._exit(9)
 
 
 def test_decoding_in_processes(tmp_path, monkeypatch):
     samples = Sample('x.jpg'), Sample(str(bad.write(tmp_path, 'x.jpg', b'text')))
     files = [(sample, ReadOptions()) for sample in samples]
-    found = list(check_files(files * 70, workers=2))
+    *found, labels = check_files(files * 70, workers=2)
+    assert not labels
     assert [finding.kind for [finding] in found] == ['missing file', 'not an image'] * 70
     assert list(check_files([], workers=1)) == []
     monkeypatch.setattr(files_module, 'check_sample', die)
     with pytest.raises(UserError, match='was killed.*--workers'):
         list(check_files(files, workers=1))
+
+
+# Between data sets
+
+
+def kinds_of(scope='mmdet', **datasets):
+    """Return {kind: text} of the findings in loaders' datasets."""
+    return {finding.kind: finding.text for finding in files_of(scope, **datasets)[0]}
+
+
+def reverse_categories(folder, split):
+    file = folder / f'{split}.json'
+    content = json.loads(file.read_text())
+    bad.write_json(file, dict(content, categories=content['categories'][::-1]))
+
+
+def voc(folder, name, classes):
+    """Write a VOC dataset of one image; return its config."""
+    bad.write(folder, f'{name}.jpg', bad.png(bad.PIXELS))
+    (folder / f'{name}.txt').write_text(name)
+    box = '<bndbox><xmin>9</xmin><ymin>9</ymin><xmax>50</xmax><ymax>40</ymax></bndbox>'
+    objects = ''.join(f'<object><name>{c}</name>{box}</object>' for c in 'ab')
+    size = '<size><width>0</width><height>0</height></size>'  # as some tools write it
+    (folder / f'{name}.xml').write_text(f'<annotation>{size}{objects}</annotation>')
+    return dict(
+        type='XMLDataset',
+        data_root=str(folder),
+        ann_file=f'{name}.txt',
+        data_prefix=dict(sub_data_root=''),
+        img_subdir='',
+        ann_subdir='',
+        metainfo=dict(classes=classes),
+        pipeline=BOXES,
+    )
+
+
+def test_labels_mean_the_same_classes(tmp_path):
+    train, val = boxes(tmp_path, 'train'), boxes(tmp_path, 'val')
+    assert set(kinds_of(train=train, val=val)) == {'no objects', 'shared images'}
+    reverse_categories(tmp_path, 'val')
+    text = "label 0 is 'b', but 'a' in train_dataloader.dataset"
+    assert kinds_of(train=train, val=val)['other classes'] == text
+    joined = dict(type='ConcatDataset', datasets=[train, val])
+    assert kinds_of(train=joined)['other classes'] == f'{text}.datasets[0]'
+    assert "'b', but 'a' in metainfo.classes" in kinds_of(val=val)['class order']
+    renamed = dict(val, metainfo=dict(classes=('b', 'a')))
+    assert 'other classes' in kinds_of(train=train, val=renamed)
+    assert 'class order' not in kinds_of(train=renamed)
+
+
+def test_labels_of_other_datasets(tmp_path):
+    train, val = voc(tmp_path, 't', 'ab'), voc(tmp_path, 'v', 'ba')
+    assert kinds_of(train=train, val=train) == {}
+    assert kinds_of(train=train, val=val)['other classes'].startswith("label 0 is 'b', but 'a'")
+    assert 'repeats' in kinds_of(train=dict(train, metainfo=dict(classes='aab')))['same name']
+    assert kinds_of(train=voc(tmp_path, 't', 'AB')) == {
+        'nothing to learn': 'no object of A, B is left of 0 annotations'
+    }
+    maps_of = functools.partial(kinds_of, 'mmseg', train=maps(tmp_path / 's'))
+    zero = maps_of(val=maps(tmp_path / 's', reduce_zero_label=True))
+    assert zero['other labels'].startswith('reduce_zero_label is True, but False in train_')
+    classes = maps_of(val=maps(tmp_path / 's', metainfo=dict(classes=('b', 'a'))))
+    assert 'other classes' in classes
+    dataset = maps(tmp_path / 's')
+    dataset['pipeline'][1]['reduce_zero_label'] = True
+    text = 'reduce_zero_label is False, but True in the pipeline'
+    assert kinds_of('mmseg', train=dataset)['other labels'] == text
+
+
+def test_images_in_two_loaders(tmp_path):
+    train = boxes(tmp_path, 'train')
+    for i in (0, 1):  # of the same size
+        bad.write(tmp_path / 'train', f'{i}.jpg', bad.png(np.full((64, 96, 3), i, np.uint8)))
+    text = '{} of 2 images are in train_dataloader too, such as {}'
+    same = kinds_of(train=train, val=dict(train, test_mode=True))
+    assert same['shared images'] == text.format(2, tmp_path / 'train/0.jpg')
+    val = boxes(tmp_path, 'val')
+    assert 'shared images' not in kinds_of(train=train, val=val)
+    copy = tmp_path / 'val/1.jpg'
+    copy.write_bytes((tmp_path / 'train/0.jpg').read_bytes())
+    assert kinds_of(train=train, val=val)['shared images'] == text.format(1, copy)
+
+
+def test_suffixes_that_are_passed_over(tmp_path):
+    dataset = maps(tmp_path)
+    for name in ('1.JPG', '2.jpeg', '.3.jpeg', 'notes.txt'):
+        bad.write(tmp_path / 'img', name, bad.INTACT)
+    assert kinds_of('mmseg', train=dataset) == {
+        'other suffix': "img_suffix='.jpg' leaves out 1 .JPG, 1 .jpeg"
+    }
+    (tmp_path / 'map/0.png').rename(tmp_path / 'map/0_mask.png')
+    text = (
+        '1 of 1 files are missing, such as 0.png; the folder has 1 _mask.png, and seg_map_suffix '
+    )
+    text += "is '.png'"
+    assert kinds_of('mmseg', train=dataset)['missing files'] == text
+
+
+# Before anything is built
+
+
+def check(scope='mmdet', **datasets):
+    """Check as train.py does."""
+    loaders = {f'{name}_dataloader': dict(dataset=dataset) for name, dataset in datasets.items()}
+    check_data(Config(dict(loaders, default_scope=scope)), [*datasets])
+
+
+def binary(folder, numbers=(0, 255), **options):
+    """Write 40 label maps of the first of two numbers, and a last one of both."""
+    config = maps(folder, **options)
+    label_map = bad.png(np.tile(np.array(numbers, np.uint8), (64, 48)))
+    for i in range(41):
+        bad.write(folder / 'img', f'{i:02}.jpg', bad.INTACT)
+        plain = bad.png(np.full((64, 96), numbers[0], np.uint8))
+        bad.write(folder / 'map', f'{i:02}.png', label_map if i == 40 else plain)
+    (folder / 'img/0.jpg').unlink()
+    return config
+
+
+def test_label_maps_are_sampled_until_two_classes_occur(tmp_path, monkeypatch):
+    check('mmseg', train=binary(tmp_path / 'rare', (0, 1)))
+    with pytest.raises(
+        UserError, match=r'only 0, 255: no pixel of b: 255 is ignored: write 1, or set type='
+    ):
+        check('mmseg', train=binary(tmp_path))
+    values = dict(type='mmdense.LabelMapDataset', values=[0, 255])
+    check('mmseg', train=binary(tmp_path, **values))
+    with pytest.raises(UserError, match='only 0: no pixel of b: fix the annotations'):
+        check('mmseg', train=binary(tmp_path / 'none', (0, 0)))
+    monkeypatch.setattr(files_module, 'MANY', 30)
+    check('mmseg', train=binary(tmp_path / 'none', (0, 0)))  # it may be in the rest
+
+
+def test_pipelines_of_users_may_change_labels(tmp_path):
+    dataset = binary(tmp_path)
+    dataset['pipeline'].append(dict(type='mmengine.Failing', name='none', error='key'))
+    check('mmseg', train=dataset)
+    dataset['pipeline'][0]['type'] = 'mmengine.Failing'  # reads images from somewhere
+    dataset['pipeline'][0].update(name='none', error='key')
+    shutil.rmtree(tmp_path / 'map')
+    check('mmseg', train=dataset)
+
+
+def test_what_stops_training(tmp_path):
+    train = boxes(tmp_path)
+    bad.write(tmp_path / 'train', '1.jpg', bad.png(bad.PIXELS[:32]))
+    with pytest.raises(UserError, match=r'1\.jpg: image 1: 96 x 32 pixels, annotated as 96 x 64'):
+        check(train=train)
+    (tmp_path / 'train/1.jpg').rename(tmp_path / 'train/1.JPG')
+    with pytest.raises(
+        UserError, match=r'1 of 2 files .* such as 1\.jpg; the folder has .* 1 \.JPG'
+    ):
+        check(train=train)
+    bad.write_json(tmp_path / 'train.json', bad.coco([(0, '0.jpg', 96, 64)]))
+    with pytest.raises(UserError, match='no object of a, b is left of 0 annotations: fix'):
+        check(train=train)
+    check(test=dict(train, test_mode=True))  # without annotations
+    check(train=dict(train, pipeline=[BOXES[0], dict(type='LoadEmptyAnnotations')]))
+    for remote in (dict(data_root='s3://bucket'), dict(typo=1)):  # left to other checks
+        check(train=dict(train, **remote))
+
+
+def test_a_checkpoint_of_other_classes(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(files_module, 'print_log', lambda text, *args: lines.append(text))
+    cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=boxes(tmp_path))))
+    for classes in (('a', 'b'), None):
+        check_trained_labels(cfg, dict(dataset_meta=dict(classes=classes)))
+    check_trained_labels(cfg, {})
+    assert not lines
+    check_trained_labels(cfg, dict(dataset_meta=dict(classes=('A', 'B'))))
+    assert "label 0 is 'a', but 'A' in the checkpoint" in lines[0]
+    with pytest.raises(UserError, match="label 0 is 'a', but 'b' in the checkpoint: list"):
+        check_trained_labels(cfg, dict(dataset_meta=dict(classes=('b', 'a'))))
 
 
 # During training

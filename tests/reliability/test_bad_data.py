@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 
 import bad_data as bad
 from mmdense.config.read import load_config
+from mmdense.datasets.files import check_data
 from mmdense.engine.bad_samples import Runner
 from mmdense.engine.runner import build_runner
 from mmdense.errors import UserError
@@ -127,7 +128,7 @@ def test_all_faults_of_label_maps_are_found_in_one_run(check, tmp_path):
     for name, (_, kind) in MAPS.items():
         row = (str(tmp_path / f'foreground/train/{name}.png'), '')
         assert [k for k, rows in findings.items() if row in rows] == ([kind] if kind else []), name
-    assert output.splitlines()[-1] == f'{len(MAPS) + 1} images: 6 errors, 1 warnings'
+    assert output.splitlines()[-1] == f'{len(MAPS) + 1} images: 7 errors, 2 warnings'
 
 
 @pytest.mark.slow
@@ -249,7 +250,7 @@ def test_training_stops_with_one_line(run_tool, tmp_path):
     assert 'tools/check_dataset.py' in output.splitlines()[-1]
 
 
-def loader(task, folder, workers=0, **options):
+def loader(task, folder, workers=0, check=False, **options):
     """Build the training loader as the tools do, with one batch."""
     options = {f'train_dataloader.{key}': value for key, value in options.items()}
     config = load_config(str(DEMOS[task]), options={'data_root': str(folder), **options})
@@ -259,6 +260,8 @@ def loader(task, folder, workers=0, **options):
         persistent_workers=bool(workers),
         sampler=dict(type='DefaultSampler', shuffle=False),
     )
+    if check:
+        check_data(config, ('train',))
     with DefaultScope.overwrite_default_scope(config.default_scope):
         return Runner.build_dataloader(config.train_dataloader, seed=0)
 
@@ -300,10 +303,11 @@ def test_training_asks_for_classes_that_are_in_the_file(tmp_path):
         (('cat', 'dog'), 'no category 0, 1, 2, 3, 4 and 5 more (it has cat, dog)'),
     ):
         detection(tmp_path, {'intact.jpg': bad.USABLE['intact.jpg']}, [bad.box(1)], classes=classes)
-        assert stops('detection', tmp_path).startswith(f'{file}: {missing}: ')
+        assert stops('detection', tmp_path, check=True).startswith(f'{file}: {missing}: ')
     # mmdet drops every image, and numpy has nothing to concatenate.
     filters = {'dataset.filter_cfg': dict(filter_empty_gt=True)}
-    assert stops('detection', tmp_path, **filters).startswith(f'{file}: {missing}: ')
+    line = stops('detection', tmp_path, check=True, **filters)
+    assert line.startswith(f'{file}: {missing}: ')
 
 
 def test_training_names_the_fault_of_an_annotation_file(tmp_path):
@@ -314,6 +318,7 @@ def test_training_names_the_fault_of_an_annotation_file(tmp_path):
         ([bad.box(1) | dict(bbox=None)], 'image 1, annotation 1: bbox is None, area is 1200: '),
     ):
         detection(tmp_path, image, annotations)
-        assert stops('detection', tmp_path).startswith(f'{file}: {message}')
+        assert stops('detection', tmp_path, check=True).startswith(f'{file}: {message}')
     file.write_bytes(file.read_bytes()[:-20])
-    assert stops('detection', tmp_path).startswith(f'{file}: JSONDecodeError: ')
+    line = stops('detection', tmp_path, check=True)
+    assert line.startswith(f'{file}: JSONDecodeError: ')
