@@ -163,7 +163,7 @@ def count_suffixes(names: Iterable[str], stems: Iterable[str] = ()) -> str:
     After a known stem they are all that follows, such as '_mask.png'.
     """
     counts = Counter()
-    for name in names:
+    for name in sorted(names):
         cuts = [i for i, letter in enumerate(name) if letter in '._-' and name[:i] in stems]
         counts[name[cuts[-1] :] if cuts else os.path.splitext(name)[1]] += 1
     return ', '.join(f'{count} {suffix}' for suffix, count in counts.most_common(3)) or 'none'

@@ -324,7 +324,7 @@ def test_what_stops_training(tmp_path):
         check(train=train)
     (tmp_path / 'train/1.jpg').rename(tmp_path / 'train/1.JPG')
     with pytest.raises(
-        UserError, match=r'1 of 2 files .* such as 1\.jpg; the folder has .* 1 \.JPG'
+        UserError, match=r'1 of 2 files .* such as 1\.jpg; the folder has 1 \.jpg, 1 \.JPG:'
     ):
         check(train=train)
     bad.write_json(tmp_path / 'train.json', bad.coco([(0, '0.jpg', 96, 64)]))

@@ -128,7 +128,7 @@ def test_all_faults_of_label_maps_are_found_in_one_run(check, tmp_path):
     for name, (_, kind) in MAPS.items():
         row = (str(tmp_path / f'foreground/train/{name}.png'), '')
         assert [k for k, rows in findings.items() if row in rows] == ([kind] if kind else []), name
-    assert output.splitlines()[-1] == f'{len(MAPS) + 1} images: 7 errors, 2 warnings'
+    assert output.splitlines()[-1] == f'{len(MAPS) + 1} images: 7 errors, 3 warnings'
 
 
 @pytest.mark.slow
@@ -322,3 +322,63 @@ def test_training_names_the_fault_of_an_annotation_file(tmp_path):
     file.write_bytes(file.read_bytes()[:-20])
     line = stops('detection', tmp_path, check=True)
     assert line.startswith(f'{file}: JSONDecodeError: ')
+
+
+def shrink(content):
+    for annotation in content['annotations']:
+        annotation['bbox'] = [value / 96 for value in annotation['bbox']]
+
+
+def reverse(content):
+    content['categories'].reverse()
+
+
+def merge(content):
+    content['categories'][1]['name'] = '0'
+
+
+def write_floats(content):
+    for record in content['images'] + content['annotations'] + content['categories']:
+        record.update({key: float(record[key]) for key in record if key.endswith('id')})
+
+
+EXCHANGED = "val_dataloader.dataset: label 0 is '9', but '0' in train_dataloader.dataset: list the"
+CHANGES = {  # of the training or validation file, or both -> status of train.py, line
+    (shrink, 'train'): (2, '2 of 2 boxes lie between 0 and 1, such as [0.083, 0.083, 0.417, 0.31'),
+    (reverse, 'val'): (2, EXCHANGED),
+    (reverse, 'train val'): (2, "label 0 is '9', but '0' in metainfo.classes: order metainfo.clas"),
+    (merge, 'train val'): (2, "2 categories are '0', and mmdet gives each its own label: give all"),
+    (write_floats, 'train val'): (0, '2 images: 0 errors, '),
+}
+
+
+@pytest.mark.parametrize(('change', 'splits'), CHANGES)
+def test_mistakes_in_whole_annotation_files(change, splits, call_tool, tmp_path):
+    image = {'intact.jpg': bad.USABLE['intact.jpg']}
+    for split in ('train', 'val'):
+        detection(tmp_path, image, [bad.box(1), bad.box(2, category=2)], split)
+        file = tmp_path / f'annotations/instances_{split}.json'
+        content = json.loads(file.read_text())
+        if split in splits:
+            change(content)
+        bad.write_json(file, content)
+    status, line = CHANGES[change, splits]
+    options = ['--cfg-options', f'data_root={tmp_path}']
+    code, output, _ = call_tool('check_dataset', DEMOS['detection'], '--workers', 1, *options)
+    assert code == (status > 0), output
+    assert line.partition(': ')[0] in output
+    if status:
+        work = ['--work-dir', tmp_path / 'work']
+        code, output, error = call_tool('train', DEMOS['detection'], *work, *options)
+        assert code == status
+        assert line in error
+        assert len(error.splitlines()) == 1
+
+
+def test_binary_masks_stop_training(call_tool, tmp_path):
+    for split in ('train', 'val'):
+        segmentation(tmp_path, split, dict(a=bad.png((LABELS > 1).astype(np.uint8) * 255)))
+    options = ['--work-dir', tmp_path / 'work', '--cfg-options', f'data_root={tmp_path}']
+    status, _, error = call_tool('train', DEMOS['segmentation'], *options)
+    assert status == 2
+    assert 'train_dataloader.dataset: the label maps contain only 0, 255: no pixel of ' in error
