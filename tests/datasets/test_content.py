@@ -80,6 +80,6 @@ def test_classes_without_pixels(pixels, options, kind, text):
 
 def test_suffixes():
     names = ['x.PNG', 'y.tar.PNG', 'z.jpeg', 'README']
-    assert count_suffixes(names) == '2 .PNG, 1 .jpeg, 1 '
+    assert count_suffixes(names) == '2 .PNG, 1 , 1 .jpeg'
     assert count_suffixes(['1_mask.png', '10_mask.png'], ['1', '10']) == '2 _mask.png'
     assert count_suffixes([]) == 'none'
