@@ -49,7 +49,8 @@ def take(work: Workspace, number: int, like: Tensor, *shape: int) -> Tensor:
     """Return a piece of the workspace as a tensor of some shape; its former values are lost."""
     size = math.prod(shape)
     piece = work.get(number)
-    if piece is None or piece.numel() < size or piece.dtype != like.dtype:
+    kind = like.dtype, like.device
+    if piece is None or piece.numel() < size or (piece.dtype, piece.device) != kind:
         with torch.inference_mode(False):  # or it could not be used outside of that mode
             piece = work[number] = torch.empty(size, dtype=like.dtype, device=like.device)
     return piece[:size].view(shape)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES, deployed, image, randomise, run, same, same_step, step
+from families import DEVICE, FAMILIES, deployed, image, randomise, run, same, same_step, step
 from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mmdense.errors import UserError
 from mmdense.flops import backbone_macs
 from mmdense.models import CondenseNetV2
+from mmdense.models.deploy.condensenetv2 import take
 
 SMALL = FAMILIES['CondenseNetV2'].network['arch']
 COMPILED = dict(layers=(1, 1), growth=(8, 8), groups=4, hard_swish_from=1, gated_from=1)
@@ -192,7 +193,7 @@ def test_cifar_shapes_have_the_published_size(layers, millions):
 
 
 def test_workspace_fits_each_image():
-    """Memory that is kept between images fits another size, mode and precision."""
+    """Memory that is kept between images fits another size, mode, precision and device."""
     net = build()
     fast = deployed(net)
     for mode in (torch.inference_mode, torch.no_grad, torch.enable_grad):
@@ -204,6 +205,9 @@ def test_workspace_fits_each_image():
     for dtype in (torch.float64, torch.float32):
         outputs = run(fast.to(dtype), image(64, 64).to(dtype))
         same([y.float() for y in outputs], run(net, image(64, 64)))
+    work = {}
+    assert take(work, 0, torch.ones(1), 2, 3).shape == (2, 3)
+    assert take(work, 0, torch.ones(1, device='meta'), 2, 3).is_meta
 
 
 def test_copies_have_their_own_workspace():
@@ -264,7 +268,7 @@ def test_drop_rate_is_before_each_1x1_convolution(form):
             module.register_forward_hook(
                 lambda m, args, output: shares.append((output[args[0] != 0] == 0).float().mean())
             )
-    net(image(128, 128, 2))
+    run(net, image(128, 128, 2))
     assert len(shares) == 2 * 8
     assert all(abs(share - 0.5) < 0.12 for share in shares)  # of as few as 256 values
     if form == 'learned':
@@ -328,7 +332,7 @@ def test_compiles(form, backend):
 
 def test_deployed_form_keeps_its_precision_under_autocast():
     net = deployed(build())
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         outputs = run(net, image())
         same(run(net, image().bfloat16()), outputs, 0.02)
     assert all(y.dtype == torch.float32 for y in outputs)
