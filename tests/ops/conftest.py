@@ -1,5 +1,7 @@
 """Fixtures of the operators, which the tests call through ``mmcv.ops`` where it supports CPUs."""
 
+import os
+
 import pytest
 import torch
 
@@ -12,7 +14,11 @@ def _mmdense_operators():
         pytest.skip('mmcv uses its compiled extension: set MMDENSE_OPS=torchvision')
 
 
-@pytest.fixture(params=['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu'])
+DEVICE = os.environ.get('MMDENSE_TEST_DEVICE')
+HERE = ['cpu', 'cuda'] if torch.cuda.is_available() else ['cpu']
+
+
+@pytest.fixture(params=[DEVICE] if DEVICE else HERE)
 def device(request) -> torch.device:
     return torch.device(request.param)
 

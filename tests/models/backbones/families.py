@@ -1,6 +1,7 @@
 """Every family as a tiny network, and helpers for tests of backbones. A new family is one entry."""
 
 import copy
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmdense  # noqa: F401  (registers the backbones)
 
+DEVICE = os.environ.get('MMDENSE_TEST_DEVICE', 'cpu')  # of images, and of networks that run on them
+if DEVICE != 'cpu':  # the tests' bounds are those of float32
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest value
 
 
@@ -81,7 +86,8 @@ FAMILIES = dict(
 def build(family, **options):
     """Return a family's tiny network, in training mode."""
     torch.manual_seed(0)
-    return MODELS.build(dict(type=f'mmdense.{family}', **{**FAMILIES[family].network, **options}))
+    net = MODELS.build(dict(type=f'mmdense.{family}', **{**FAMILIES[family].network, **options}))
+    return net.to(DEVICE)
 
 
 def random_options(family, rate):
@@ -93,7 +99,7 @@ def random_options(family, rate):
 
 def image(height=64, width=96, batch=1, channels=3, seed=2):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, channels, height, width, generator=generator)
+    return torch.randn(batch, channels, height, width, generator=generator).to(DEVICE)
 
 
 @torch.no_grad()
@@ -113,12 +119,12 @@ def randomise(net, *, signed=False, seed=1):
             if signed and name.endswith(('weight', 'gamma')):
                 value[::2] *= -1
                 value[::5] = 0
-    return net
+    return net.to(DEVICE)
 
 
 @torch.no_grad()
 def run(net, x):
-    return net(x)
+    return (net.to(x.device) if isinstance(net, torch.nn.Module) else net)(x)
 
 
 def deployed(net):
@@ -150,8 +156,12 @@ def deployed_equals_trained(net, x, dtypes=TOLERANCE):
         same(run(deployed(net), x), run(net, x), TOLERANCE[dtype])
 
 
-def step(net, x, forward=None, *, amp=False):
-    """Return outputs, gradients and buffers of one training step by name, and the saved bytes."""
+def step(net, x, forward=None, *, amp=None):
+    """Return outputs, gradients and buffers of one training step by name, and the saved bytes.
+
+    ``amp`` is the dtype of autocast.
+    """
+    net.to(x.device)
     x = x.clone().requires_grad_()
     saved = {}
 
@@ -163,7 +173,7 @@ def step(net, x, forward=None, *, amp=False):
     torch.manual_seed(3)
     with (
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast('cpu', torch.bfloat16, enabled=amp),
+        torch.autocast(x.device.type, amp, enabled=amp is not None),
     ):
         outputs = (forward or net)(x)
     for parameter in net.parameters():
@@ -203,6 +213,9 @@ class Operators(TorchDispatchMode):
 
 
 def operators_of(net, x):
+    """Record a run on the CPU: other devices may have other operators."""
+    x = x.cpu()
+    net.to(x.device)
     with Operators() as operators:
         run(net, x)
     return operators

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from families import image, randomise, run, same_step, step
+from families import DEVICE, image, randomise, run, same_step, step
 from torch import nn
 from torch.nn import functional as F
 
@@ -238,7 +238,7 @@ def test_compiled_recomputing_counts_each_batch_once():
         torch.manual_seed(0)
         net = randomise(DenseNet(arch=SMALL, with_cp=True))
         run = torch.compile(net, backend='aot_eager') if compiled else net
-        sum(m.mean() for m in run(torch.ones(2, 3, 32, 32).cumsum(2))).backward()
+        sum(m.mean() for m in run(torch.ones(2, 3, 32, 32).cumsum(2).to(DEVICE))).backward()
         results.append(list(net.buffers()))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
@@ -260,7 +260,7 @@ def test_dropout_follows_every_convolution_but_the_first():
         layer.register_forward_hook(record(f'{block} 3x3'))
     net.features['transition1']['drop'].register_forward_hook(record('transition'))
     net.features['conv0'].register_forward_hook(record('stem'))
-    net(torch.randn(2, 3, 64, 64))
+    run(net, torch.randn(2, 3, 64, 64))
     assert zeros.pop('stem') == 0
     assert len(zeros) == 5
     for name, share in zeros.items():

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
-from families import image, randomise, run, same_step, step
+from families import DEVICE, image, randomise, run, same_step, step
 from torch import nn
 
 from mmdense.models import RDNet
@@ -112,8 +112,8 @@ def test_arch_fields_have_an_effect():
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_features_stay_narrow_under_autocast(layout):
     net = RDNet(arch=TINY, output_norm=True)
-    with torch.autocast('cpu', torch.bfloat16):
-        outputs = net.to(memory_format=layout)(image(32, 32, batch=2))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        outputs = net.to(DEVICE, memory_format=layout)(image(32, 32, batch=2))
     for y in outputs:
         assert y.dtype == torch.bfloat16
         assert y.is_contiguous(memory_format=torch.channels_last)  # as norms over channels leave it

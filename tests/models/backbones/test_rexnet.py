@@ -166,8 +166,8 @@ def test_drop_path_rates_equal_timm():
 
 def test_a_single_image_trains_with_norm_eval_only():
     with pytest.raises(ValueError, match='more than 1 value per channel'):
-        ReXNet(arch=TINY).train()(image(64, 64))
-    ReXNet(arch=TINY, norm_eval=True).train()(image(64, 64))
+        run(ReXNet(arch=TINY).train(), image(64, 64))
+    run(ReXNet(arch=TINY, norm_eval=True).train(), image(64, 64))
 
 
 @pytest.mark.parametrize(

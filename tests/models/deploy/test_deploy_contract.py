@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from families import (
+    DEVICE,
     FAMILIES,
     TOLERANCE,
     deployed,
@@ -121,7 +122,7 @@ def test_half_precision(network, dtype, first):
 def test_autocast(network):
     net = build(network, 'positive')
     fast = deployed(net)
-    with torch.autocast('cpu', torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         expected = run(net, image())
         for grad in (False, True):
             outputs = fast(image().requires_grad_(grad))
