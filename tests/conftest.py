@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from mmengine.config import utils
 
 from mmdense.datasets import make_digits
@@ -63,3 +64,25 @@ def call_tool(project, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+class FakeGPU(list):
+    """The calls that a GPU's counters get. ``bytes`` are allocated now; ``peak`` were since."""
+
+    bytes, peak = 300, 9000
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in for a GPU's queue and allocator; its device may be 'meta'."""
+    calls = FakeGPU()
+
+    def reset():
+        calls.append('reset')
+        calls.peak = calls.bytes
+
+    monkeypatch.setattr(torch.cuda, 'synchronize', lambda: calls.append('wait'))
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: calls.bytes)
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', reset)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: calls.peak)
+    return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dev.benchmark.compare import DTYPES, MODES, Setting, compare
+from dev.benchmark import gpu
+from dev.benchmark.compare import DTYPES, MMDENSE, MODES, Setting, compare
+from dev.benchmark.floors import device_peaks
 from dev.benchmark.networks import NETWORKS, PEERS
 from dev.benchmark.report import markdown
 from mmdense.benchmark.timing import machine
@@ -27,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
         help='time networks with the same weights in interleaved rounds',
         **example('-m dev.benchmark compare --names densenet121 --mode infer train'),
     )
+    command.set_defaults(run=_compare)
     command.add_argument('--names', nargs='+', required=True, choices=list(NETWORKS))
     command.add_argument(
         '--against', nargs='+', choices=PEERS, help='peers (default: all that have the network)'
@@ -40,38 +44,105 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--threads', type=int, default=2, help='CPU threads (%(default)s)')
     command.add_argument('--no-compile', action='store_true', help='skip torch.compile')
     command.add_argument('--no-memory', action='store_true', help='skip peak memory')
+    command.add_argument(
+        '--forms', nargs='+', help="forms of mmdense's network, such as lean (default: all)"
+    )
+    command.add_argument(
+        '--cuda-graphs', action='store_true', help='time inference in CUDA graphs too (on a GPU)'
+    )
     command.add_argument('--json', type=Path, help='append the results to this file')
+    command = commands.add_parser(
+        'gpu',
+        help='run all checks and timings of a GPU (dev/benchmark/gpu.sh)',
+        **example('-m dev.benchmark gpu --dry --json work_dirs/gpu.json'),
+    )
+    command.set_defaults(run=_gpu)
+    command.add_argument('--dry', action='store_true', help='run on the CPU, with tiny sizes')
+    command.add_argument(
+        '--limit', type=int, default=480, help='seconds for all parts (%(default)s)'
+    )
+    command.add_argument('--parts', nargs='+', choices=gpu.PARTS, help='(default: all)')
+    command.add_argument('--json', type=Path, help='record (dev/benchmark/results/DEVICE.json)')
+    command.add_argument('--time', choices=list(gpu.TIMINGS), help=argparse.SUPPRESS)
     return parser
 
 
 @report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
+    args.run(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    if args.cuda_graphs and 'infer' not in args.mode:
+        raise UserError('--cuda-graphs is for inference: add --mode infer')
+    options = dict(
+        compiled=not args.no_compile,
+        graphs=args.cuda_graphs,
+        forms=args.forms,
+        rounds=args.rounds,
+        memory=not args.no_memory,
+    )
+    settings = [
+        (
+            Setting(name, mode, tuple(args.size), args.batch, dtype, args.device),
+            dict(options, against=_peers(name, args.against)),
+        )
+        for name in args.names
+        for mode in args.mode
+        for dtype in args.dtype
+    ]
+    _measure(settings, args.device, args.json)
+
+
+def _peers(name: str, against: Sequence[str] | None) -> list[str]:
+    known = NETWORKS[name].peers
+    peers = [peer for peer in against or known if peer in known]
+    if not peers:
+        raise UserError(f'{against} do not have {name}')
+    return peers
+
+
+def _gpu(args: argparse.Namespace) -> None:
+    if not args.time:
+        sys.exit(gpu.main(dry=args.dry, limit=args.limit, names=args.parts, file=args.json))
+    # A part, in a process that gpu.main started.
+    results = _measure(
+        gpu.timings(args.time, dry=args.dry), 'cpu' if args.dry else 'cuda', args.json
+    )
+    failed = [
+        f'{result["setting"]["network"]}, {name}: {row["failed"]}'
+        for result in results
+        for name, row in result['contenders'].items()
+        if name.startswith(MMDENSE) and 'failed' in row
+    ]
+    if failed:
+        raise UserError('; '.join(failed))
+
+
+def _measure(
+    settings: Sequence[tuple[Setting, dict[str, Any]]], device: str, file: Path | None
+) -> list[dict[str, Any]]:
+    """Compare in each setting, with its options; print results and append them to a file."""
     console = Console()
-    record = _open_record(args.json, args.device)
-    for name in args.names:
-        peers = [p for p in args.against or NETWORKS[name].peers if p in NETWORKS[name].peers]
-        if not peers:
-            raise UserError(f'{args.against} do not have {name}')
-        for mode in args.mode:
-            for dtype in args.dtype:
-                setting = Setting(name, mode, tuple(args.size), args.batch, dtype, args.device)
-                with console.status('') as status:
-                    result = compare(
-                        setting,
-                        against=peers,
-                        compiled=not args.no_compile,
-                        rounds=args.rounds,
-                        memory=not args.no_memory,
-                        progress=lambda text, name=name: status.update(f'{name}: {text}'),
-                    )
-                record['results'].append(result)
-                text = markdown([{**record, 'results': [result]}])
-                console.print(text[text.index('###') :], highlight=False, soft_wrap=True)
-                if args.json:
-                    args.json.parent.mkdir(parents=True, exist_ok=True)
-                    args.json.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    record = _open_record(file, device)
+    peaks = device_peaks() if device == 'cuda' else None
+    for setting, options in settings:
+        with console.status('') as status:
+            result = compare(
+                setting,
+                **options,
+                peaks=peaks,
+                progress=lambda text, name=setting.network: status.update(f'{name}: {text}'),
+            )
+        record['results'].append(result)
+        text = markdown([{**record, 'results': [result]}])
+        console.print(text[text.index('###') :], highlight=False, soft_wrap=True)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+    return record['results']
 
 
 def _open_record(file: Path | None, device: str) -> dict[str, Any]:

@@ -14,15 +14,17 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dev.benchmark.floors import Floor
 from dev.benchmark.networks import NETWORKS
+from mmdense.benchmark.memory import peak_bytes
 from mmdense.benchmark.timing import seconds_of
 from mmdense.errors import UserError
 
@@ -32,6 +34,7 @@ MMDENSE = 'mmdense'
 MODES = ('infer', 'train')
 # Allowed error against float64, relative to the peers': two memory formats of a peer differ by 2.
 TOLERANCE = 1.5
+CHECKED = 4  # images that errors are computed for
 DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16)
 
 
@@ -72,18 +75,21 @@ class Contender:
         form: How mmdense's network is built: 'deployed', a memory mode, or '' for plain.
         channels_last: Use channels-last for weights and images.
         compiled: Use torch.compile.
+        graph: Replay a CUDA graph, which launches all kernels at once; for inference.
     """
 
     library: str
     form: str = ''
     channels_last: bool = False
     compiled: bool = False
+    graph: bool = False
 
     @property
     def name(self) -> str:
         """The name in tables, such as 'timm, channels-last, compiled'."""
-        words = [self.library, self.form, 'channels-last' if self.channels_last else '']
-        return ', '.join(word for word in [*words, 'compiled' if self.compiled else ''] if word)
+        options = ('channels-last', self.channels_last), ('compiled', self.compiled)
+        words = [word for word, used in (*options, ('CUDA graph', self.graph)) if used]
+        return ', '.join(filter(None, [self.library, self.form, *words]))
 
     def build(self, setting: Setting) -> nn.Module:
         """Return the network on the device and in the dtype of a setting."""
@@ -120,7 +126,7 @@ class Contender:
                 with torch.inference_mode():
                     return net(image)
 
-            return infer
+            return capture(infer) if self.graph else infer
         mixed = dtype != torch.float32
 
         def train() -> None:
@@ -132,19 +138,51 @@ class Contender:
         return train
 
 
+def capture(run: Callable[[], Any]) -> Callable[[], Any]:
+    """Capture a run in a CUDA graph, and return a function that replays it.
+
+    The function returns the result of the capture, whose values each replay writes anew.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is allocated or compiled once must not be captured
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
+
+
 def contenders(
-    setting: Setting, *, against: Sequence[str] | None = None, compiled: bool = True
+    setting: Setting,
+    *,
+    against: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
+    compiled: bool = True,
+    graphs: bool = False,
 ) -> list[Contender]:
     """Return all configurations to compare, of mmdense and of the peers.
 
     Args:
         setting: The setting.
         against: Names of peers; by default all that have the network.
+        forms: Of mmdense's network: 'plain', 'deployed', memory modes; by default all.
         compiled: Include torch.compile, in channels-last.
+        graphs: Include CUDA graphs of the channels-last configurations, in 'infer'.
 
     Raises:
-        UserError: If the network or mode is unknown, or a peer doesn't have the network.
+        UserError: If the network or mode is unknown, a peer doesn't have the network, or CUDA
+            graphs are asked for on another device.
     """
+    if graphs and setting.device != 'cuda':
+        raise UserError(f'CUDA graphs need a GPU, and the device is {setting.device}')
     if setting.network not in NETWORKS:
         raise UserError(f'no network {setting.network} (known: {", ".join(NETWORKS)})')
     if setting.mode not in MODES:
@@ -158,9 +196,13 @@ def contenders(
             )
     if setting.mode == 'infer':  # they differ in training only
         peers = [peer for peer in peers if not peer.endswith('memory_efficient')]
-        forms = ['', *(['deployed'] if hasattr(network.build(), 'switch_to_deploy') else [])]
+        known = ['', *(['deployed'] if hasattr(network.build(), 'switch_to_deploy') else [])]
     else:
-        forms = list(network.options)
+        known = list(network.options)
+    names = {form or 'plain': form for form in known}
+    if forms and not {*forms} <= names.keys():
+        raise UserError(f'{setting.network} has no forms {forms} here; choose from {[*names]}')
+    forms = [form for name, form in names.items() if not forms or name in forms]
     configurations = []
     for library, form in [(MMDENSE, form) for form in forms] + [(peer, '') for peer in peers]:
         if not form or setting.mode == 'infer':
@@ -169,6 +211,8 @@ def contenders(
         # Compiling takes a minute: only the faster format, and of mmdense only the fastest form.
         if compiled and (library != MMDENSE or setting.mode == 'train' or form == forms[-1]):
             configurations.append(Contender(library, form, channels_last=True, compiled=True))
+    if graphs and setting.mode == 'infer':
+        configurations += [replace(c, graph=True) for c in configurations if c.channels_last]
     return configurations
 
 
@@ -176,9 +220,12 @@ def compare(
     setting: Setting,
     *,
     against: Sequence[str] | None = None,
+    forms: Sequence[str] | None = None,
     compiled: bool = True,
+    graphs: bool = False,
     rounds: int = 30,
     memory: bool = True,
+    peaks: Mapping[str, float] | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Measure time, error and memory of all configurations; the result is ready for JSON.
@@ -186,9 +233,12 @@ def compare(
     Args:
         setting: The setting.
         against: Names of peers; by default all that have the network.
+        forms: Of mmdense's network: 'plain', 'deployed', memory modes; by default all.
         compiled: Include torch.compile.
+        graphs: Include CUDA graphs.
         rounds: Number of timed runs of each configuration, each after a warm-up run.
-        memory: Measure the peak memory of eager configurations as well, each in its own process.
+        memory: Measure the peak memory of eager configurations as well.
+        peaks: What the GPU can do, as :func:`.device_peaks` returns it.
         progress: Called with one line about the current step.
 
     Returns:
@@ -197,14 +247,18 @@ def compare(
         peer). Each contender has ``ratio`` (time of ``peer`` over its time), ``interval`` (95 %),
         ``error`` (relative root mean square error against float64 of the worst output; in 'train'
         including the gradient of the images) and ``memory`` (bytes above weights and images), or
-        only ``failed``.
+        only ``failed``. On a GPU there are ``milliseconds`` too, and with ``peaks`` the network's
+        ``floor`` (:class:`.Floor`) and each contender's ``of_floor``, the share of its time.
 
     Raises:
         UserError: As :func:`contenders`, or if all peers fail.
     """
-    configurations = contenders(setting, against=against, compiled=compiled)
+    configurations = contenders(
+        setting, against=against, forms=forms, compiled=compiled, graphs=graphs
+    )
     if memory and setting.device == 'cpu' and not Path('/proc/self/clear_refs').exists():
         raise UserError('peak memory on a CPU can be measured on Linux only: add --no-memory')
+    torch.compiler.reset()  # or another size would be compiled for dynamic shapes
     exact = _exact(setting)
     runs, rows = {}, {}
     for contender in configurations:
@@ -212,8 +266,7 @@ def compare(
         try:
             net = contender.build(setting)
             run = contender.runner(net, setting)
-            run()
-            error = _error(net, contender, setting, exact)
+            error = _error(net, run, contender, setting, exact)
         except Exception as failure:  # a compiler error, or an unsupported memory format
             rows[contender] = dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
             continue
@@ -229,13 +282,16 @@ def compare(
             seconds[contender].append(_seconds(runs[contender], setting.device))
     peer = min(running_peers, key=lambda contender: statistics.median(seconds[contender]))
     allowed = TOLERANCE * max(rows[contender]['error'] for contender in running_peers)
-    del runs
+    del runs, net, run
+    floor = peaks and Floor.of(setting, peaks)
     for contender, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds[peer], times, strict=True)]
         rows[contender] |= dict(ratio=statistics.median(ratios), interval=_interval(ratios))
-        if setting.device == 'cuda':  # times of an unnamed CPU tell readers nothing
+        if setting.device != 'cpu':  # times of an unnamed CPU tell readers nothing
             rows[contender]['milliseconds'] = 1e3 * statistics.median(times)
-        if memory and not contender.compiled:
+        if floor:
+            rows[contender]['of_floor'] = floor.seconds / statistics.median(times)
+        if memory and not contender.compiled and not contender.graph:
             progress(f'memory of {contender.name}')
             rows[contender]['memory'] = peak_memory(contender, setting)
     return dict(
@@ -244,6 +300,7 @@ def compare(
         peer=peer.name,
         inexact=[c.name for c in seconds if c.library == MMDENSE and rows[c]['error'] > allowed],
         contenders={contender.name: row for contender, row in rows.items()},
+        **(dict(floor=asdict(floor)) if floor else {}),
     )
 
 
@@ -251,19 +308,25 @@ def _exact(setting: Setting) -> list[Tensor]:
     """Return the outputs in float64, in 'train' with the gradient of the images."""
     net = NETWORKS[setting.network].create().double().to(setting.device)
     net.train(setting.mode == 'train')
-    return _outputs(net, setting, setting.image().double(), torch.float64)
+    image = setting.image()[:CHECKED].double()
+    if setting.mode == 'train':
+        return _step(net, image, torch.float64)
+    with torch.inference_mode():
+        return _exact_copies(net(image))
 
 
-def _outputs(net: nn.Module, setting: Setting, image: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    if setting.mode == 'infer':
-        with torch.no_grad():
-            return [x.cpu().double() for x in net(image)]
-    image.requires_grad_()
+def _step(net: nn.Module, image: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Return the outputs and the gradient of the images of a training step."""
+    image = image.detach().requires_grad_()
     mixed = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(setting.device, dtype if mixed else None, enabled=mixed):
+    with torch.autocast(image.device.type, dtype if mixed else None, enabled=mixed):
         features = net(image)
     _loss(features).backward()
-    return [x.detach().cpu().double() for x in (*features, image.grad)]
+    return _exact_copies((*features, image.grad))
+
+
+def _exact_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [x[:CHECKED].detach().cpu().double() for x in tensors]
 
 
 def _loss(features: Sequence[Tensor]) -> Tensor:
@@ -271,11 +334,18 @@ def _loss(features: Sequence[Tensor]) -> Tensor:
 
 
 def _error(
-    net: nn.Module, contender: Contender, setting: Setting, exact: Sequence[Tensor]
+    net: nn.Module,
+    run: Callable[[], Any],
+    contender: Contender,
+    setting: Setting,
+    exact: Sequence[Tensor],
 ) -> float:
-    outputs = _outputs(net, setting, contender.image(setting), DTYPES[setting.dtype])
+    outputs = run()
+    if setting.mode == 'train':
+        outputs = _step(net, contender.image(setting)[:CHECKED], DTYPES[setting.dtype])
     # Root mean square: the largest error of a pixel varies by a fifth between images.
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(outputs, exact, strict=True))
+    pairs = zip(_exact_copies(outputs), exact, strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:
@@ -292,18 +362,17 @@ def _interval(ratios: Sequence[float]) -> tuple[float, float]:
 def peak_memory(contender: Contender, setting: Setting) -> int:
     """Return the peak memory of a run above weights and images, in bytes.
 
-    On a GPU this is the peak of torch's allocator. On a CPU it is the resident memory of a separate
-    process that runs the network once and returns freed tensors to the system.
+    On a GPU this is the peak of torch's allocator in the second run. On a CPU it is the resident
+    memory of a separate process that runs the network once and returns freed tensors to the system.
     """
-    if setting.device == 'cuda':
-        run = contender.runner(contender.build(setting), setting)
-        run()
-        torch.cuda.synchronize()
+    if setting.device != 'cpu':
+        net = contender.build(setting)
+        run = contender.runner(net, setting)
         before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        net.zero_grad(set_to_none=True)
+        cached = torch.cuda.memory_allocated() - before  # by the network, for its next run
+        return cached + peak_bytes(run, setting.device)
     task = json.dumps(dict(contender=asdict(contender), setting=asdict(setting)))
     threads = str(torch.get_num_threads())
     done = subprocess.run(

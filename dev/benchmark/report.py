@@ -27,6 +27,7 @@ TRAINING_TARGETS = {
     ('densenet121', 'torchvision_memory_efficient'): (0.65, 1.0),
     ('rdnet_tiny', 'timm'): (0.5, 0.95),
 }
+COLUMNS = ('speedup', '95 % interval', 'ms', 'of floor (%)', 'error', 'memory (MB)')
 LESS_EXACT = ' (larger error than the peers)'
 
 
@@ -129,7 +130,7 @@ def _met(is_met: bool) -> str:
 def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name, row in result['contenders'].items():
-        cells = dict.fromkeys(('speedup', '95 % interval', 'error', 'memory (MB)'), '')
+        cells = dict.fromkeys(COLUMNS, '')
         if 'failed' in row:
             cells['speedup'] = row['failed'].replace('|', '/')[:80]
         else:
@@ -137,6 +138,10 @@ def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:
             cells['95 % interval'] = _interval(row)
             cells['error'] = f'{row["error"]:.1e}'
             cells['memory (MB)'] = f'{row["memory"] / 1e6:.0f}' if 'memory' in row else ''
+            if 'milliseconds' in row:  # on a GPU
+                cells['ms'] = f'{row["milliseconds"]:.2f}'
+            if 'of_floor' in row:
+                cells['of floor (%)'] = f'{100 * row["of_floor"]:.0f}'
         rows.append({'configuration': name, **cells})
     return rows
 

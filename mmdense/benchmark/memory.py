@@ -39,6 +39,7 @@ __all__ = [
     'best_mode',
     'build_training',
     'config_changes',
+    'drain',
     'peak_bytes',
     'plan',
     'random_batch',
@@ -54,7 +55,7 @@ OBJECTS = 16  # per image
 
 NOISE = 1.1  # of the times of single steps
 TOLERANCE, MAX_BATCH = 0.05, 16  # of the bytes per image; the largest batch that is run
-STEPS = dict(cpu=1, cuda=3)  # the first ones on a GPU load libraries; the last one is timed
+WARM_UP = dict(cpu=0, cuda=2)  # steps in which a GPU's libraries load kernels and take workspaces
 
 
 @dataclass(frozen=True)
@@ -176,18 +177,17 @@ def _measure(
     gradients = tensor_bytes(p for p in model.parameters() if p.requires_grad)
 
     def train(batch: int, times: list[float]) -> None:
-        """Run steps without their update and append their seconds."""
-        for _ in range(STEPS[cfg.device]):
-            data = random_batch(batch, size, segmentation=cfg.get('default_scope') == 'mmseg')
-            # A backward pass creates gradients while it frees activations. With all gradients there
-            # from the beginning, the peak is linear in the batch.
-            _zero_gradients(model)
-            begin = time.perf_counter()
-            training_step(model, wrapper, data)
-            wrapper.zero_grad()
-            if cfg.device == 'cuda':
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - begin)
+        """Run a step without its update and append its seconds."""
+        data = random_batch(batch, size, segmentation=cfg.get('default_scope') == 'mmseg')
+        # A backward pass creates gradients while it frees activations. With all gradients there
+        # from the beginning, the peak is linear in the batch.
+        _zero_gradients(model)
+        drain(cfg.device)
+        begin = time.perf_counter()
+        training_step(model, wrapper, data)
+        wrapper.zero_grad()
+        drain(cfg.device)
+        times.append(time.perf_counter() - begin)
 
     batches, peaks, seconds = [1, 2], {}, inf
     smallest, fixed, per_image = 1, None, None
@@ -196,6 +196,8 @@ def _measure(
         progress(f'{mode}: a step with a batch of {batch}, {size[0]} x {size[1]}')
         times: list[float] = []
         try:
+            for _ in range(WARM_UP[cfg.device]):
+                train(batch, [])
             peaks[batch] = resident + peak_bytes(partial(train, batch, times), cfg.device)
         except torch.cuda.OutOfMemoryError:
             break
@@ -280,19 +282,24 @@ def random_batch(batch: int, size: tuple[int, int], *, segmentation: bool) -> di
     return dict(inputs=images, data_samples=samples)
 
 
+def drain(device: str) -> None:
+    """Wait until a GPU has done all that was queued, for measuring; a CPU queues nothing."""
+    if device != 'cpu':
+        torch.cuda.synchronize()
+
+
 def peak_bytes(run: Callable[[], object], device: str = 'cpu') -> int:
     """Return the bytes of tensors at the peak of ``run()``, above those that exist before.
 
-    On a GPU they are the counters of torch's allocator; on a CPU the profiler's record of what the
-    allocator gives out and takes back.
+    On a GPU they are the counters of torch's allocator, for a run that follows another one: in the
+    first, libraries allocate workspaces, which they keep. On a CPU they are the profiler's record
+    of what the allocator gives out and takes back.
     """
     gc.collect()  # remains of an earlier run could be freed while this one is measured
-    if device == 'cuda':
-        torch.cuda.empty_cache()
+    if device != 'cpu':
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run()
-        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()

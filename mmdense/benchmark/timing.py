@@ -28,6 +28,7 @@ from torch import nn
 
 from mmdense.benchmark.memory import (
     build_training,
+    drain,
     peak_bytes,
     random_batch,
     tensor_bytes,
@@ -113,14 +114,19 @@ def measure(
     """
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {}
+    one = torch.ones(1, 1, device=device)
+    torch.mm(one, one)  # a GPU's library takes its workspace here, not in the first model's run
     for name, run in runs.items():
         progress(f'memory of {name}')
         try:
+            before = torch.cuda.memory_allocated() if device != 'cpu' else 0
             run.model.to(device)
-            if device != 'cpu':  # libraries allocate workspaces in the first run and keep them
+            if device == 'cpu':
+                weights = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
+            else:  # with what the model caches
                 run(0)()
                 run.model.zero_grad(set_to_none=True)
-            weights = tensor_bytes([*run.model.parameters(), *run.model.buffers()])
+                weights = torch.cuda.memory_allocated() - before
             results[name] = dict(memory=weights + peak_bytes(run(0), device))
             seconds[name] = []
         except Exception as error:  # from any library; the other models are still measured
@@ -219,16 +225,11 @@ def measure_configs(
 
 
 def seconds_of(run: Callable[[], Any], device: str) -> float:
-    """Return the seconds that a run takes, on a GPU by its own clock."""
-    if device == 'cuda':
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+    """Return the latency of a run in seconds: on a GPU from an empty queue until all is done."""
+    drain(device)
     begin = time.perf_counter()
     run()
+    drain(device)
     return time.perf_counter() - begin
 
 

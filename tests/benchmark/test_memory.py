@@ -132,6 +132,19 @@ def test_batches_grow_until_activations_determine_the_peak(fits, ran, per_image,
         assert (cost.fixed, cost.per_image, cost.largest(24 * GB)) == (None, None, ran)
 
 
+def test_steps_on_a_gpu_follow_a_warm_up(monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, 'WARM_UP', dict(cpu=2))
+    monkeypatch.setattr(memory, 'drain', lambda device: calls.append('drain'))
+    monkeypatch.setattr(memory, 'training_step', lambda *args: calls.append('step'))
+    monkeypatch.setattr(
+        memory, 'peak_bytes', lambda run, device: calls.append('peak') or run() or 1
+    )
+    plan(demo(), size=(64, 64), modes=['plain'])
+    step = ['drain', 'step', 'drain']  # the device is idle at the start and at the end
+    assert calls[:10] == [*step, *step, 'peak', *step]
+
+
 def test_largest_batch_fits_and_one_more_does_not():
     cost = ModeCost('plain', 2, 3, fixed=300, per_image=100, seconds=1.0)
     for free, largest in ((199, 0), (200, 2), (299, 2), (300, 3), (1499, 14)):

@@ -2,12 +2,13 @@
 
 import json
 import re
+import time
 
 import pytest
 import torch
 from torch import nn
 
-from mmdense.benchmark.timing import Run, measure, measure_configs
+from mmdense.benchmark.timing import Run, measure, measure_configs, seconds_of
 from mmdense.config.channels import build_part
 from mmdense.config.edit import use_amp
 from mmdense.config.read import load_config
@@ -47,6 +48,37 @@ def test_rounds_are_interleaved_and_a_failing_run_is_left_out():
         assert row['memory'] == 4 * (1000 * 1000 + 1000 + 64 * 1000 + 64 * 1000)
     fastest = min(results[name]['p50'] for name in 'ab')
     assert [results[n]['ratio'] for n in 'ab' if results[n]['p50'] == fastest] == [1]
+
+
+@pytest.mark.parametrize(
+    ('device', 'calls'),
+    [('cpu', ['clock', 'run', 'clock']), ('cuda', ['wait', 'clock', 'run', 'wait', 'clock'])],
+)
+def test_a_gpu_has_nothing_queued_at_both_ends_of_a_time(gpu, monkeypatch, device, calls):
+    clock = iter((1.0, 3.5))
+    monkeypatch.setattr(time, 'perf_counter', lambda: gpu.append('clock') or next(clock))
+    assert seconds_of(lambda: gpu.append('run'), device) == 2.5
+    assert gpu == calls
+
+
+def test_memory_on_a_gpu_is_that_of_the_second_run(gpu):
+    """It includes what a model caches, and not what the process had allocated before."""
+
+    class Model:
+        def to(self, device):
+            gpu.bytes = {'meta': 700, 'cpu': 300}[device]
+            gpu.append(f'to {device}')
+
+        def zero_grad(self, set_to_none):
+            gpu.append('no gradients')
+
+    def run(number):
+        gpu.append('run')
+        gpu.bytes, gpu.peak = 750, max(gpu.peak, 5000 if 'no gradients' not in gpu else 1750)
+
+    results = measure(dict(a=Run(Model(), int, run, 1)), rounds=0, device='meta')
+    assert results == dict(a=dict(memory=1750 - 300))
+    assert gpu == ['to meta', 'run', 'no gradients', 'reset', 'run', 'no gradients', 'to cpu']
 
 
 @pytest.mark.parametrize('task', DEMOS)

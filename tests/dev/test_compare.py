@@ -1,16 +1,21 @@
 """Comparisons of backbones: same weights, same outputs, what is recorded and reported."""
 
 import json
+import re
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 
 from dev.benchmark.__main__ import main
-from dev.benchmark.compare import Contender, Setting, compare, contenders, peak_memory
+from dev.benchmark.compare import Contender, Setting, capture, compare, contenders, peak_memory
+from dev.benchmark.floors import Floor, device_peaks
 from dev.benchmark.networks import NETWORKS
 from dev.benchmark.report import best_result, markdown, training_results
 from mmdense.benchmark.timing import machine
 from mmdense.errors import UserError
+from mmdense.flops import backbone_macs
 
 SMALL = Setting('rexnet_100', size=(64, 96), batch=2)
 PAIRS = [
@@ -70,19 +75,36 @@ def test_configurations():
         'mmdense, deployed, channels-last, compiled'
     ]
     assert not any(name.startswith(('timm', 'torchvision_')) for name in names)
+    setting = Setting('rexnet_100', device='cuda')
+    names = [c.name for c in contenders(setting, forms=['deployed'], graphs=True)]
+    assert 'mmdense, channels-last' not in names
+    assert [name for name in names if 'graph' in name] == [
+        'mmdense, deployed, channels-last, CUDA graph',
+        'mmdense, deployed, channels-last, compiled, CUDA graph',
+        'timm, channels-last, CUDA graph',
+        'timm, channels-last, compiled, CUDA graph',
+    ]
+    setting = Setting('rexnet_100', mode='train', device='cuda')
+    assert not any(c.graph for c in contenders(setting, graphs=True))
 
 
 @pytest.mark.parametrize(
-    ('setting', 'against', 'message'),
+    ('setting', 'options', 'message'),
     [
-        (Setting('densenet12'), None, 'no network densenet12'),
-        (Setting('densenet121', mode='eval'), None, 'mode is eval'),
-        (Setting('rexnet_100'), ['torchvision'], 'torchvision has no rexnet_100; choose from timm'),
+        (Setting('densenet12'), {}, 'no network densenet12'),
+        (Setting('densenet121', mode='eval'), {}, 'mode is eval'),
+        (
+            Setting('rexnet_100'),
+            dict(against=['torchvision']),
+            'torchvision has no rexnet_100; choose from timm',
+        ),
+        (Setting('rexnet_100'), dict(forms=['lean']), 'has no forms .*; choose from .*deployed'),
+        (Setting('rexnet_100'), dict(graphs=True), 'CUDA graphs need a GPU, .* device is cpu'),
     ],
 )
-def test_unknown_networks_modes_and_peers(setting, against, message):
+def test_unknown_networks_modes_peers_and_forms(setting, options, message):
     with pytest.raises(UserError, match=message):
-        contenders(setting, against=against)
+        contenders(setting, **options)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +239,115 @@ def test_training_is_reported_against_each_peer():
     assert cells()[0][0] == 'plain (larger error than the peers)'
 
 
+def test_a_captured_run_is_replayed(monkeypatch):
+    """It is warmed up in a stream of its own, which waits for the images and is waited for."""
+    calls = []
+
+    class Stream:
+        def wait_stream(self, other):
+            calls.append(f'{self.name} waits for {other.name}')
+
+    class Graph:
+        def replay(self):
+            calls.append('replay')
+
+    main_stream, side = Stream(), Stream()
+    main_stream.name, side.name = 'main', 'side'
+
+    @contextmanager
+    def noted(name):
+        calls.append(f'{name} begins')
+        yield
+        calls.append(f'{name} ends')
+
+    monkeypatch.setattr(torch.cuda, 'Stream', lambda: side)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: main_stream)
+    monkeypatch.setattr(torch.cuda, 'stream', lambda stream: noted(stream.name))
+    monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
+    monkeypatch.setattr(torch.cuda, 'graph', lambda graph: noted('graph'))
+    results = iter('abcde')
+    replay = capture(lambda: calls.append('run') or next(results))
+    warm_up = [
+        'side waits for main',
+        'side begins',
+        *['run'] * 3,
+        'side ends',
+        'main waits for side',
+    ]
+    assert calls == [*warm_up, 'graph begins', 'run', 'graph ends']
+    assert replay() == replay() == 'd'  # that of the capture
+    assert calls[len(warm_up) + 3 :] == ['replay', 'replay']
+
+
+def test_graphs_are_what_is_timed_and_checked(monkeypatch):
+    monkeypatch.setattr('dev.benchmark.compare.capture', lambda run: lambda: [y + 1 for y in run()])
+    graph = Contender('mmdense', graph=True)
+    net = graph.build(SMALL)
+    plain, replayed = (Contender('mmdense', graph=g).runner(net, SMALL)() for g in (False, True))
+    assert all(torch.equal(a + 1, b) for a, b in zip(plain, replayed, strict=True))
+
+
+def test_memory_on_a_gpu_is_that_of_the_second_run(gpu, monkeypatch):
+    """Above weights and images, with what the first run left to the network's caches."""
+
+    def runner(self, net, setting):
+        assert next(net.parameters()).is_meta
+        gpu.bytes = 1000
+
+        def run():
+            gpu.append('run')
+            gpu.bytes, gpu.peak = 1200, max(gpu.peak, 9999 if gpu == ['run'] else 4000)
+
+        return run
+
+    monkeypatch.setattr(Contender, 'runner', runner)
+    assert peak_memory(Contender('timm'), Setting('rexnet_100', device='meta')) == 4000 - 1000
+    assert gpu == ['run', 'reset', 'run']
+
+
+def test_floors(monkeypatch):
+    fast = dict(float32=1e30, bfloat16=1e30, bandwidth=1e30)
+    setting = Setting('densenet121', size=(64, 96), batch=2)
+    floor = Floor.of(setting, fast)
+    assert floor.flops == 4 * backbone_macs(NETWORKS['densenet121'].build().to('meta'), (64, 96))
+    half = Floor.of(replace(setting, dtype='bfloat16'), fast)
+    assert 2 * half.bytes == floor.bytes
+    assert Floor.of(setting, dict(fast, float32=1e9)).seconds == pytest.approx(floor.flops / 1e9)
+    assert Floor.of(setting, dict(fast, bandwidth=1e9)).seconds == pytest.approx(floor.bytes / 1e9)
+    # Each product is bound by one of them.
+    seconds = Floor.of(setting, dict(fast, float32=1e9, bandwidth=floor.bytes / floor.flops * 1e9))
+    assert floor.flops / 1e9 < seconds.seconds < 2 * floor.flops / 1e9
+    # In training two products more of each convolution, but the first one's.
+    training = Floor.of(replace(setting, mode='train'), fast)
+    assert 2.7 * floor.flops < training.flops < 3 * floor.flops
+
+
+def test_shares_of_the_floor_are_reported(gpu, monkeypatch):
+    monkeypatch.setattr('dev.benchmark.floors.SIDE', 4)
+    monkeypatch.setattr('dev.benchmark.floors.COPIED', 1000)
+    precisions = []
+
+    def seconds_of(run, device):
+        precisions.append(torch.get_float32_matmul_precision())
+        run()
+        return 0.5
+
+    monkeypatch.setattr('dev.benchmark.floors.seconds_of', seconds_of)
+    peaks = device_peaks('meta')
+    assert peaks == dict(float32=256.0, bfloat16=256.0, float16=256.0, bandwidth=4000.0)
+    assert precisions[0] == 'high'
+    assert torch.get_float32_matmul_precision() == precisions[-1] == 'highest'
+    result = compare(SMALL, compiled=False, rounds=1, memory=False, peaks=peaks)
+    floor = result['floor']
+    for row in result['contenders'].values():
+        assert row['of_floor'] > 1  # of what a GPU as slow could reach
+        row['milliseconds'] = 1e3 * floor['seconds'] / row['of_floor']
+    row['milliseconds'], row['of_floor'] = 0.125, 0.333
+    table = markdown([{**machine(), 'results': [result]}])
+    assert re.search(r'\| +ms \| +of floor \(%\) \|', table)
+    assert re.search(r'\| +0.12 \| +33 \|', table)
+
+
 @pytest.mark.slow
 def test_memory_grows_with_images():
     small, large = (
@@ -241,6 +372,8 @@ def test_the_command(tmp_path, capsys):
     for arguments, message in [
         (['--against', 'torchvision'], "['torchvision'] do not have rexnet_100"),
         (['--json', str(file)], 'is from another machine or other versions'),
+        (['--cuda-graphs'], 'error: CUDA graphs need a GPU, and the device is cpu'),
+        (['--cuda-graphs', '--mode', 'train'], '--cuda-graphs is for inference'),
     ]:
         file.write_text(json.dumps({**record, 'device': 'another'}))
         with pytest.raises(SystemExit) as error:
