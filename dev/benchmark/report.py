@@ -9,7 +9,7 @@ from dev.markdown import table
 
 __all__ = ['best_result', 'markdown', 'training_results']
 
-# Speedups that were aimed at, for inference on a CPU at 512 x 512, batch 1.
+# Speedups that are aimed at on a CPU, for inference at 512 x 512, batch 1.
 TARGETS = {
     ('condensenetv2_a', 'float32'): 2.5,
     ('condensenetv2_b', 'float32'): 2.5,
@@ -21,7 +21,8 @@ TARGETS = {
     ('rexnet_100', 'float32'): 1.1,
     ('rexnet_100', 'bfloat16'): 1.1,
 }
-# For training with memory='lean' at 512 x 512, batch 2: share of a peer's memory, speedup over it.
+# For training on a CPU with memory='lean' at 512 x 512, batch 2: share of a peer's memory, speedup
+# over it.
 TRAINING_TARGETS = {
     ('densenet121', 'torchvision'): (0.333, 1.0),
     ('densenet121', 'torchvision_memory_efficient'): (0.65, 1.0),
@@ -47,22 +48,28 @@ def _record(record: Mapping[str, Any]) -> list[str]:
         f'## {record["device"]}, {record["date"]}\n',
         f'{versions}; OMP_WAIT_POLICY {record["omp_wait_policy"]}.\n',
     ]
-    if inference:
-        parts += ['### Inference\n', table(inference)]
-    if training:
-        parts += ['### Training\n', table(training)]
+    for title, rows in (('Inference', inference), ('Training', training)):
+        if len({row['images'] for row in rows}) == 1:  # the titles below have it
+            rows = [{**row, 'images': ''} for row in rows]
+        if rows:
+            parts += [f'### {title}\n', table(rows)]
     for result in results:
         parts += [f'### {_title(result["setting"])}\n', table(_details(result))]
     return parts
 
 
 def _title(setting: Mapping[str, Any]) -> str:
-    height, width = setting['size']
     mode = dict(infer='inference', train='training')[setting['mode']]
-    return (
-        f'{setting["network"]}, {mode}, {setting["dtype"]}, {height} x {width}, '
-        f'batch {setting["batch"]}'
-    )
+    return f'{setting["network"]}, {mode}, {setting["dtype"]}, {_images(setting)}'
+
+
+def _images(setting: Mapping[str, Any]) -> str:
+    height, width = setting['size']
+    return f'{height} x {width}, batch {setting["batch"]}'
+
+
+def _target(targets: Mapping[tuple[str, str], Any], setting: Mapping[str, Any], key: str) -> Any:
+    return targets.get((setting['network'], key)) if setting['device'] == 'cpu' else None
 
 
 def best_result(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -75,11 +82,12 @@ def best_result(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _inference(result: Mapping[str, Any]) -> dict[str, str]:
     setting = result['setting']
     name, row = best_result(result)
-    target = TARGETS.get((setting['network'], setting['dtype']))
+    target = _target(TARGETS, setting, setting['dtype'])
     note = LESS_EXACT if name in result['inexact'] else ''
     return {
         'network': setting['network'],
         'dtype': setting['dtype'],
+        'images': _images(setting),
         'mmdense': (name.removeprefix('mmdense').lstrip(', ') or 'plain') + note,
         'fastest peer': result['peer'],
         'speedup': f'{row["ratio"]:.2f}',
@@ -106,12 +114,13 @@ def training_results(result: Mapping[str, Any]) -> list[dict[str, str]]:
             if whose != 'mmdense' or peer == 'mmdense':
                 continue
             speedup, share = row['ratio'] / other['ratio'], row['memory'] / other['memory']
-            target = TRAINING_TARGETS.get((setting['network'], peer)) if form == 'lean' else None
+            target = _target(TRAINING_TARGETS, setting, peer) if form == 'lean' else None
             met = target and share <= target[0] and speedup >= target[1]
             rows.append(
                 {
                     'network': setting['network'],
                     'dtype': setting['dtype'],
+                    'images': _images(setting),
                     'mmdense': (form or 'plain')
                     + (LESS_EXACT if (whose, form) in less_exact else ''),
                     'peer': peer,

@@ -200,6 +200,7 @@ def test_the_fastest_configuration_is_reported():
         'timm, channels-last': dict(ratio=1.0, interval=[1.0, 1.0], error=1e-7),
     }
     setting = dict(network='rexnet_100', mode='infer', size=[512, 512], batch=1, dtype='float32')
+    setting['device'] = 'cpu'
     peer = 'timm, channels-last'
     result = dict(setting=setting, rounds=30, peer=peer, inexact=['mmdense'], contenders=rows)
     assert best_result(result) == ('mmdense, deployed', rows['mmdense, deployed'])
@@ -210,6 +211,12 @@ def test_the_fastest_configuration_is_reported():
     cells = ['rexnet_100', 'float32', 'deployed', peer, '1.30', '1.20 to 1.40', '1.1 (met)']
     assert cells in lines
     assert ['mmdense', '0.90', '0.80 to 1.00', '1.0e-07', '2'] in lines
+    # The targets are a CPU's. Images are in the first table if they differ.
+    gpu = dict(result, setting=dict(setting, device='cuda'))
+    large = dict(gpu, setting=dict(gpu['setting'], size=[800, 1344], batch=16))
+    text = markdown([{**machine(), 'results': [gpu, large]}])
+    assert re.search(r'\| rexnet_100 \| float32 \| 800 x 1344, batch 16 \| deployed ', text)
+    assert 'met)' not in text
 
 
 def test_training_is_reported_against_each_peer():
@@ -223,6 +230,7 @@ def test_training_is_reported_against_each_peer():
         'timm': dict(failed='RuntimeError: none'),
     }
     setting = dict(network='densenet121', mode='train', size=[512, 512], batch=2, dtype='float32')
+    setting['device'] = 'cpu'
     result = dict(setting=setting, rounds=6, peer='torchvision', inexact=[], contenders=rows)
 
     def cells():
