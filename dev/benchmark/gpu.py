@@ -199,8 +199,7 @@ def run_parts(
     def run(part: Part) -> dict[str, Any]:
         return _run(part, work, environment, end, stop)
 
-    # Times need the machine for themselves, those of a dry run don't.
-    checks = [part for part in parts if part.is_check or dry]
+    checks = [part for part in parts if part.is_check]
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for row in pool.map(run, checks):
@@ -266,7 +265,8 @@ def _parts(work: Path, dry: bool) -> list[Part]:
     for name, (limit, _) in TIMINGS.items():
         command = [python, '-m', 'dev.benchmark', 'gpu', '--time', name]
         command += ['--json', work / f'{name}.json', *(['--dry'] if dry else [])]
-        parts.append(Part(name, command, limit, name.startswith('compile')))
+        # Times need the machine for themselves, those of a dry run don't.
+        parts.append(Part(name, command, limit, is_check=dry or name.startswith('compile')))
     return parts
 
 
