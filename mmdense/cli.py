@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from typing import Any, ParamSpec
+from typing import Any
 
 # Before torch is loaded: waiting threads sleep instead of spinning (docs/decisions.md).
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -49,7 +49,6 @@ __all__ = [
     'silence_libraries',
 ]
 
-P = ParamSpec('P')
 INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that Ctrl-C has ended
 
 for text in SILENCED:
@@ -171,7 +170,7 @@ def parse_config(
     return args, cfg
 
 
-def report_errors(main: Callable[P, None]) -> Callable[P, None]:
+def report_errors(main: Callable[..., None]) -> Callable[..., None]:
     """Make a command's ``main(argv=None)`` end a user's mistake with one line and status 2.
 
     That is a :class:`.UserError` or a :func:`.build_error`. Other errors keep their traceback.
@@ -180,14 +179,13 @@ def report_errors(main: Callable[P, None]) -> Callable[P, None]:
     """
 
     @functools.wraps(main)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+    def wrapped(argv: Sequence[str] | None = None) -> None:
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-        words = args[0] if args and args[0] else sys.argv[1:]
-        verbose = any(word.startswith('--verb') for word in words)
+        verbose = any(word.startswith('--verb') for word in argv or sys.argv[1:])
         try:
             with nullcontext() if verbose else quiet_terminal():
-                main(*args, **kwargs)
+                main(argv)
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else build_error(error)
             if message is None:

@@ -1,13 +1,17 @@
-"""UserError, and the pieces that one-line error messages are made of."""
+"""UserError, and the pieces that one-line messages are made of."""
 
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ['UserError', 'printable', 'suggest_file', 'suggest_name', 'first_of', 'one_line']
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+
+__all__ = ['UserError', 'first_of', 'one_line', 'printable', 'suggest_file', 'suggest_name', 'warn']
 
 
 class UserError(RuntimeError):
@@ -29,16 +33,20 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
 
 def suggest_file(path: str | Path, pattern: str) -> str:
-    """Return the end of an error message: an existing file with a name close to a missing one.
+    """Return the end of an error message: a file with a name close to the missing ``path``.
 
-    Args:
-        path: The missing file.
-        pattern: Glob pattern of the candidates in its folder, such as ``'*.pth'``.
+    ``pattern`` is the glob pattern of the candidates in its folder, such as ``'*.pth'``.
     """
     path = Path(path)
     files = map(str, path.parent.glob(pattern))
     close = difflib.get_close_matches(str(path), files, n=1, cutoff=0.4)
     return f'; did you mean {close[0]}?' if close else ''
+
+
+def warn(text: str) -> None:
+    """Log a warning, from the main process."""
+    if is_main_process():
+        print_log(text, logger='current', level=logging.WARNING)
 
 
 def first_of(items: Sequence[Any], count: int = 5) -> str:

@@ -7,10 +7,10 @@ import hashlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from mmdense.errors import UserError
 
@@ -25,8 +25,6 @@ __all__ = [
     'wrap_disk_errors',
 ]
 
-Key = TypeVar('Key', bound=Hashable)
-
 PART_SUFFIX = '.part'  # of a file that is being written
 # The disk is full, over quota or read-only, or the process has reached its limit of file size.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -37,11 +35,7 @@ class WriteError(UserError):
 
 
 def check_writable(file: Path) -> None:
-    """Check before any work that its result can be written, and make the folder.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """Make a file's folder; raise UserError, before any work, if the file cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,11 +47,10 @@ def check_writable(file: Path) -> None:
 def atomic_write(file: Path, content: bytes | memoryview) -> None:
     """Write a file completely or not at all, even if the process or the machine stops.
 
-    The content goes to a hidden ``.part`` file in the same folder, is flushed to the disk and
-    renamed. Until then an existing file keeps its old content.
+    The content goes to a hidden ``.part`` file in the same folder, is flushed and renamed.
 
     Raises:
-        WriteError: The write failed. The message has the reason and the space needed and free.
+        WriteError: With the reason and the space needed and free.
     """
     part = file.with_name(f'.{file.name}{PART_SUFFIX}')
     try:
@@ -91,13 +84,9 @@ def _flush_folder(folder: Path) -> None:
 
 @contextmanager
 def wrap_disk_errors(folder: str | Path) -> Iterator[None]:
-    """Turn any library's error from a full or read-only disk into a one-line ``WriteError``.
+    """Turn any library's error from a full or read-only disk into a WriteError.
 
-    Args:
-        folder: Where the files are written, to report its free space.
-
-    Raises:
-        WriteError: With the reason and the free space.
+    It has the reason and the free space of ``folder``, into which the files are written.
     """
     try:
         yield
@@ -123,7 +112,7 @@ def relative_paths(files: Iterable[str | Path]) -> dict[str, Path]:
     return {file: Path(os.path.relpath(path, root)) for file, path in paths.items()}
 
 
-def change_suffix(names: Mapping[Key, Path], suffix: str) -> dict[Key, Path]:
+def change_suffix(names: Mapping[Any, Path], suffix: str) -> dict[Any, Path]:
     """Return names with another suffix, which is appended to names that differ only in theirs."""
     count = Counter(name.with_suffix(suffix) for name in names.values())
     return {

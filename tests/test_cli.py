@@ -112,7 +112,7 @@ def test_deprecated_aliases(alias, option, capsys):
 
 def test_ctrl_c_is_one_line_with_status_130(capsys):
     @cli.report_errors
-    def main():
+    def main(argv=None):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as exit:

@@ -3,11 +3,11 @@
 import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from mmdense import cli
 from mmdense.config import edit
+from mmdense.engine.checkpoint_hook import last_checkpoint
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.engine.resume import use_checkpoint
 from mmdense.engine.runner import build_runner
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.amp or args.amp_dtype:
         edit.use_amp(cfg, args.amp_dtype)
     if args.channels_last:
-        edit.use_channels_last(cfg)
+        edit.use_hook(cfg, 'mmdense.ChannelsLastHook')
     if args.compile_backbone:
         edit.use_compiled_backbone(cfg)
     if args.tensorboard:
@@ -71,9 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runner = build_runner(cfg, loaders=('train', 'val'), min_loaded=args.min_loaded)
         runner.logger.info(describe(runner))
         runner.train()
-    pointer = Path(cfg.work_dir, 'last_checkpoint')
-    if pointer.is_file():
-        runner.logger.info(f'checkpoint: {os.path.relpath(pointer.read_text())}')
+    if last := last_checkpoint(cfg.work_dir):
+        runner.logger.info(f'checkpoint: {os.path.relpath(last)}')
 
 
 def describe(runner: Any) -> str:

@@ -6,7 +6,7 @@ C_i and s_i are the channels and the stride of the i-th feature map.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmdense.config.parts import check_part, dicts
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, first_of, one_line
 
 __all__ = [
     'AUTO',
@@ -39,19 +39,12 @@ FREEZING = ('frozen_stages', 'norm_eval')
 
 @dataclass(frozen=True)
 class Reader:
-    """A neck or head that reads the backbone's feature maps, in a model's config.
+    """A neck or head that reads the backbone's feature maps, in a model's config."""
 
-    Attributes:
-        name: 'neck', 'decode_head', 'auxiliary_head' or 'panoptic_head'.
-        node: Its config.
-        key: The key that states the channels, such as 'in_channels'.
-        channels: The channels of the feature maps that it reads, or of the only one.
-    """
-
-    name: str
-    node: dict
-    key: str
-    channels: list[int] | int
+    name: str  # such as 'decode_head'
+    node: dict  # its config
+    key: str  # that states the channels, such as 'in_channels'
+    channels: list[int] | int  # C_i of the feature maps that it reads, or of the only one
 
     @property
     def fits(self) -> bool:
@@ -67,8 +60,7 @@ class Reader:
 def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reader]:
     """Yield the necks and heads of a model's config that read the backbone's maps of C_i channels.
 
-    Raises:
-        UserError: A head reads a feature map that does not exist.
+    A head that reads a feature map that does not exist raises UserError.
     """
     if model.get('neck'):
         neck = model['neck']  # further necks read the first one
@@ -112,11 +104,8 @@ def fill_channels(cfg: Config) -> None:
 
     It may be used in the (first) neck, in the heads of a segmentor without one, where ``in_index``
     counts, and in Mask2Former's ``panoptic_head``; also in models inside others, such as
-    SoftTeacher's. With mmdet's SSDNeck the first ``out_channels`` become the backbone's, and
-    ``in_channels='auto'`` of the bbox head becomes the neck's ``out_channels``.
-
-    Raises:
-        UserError: 'auto' is used elsewhere, or the backbone cannot be built.
+    SoftTeacher's. Elsewhere it raises UserError. With mmdet's SSDNeck the first ``out_channels``
+    become the backbone's, and 'auto' of the bbox head becomes the neck's ``out_channels``.
     """
     for _, model in nested_models(cfg.model):
         if not _has_auto(model):
@@ -172,12 +161,7 @@ def backbone_maps(backbone: Mapping[str, Any], scope: str | None) -> FeatureMaps
 def build_part(node: Mapping[str, Any], scope: str | None) -> nn.Module:
     """Build a model or a part of one without its weights, on the meta device if possible.
 
-    Args:
-        node: Its config.
-        scope: The complete config's ``default_scope``.
-
-    Raises:
-        UserError: It cannot be built; with the reason.
+    ``scope`` is the config's ``default_scope``. UserError has the reason if it cannot be built.
     """
     node = ConfigDict(copy.deepcopy(node))
     remove_weights(node)
@@ -206,15 +190,8 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
 
     The channels of necks and heads change with it, in place. Frozen stages and norm statistics stay
     frozen, up to the same stride, unless the new backbone starts from random weights: then nothing
-    is frozen.
-
-    Args:
-        cfg: The config.
-        backbone: Config of one of mmdense's backbones, whose ``out_indices`` and frozen parts are
-            replaced.
-
-    Raises:
-        UserError: It has no feature map at one of the strides.
+    is frozen. ``backbone`` is one of mmdense's; its ``out_indices`` and frozen parts are replaced.
+    UserError if it has no feature map at one of the strides.
     """
     scope, old = cfg.get('default_scope'), cfg.model.backbone
     new = ConfigDict({k: v for k, v in backbone.items() if k not in FREEZING})
@@ -226,8 +203,8 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     missing = {*strides} - {*indices}
     if missing or len({*strides}) < len(strides):
         raise UserError(
-            f'{cfg.filename} reads feature maps at strides {_listed(strides)}, but {new.type} has '
-            f'them at {_listed(indices)}'
+            f'{cfg.filename} reads feature maps at strides {first_of(strides)}, but {new.type} has '
+            f'them at {first_of([*indices])}'
         )
     new.out_indices = [indices[stride] for stride in strides]
     if new.get('init_cfg'):
@@ -254,8 +231,3 @@ def _stride_of(backbone: Mapping[str, Any], scope: str | None, *, index: int) ->
     except UserError:  # the default indices do not exist in this network
         maps = backbone_maps(backbone, scope)
     return dict(zip(maps.indices, maps.strides, strict=True)).get(index, 2)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    *first, last = map(str, numbers)
-    return f'{", ".join(first)} and {last}' if first else last

@@ -5,7 +5,6 @@ All raise UserError if the config does not have what they change.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_main_process
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS
 
 from mmdense.config.evaluators import iter_metrics
 from mmdense.config.parts import LIBRARIES, find
-from mmdense.errors import UserError
+from mmdense.errors import UserError, warn
 
 __all__ = [
     'drop_amp',
@@ -27,8 +24,8 @@ __all__ = [
     'set_length',
     'use_amp',
     'use_auto_scale_lr',
-    'use_channels_last',
     'use_compiled_backbone',
+    'use_hook',
     'use_show_dir',
     'use_tensorboard',
     'use_tta',
@@ -43,10 +40,8 @@ WORKER_OPTIONS = ('multiprocessing_context', 'persistent_workers', 'prefetch_fac
 def use_amp(cfg: Config, dtype: str | None = None) -> None:
     """Train in mixed precision.
 
-    Args:
-        cfg: A config.
-        dtype: 'bfloat16', which a CPU supports too; 'float16', with the config's loss scale or a
-            dynamic one; None for the config's type, or float16 if it trains in float32.
+    ``dtype`` is 'bfloat16', which a CPU supports too; 'float16', with the config's loss scale or a
+    dynamic one; None for the config's type, or float16 if it trains in float32.
     """
     wrapper = cfg.optim_wrapper
     kind = wrapper.get('type', 'OptimWrapper')
@@ -67,7 +62,7 @@ def drop_amp(cfg: Config) -> None:
     wrapper = cfg.get('optim_wrapper')
     if wrapper is None or wrapper.get('type') != AMP:
         return
-    _warn(
+    warn(
         'no GPU: training in float32 in place of mixed precision (a CPU supports --amp-dtype '
         'bfloat16)'
     )
@@ -78,11 +73,6 @@ def drop_amp(cfg: Config) -> None:
 def _pop_amp_options(wrapper: ConfigDict) -> None:
     for key in ('loss_scale', 'dtype', 'use_fsdp'):
         wrapper.pop(key, None)
-
-
-def _warn(text: str) -> None:
-    if is_main_process():
-        print_log(text, logger='current', level=logging.WARNING)
 
 
 def fit_to_machine(cfg: Config, loaders: Sequence[str]) -> None:
@@ -107,12 +97,7 @@ def fit_to_machine(cfg: Config, loaders: Sequence[str]) -> None:
             node['pin_memory'] = gpu and node.get('pin_memory', True)
         if loop.get('fp16') and not gpu:
             loop['fp16'] = False
-            _warn(f'no GPU: float32 in place of {loader}_cfg.fp16')
-
-
-def use_channels_last(cfg: Config) -> None:
-    """Use the channels-last memory format."""
-    _use_hook(cfg, 'mmdense.ChannelsLastHook')
+            warn(f'no GPU: float32 in place of {loader}_cfg.fp16')
 
 
 def use_compiled_backbone(cfg: Config) -> None:
@@ -122,7 +107,7 @@ def use_compiled_backbone(cfg: Config) -> None:
             f'{cfg.filename} compiles the complete model: --compile-backbone needs '
             '--cfg-options compile=False'
         )
-    _use_hook(cfg, 'mmdense.CompileBackboneHook')
+    use_hook(cfg, 'mmdense.CompileBackboneHook')
 
 
 def set_length(cfg: Config, *, epochs: int | None = None, iters: int | None = None) -> None:
@@ -171,7 +156,7 @@ def use_tensorboard(cfg: Config) -> None:
         cfg.visualizer.vis_backends = [*backends, dict(type=kind)]
 
 
-def _use_hook(cfg: Config, kind: str) -> None:
+def use_hook(cfg: Config, kind: str) -> None:
     """Add a hook before all others, unless the config has it."""
     hooks = cfg.get('custom_hooks') or []
     if not any(isinstance(hook, dict) and hook['type'] == kind for hook in hooks):

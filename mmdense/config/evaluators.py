@@ -34,12 +34,8 @@ def check_metric_files(cfg: Config, loaders: Sequence[str]) -> None:
 
     An annotation file at another path must have the same images, by id and name, and the same
     categories. Files elsewhere (``s3://``) are not compared.
-
-    Raises:
-        UserError: A file is missing or of other data, a metric needs one, or the data sets of a
-            loader need a metric each.
     """
-    for loader in [loader for loader in loaders if loader != 'train']:
+    for loader in loaders:
         place, evaluator = f'{loader}_evaluator', cfg.get(f'{loader}_evaluator')
         data = [node for _, node in iter_dataset_configs(cfg.get(f'{loader}_dataloader'), '')]
         metrics = list(iter_metrics(evaluator, place))

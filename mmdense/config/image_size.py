@@ -17,8 +17,7 @@ DIVISOR = 32  # sides are padded to a multiple
 def training_size(cfg: Config) -> tuple[int, int]:
     """Return the sides of the largest training images, the shorter first, padded to 32 pixels.
 
-    Raises:
-        UserError: The config does not state it.
+    UserError if the config does not state it.
     """
     size = cfg.model.get('data_preprocessor', {}).get('size')  # crops are padded to it
     data = None if size else (cfg.get('train_dataloader') or {}).get('dataset')

@@ -54,9 +54,8 @@ def check_loops(cfg: Config, loaders: Sequence[str]) -> None:
             )
     for section in ('default_hooks', 'custom_hooks', 'param_scheduler') if by_iter else ():
         parts = cfg.get(section) or {}
-        single = 'type' in parts
-        items = parts.items() if isinstance(parts, dict) and not single else enumerate(parts)
-        for key, part in [('', parts)] if single else items:
+        items = parts.items() if isinstance(parts, dict) else enumerate(parts)
+        for key, part in [('', parts)] if 'type' in parts else items:
             if isinstance(part, dict) and 'type' in part:
                 _check_unit(f'{section}.{key}'.rstrip('.'), part)
 

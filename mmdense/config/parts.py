@@ -110,14 +110,8 @@ def check_part(
     code that builds a part may remove keys first, as mmcv does with ``norm_cfg.requires_grad``. So
     may the classes of other packages, so the parts inside those are not checked.
 
-    Args:
-        node: The part, or a list of parts.
-        registries: Where its type and those of the parts inside it may be registered.
-        scope: The config's ``default_scope``.
-        place: For messages, such as 'model.neck'.
-
-    Raises:
-        UserError: A misspelt type or argument, or a part without a type.
+    ``node`` is the part, or a list of parts; ``place`` is for messages, such as 'model.neck'. A
+    misspelt type or argument, or a part without a type, raises UserError.
     """
     if isinstance(node, list | tuple):
         for i, child in enumerate(node):
@@ -148,15 +142,13 @@ def check_part(
 
 def arguments(built: Callable) -> list[str]:
     """Return the arguments of a class or function, and those that it passes on to base classes."""
-    is_class = isinstance(built, type)
-    functions = [built]
-    if is_class:
-        functions = [base.__init__ for base in built.__mro__ if '__init__' in vars(base)]
+    bases = getattr(built, '__mro__', ())
+    functions = [base.__init__ for base in bases if '__init__' in vars(base)] or [built]
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     names: dict[str, None] = {}
     for function in functions:
-        parameters = [*inspect.signature(function).parameters.values()][is_class:]  # without self
-        names |= {p.name: None for p in parameters if p.kind in named}
+        parameters = inspect.signature(function).parameters.values()
+        names |= {p.name: None for p in parameters if p.kind in named and p.name != 'self'}
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
     return list(names)

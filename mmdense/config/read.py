@@ -78,10 +78,6 @@ def load_config(
             ``data_root`` everywhere: in data sets, annotation files and metrics.
         work_dir: Folder of logs and checkpoints; by default the config's, or ``work_dirs/<name>``.
         launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
-
-    Raises:
-        UserError: As :func:`read_config`, :func:`.check_sections`, :func:`.check_options` and
-            :func:`.fill_channels`, or the config has no model.
     """
     cfg = read_config(path)
     check_sections(cfg, path)

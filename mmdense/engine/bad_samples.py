@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import mmengine.runner
 from mmengine.dataset import BaseDataset, Compose
 from mmengine.structures import BaseDataElement
 from torch.utils.data import DataLoader
@@ -14,16 +13,15 @@ from mmdense.datasets.check import ReadOptions, Sample, check_sample
 from mmdense.datasets.files import raise_first, read_options_of, to_sample
 from mmdense.errors import UserError, one_line
 
-__all__ = ['FlexibleRunner', 'Runner']
+__all__ = ['naming']
 
 
 class NamedPipeline(Compose):
     """A data set's pipeline that names the sample it fails on, in worker processes too.
 
-    When a transform fails, :mod:`mmdense.datasets.check` looks at the sample: its first error is
-    raised in one line, a UserError. If it finds none, the transform's error is raised with the
-    image's name. A label outside the classes is an error here, because on the device it would have
-    no name.
+    When a transform fails, the first error that :func:`.check_sample` finds is raised as UserError,
+    else the transform's own, with the image's name. Labels outside the classes are refused here,
+    because on the device they would have no name.
     """
 
     def __init__(self, pipeline: Compose, options: ReadOptions) -> None:
@@ -75,23 +73,21 @@ class NamedPipeline(Compose):
             )
 
 
-class _NamingRunner:
-    @staticmethod
-    def build_dataloader(dataloader: DataLoader | dict, *args: Any, **kwargs: Any) -> DataLoader:
-        """Build a data loader; samples at fault raise UserError."""
-        loader = mmengine.runner.Runner.build_dataloader(dataloader, *args, **kwargs)
-        for dataset in _leaves(loader.dataset):
-            if type(dataset.pipeline) is Compose:
-                dataset.pipeline = NamedPipeline(dataset.pipeline, read_options_of(dataset))
-        return loader
+def naming(runner: type) -> type:
+    """Return one of mmengine's runner classes with data loaders that name samples at fault."""
 
+    class NamingRunner(runner):
+        @staticmethod
+        def build_dataloader(
+            dataloader: DataLoader | dict, *args: Any, **kwargs: Any
+        ) -> DataLoader:
+            loader = runner.build_dataloader(dataloader, *args, **kwargs)
+            for dataset in _leaves(loader.dataset):
+                if type(dataset.pipeline) is Compose:
+                    dataset.pipeline = NamedPipeline(dataset.pipeline, read_options_of(dataset))
+            return loader
 
-class Runner(_NamingRunner, mmengine.runner.Runner):
-    """mmengine's runner; an error while reading data names the file."""
-
-
-class FlexibleRunner(_NamingRunner, mmengine.runner.FlexibleRunner):
-    """mmengine's runner with strategies; an error while reading data names the file."""
+    return NamingRunner
 
 
 def _leaves(dataset: Any) -> Iterator[BaseDataset]:

@@ -15,10 +15,11 @@ from mmengine.runner import Runner
 from mmdense.files import PART_SUFFIX, atomic_write
 from mmdense.registry import HOOKS
 
-__all__ = ['CheckpointHook', 'AtomicFileBackend']
+__all__ = ['AtomicFileBackend', 'CheckpointHook', 'last_checkpoint']
 
 BACKEND = 'mmdense'
 INTERRUPTED = 'interrupted.pth'
+POINTER = 'last_checkpoint'  # mmengine's file
 
 
 class AtomicFileBackend(LocalBackend):
@@ -87,7 +88,7 @@ class CheckpointHook(MMEngineCheckpointHook):
             )
         file = self.file_backend.join_path(self.out_dir, INTERRUPTED)
         if is_main_process():
-            atomic_write(Path(runner.work_dir, 'last_checkpoint'), file.encode())
+            atomic_write(Path(runner.work_dir, POINTER), file.encode())
         return file
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
@@ -106,3 +107,9 @@ class CheckpointHook(MMEngineCheckpointHook):
             for name in outdated:
                 self.file_backend.remove(Path(self.out_dir, name))
             self.file_backend.remove_outdated()
+
+
+def last_checkpoint(work_dir: str | Path) -> str:
+    """Return the checkpoint that a run has written last, or ''."""
+    pointer = Path(work_dir, POINTER)
+    return pointer.read_text().strip() if pointer.is_file() else ''

@@ -33,13 +33,12 @@ class CondenseScheduleHook(Hook):
     remaining weights train on for the second half. (A run of one iteration prunes nothing.) Each
     stage is logged, and the log shows the share of remaining connections as ``connections``.
 
-    The masks are part of the checkpoint and the hook has no state: a resumed run continues where it
-    stopped, and training from fully pruned weights needs no hook. ``save_best`` may pick a
-    checkpoint from before the last stage, which can't be condensed completely.
+    Checkpoints hold the masks: a resumed run continues where it stopped, and training from
+    fully pruned weights needs no hook. ``save_best`` may pick a checkpoint from before the last
+    stage, which can't be condensed completely.
 
     Pruning happens before the iteration, so that hooks that average or save weights after it see
-    the new masks at any priority. The hook also copies them to averaged models,
-    since EMAHook averages buffers of floats and ignores those of integers.
+    the new masks. They are copied to averaged models, since EMAHook ignores buffers of integers.
 
     Args:
         group_lasso: Weight of the group lasso, a loss that drives whole groups of weights to zero.
@@ -56,12 +55,7 @@ class CondenseScheduleHook(Hook):
         self._handle = None
 
     def before_train(self, runner: Runner) -> None:
-        """Find the network and its stage of pruning.
-
-        Raises:
-            UserError: If there is nothing to prune, more than one network, or if frozen layers are
-                not fully pruned.
-        """
+        """Find the network, whose frozen layers must be fully pruned, and its stage of pruning."""
         self._net = _find_network(runner.model)
         _check_frozen(self._net)
         # As Python numbers, since reading the buffers would wait for the device.
@@ -113,23 +107,14 @@ def _find_network(model: nn.Module) -> CondenseNetV2:
     """Return the only CondenseNetV2 in its learned form."""
     networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     learned = [net for net in networks if net.form == 'learned']
-    if len(learned) > 1:
+    if len(learned) != 1:  # a teacher and its student would keep different connections
         raise UserError(
-            f'CondenseScheduleHook prunes one CondenseNetV2, not {len(learned)}: a teacher and its '
-            'student would keep different connections'
+            'CondenseScheduleHook prunes exactly one CondenseNetV2, but '
+            f'{type(unwrap(model)).__name__} has {len(learned)} that can be pruned: set '
+            "backbone.type='mmdense.CondenseNetV2' and backbone.form='learned', or remove the hook "
+            'from custom_hooks'
         )
-    if learned:
-        return learned[0]
-    if networks:
-        raise UserError(
-            f'CondenseScheduleHook cannot prune a CondenseNetV2 of form {networks[0].form!r}: set '
-            "backbone.form='learned', or remove the hook from custom_hooks"
-        )
-    raise UserError(
-        f'CondenseScheduleHook finds no CondenseNetV2 in {type(unwrap(model)).__name__}: set '
-        "backbone.type='mmdense.CondenseNetV2' and backbone.form='learned', or remove the hook "
-        'from custom_hooks'
-    )
+    return learned[0]
 
 
 def _layers(model: nn.Module) -> list[LearnedGroupConv | SparseReactivation]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import logging
 from typing import Any
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -16,7 +14,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from mmdense.engine.resume import compare_settings
-from mmdense.errors import UserError
+from mmdense.errors import UserError, warn
 from mmdense.registry import HOOKS
 from mmdense.weights.loading import check_min_loaded, load_checked
 
@@ -27,18 +25,14 @@ __all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'unwrap'
 class ChannelsLastHook(Hook):
     """Run the model in channels-last memory format, in training, validation and test.
 
-    Convolutions return the memory format of their weights, so only the weights are converted.
     Results stay the same up to rounding. Which format is faster depends on the machine: measure it.
-
-    DDP is built before this hook runs, and its gradient buckets still have the old strides: it
-    would scramble the gradients of the first iteration, or of all with
-    ``find_unused_parameters``. So the hook wraps the model again.
     """
 
     def before_run(self, runner: Runner) -> None:
-        """Convert all four-dimensional weights."""
+        """Convert the weights; convolutions return the memory format of theirs."""
         model = runner.model
         model.to(memory_format=torch.channels_last)
+        # DDP's gradient buckets still have the old strides, which would scramble the gradients.
         if isinstance(model, DistributedDataParallel):
             runner.model = model.module
             del model
@@ -114,11 +108,7 @@ class LoadReportHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Load the weights, as the runner will do again, and check the load report."""
         if isinstance(runner.model, FullyShardedDataParallel):  # it renames the parameters
-            print_log(
-                'the load report is not available under FSDP: missing weights go unnoticed',
-                logger='current',
-                level=logging.WARNING,
-            )
+            warn('the load report is not available under FSDP: missing weights go unnoticed')
             return
         model = unwrap(runner.model)
         in_part = self.part and hasattr(model, self.part) and not runner._resume

@@ -1,10 +1,8 @@
 """Training loops that resume as if the run had never stopped.
 
-On a CPU a killed and resumed run ends bit for bit like an uninterrupted one. mmengine's loops
-differ in four points: random numbers (:mod:`.seeding`), resuming in the middle of an epoch, a
-validation that was due when the run ended, and SIGTERM.
-
-The tools use these loops in place of mmengine's. The arguments are the same.
+On a CPU a killed and resumed run ends bit for bit like an uninterrupted one. The tools use these
+loops in place of mmengine's, with the same arguments. These differ in four points: random numbers
+(:mod:`.seeding`), resuming within an epoch, a validation that was due at the end, and SIGTERM.
 """
 
 from __future__ import annotations
@@ -12,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from mmengine.dist import barrier, get_rank, is_main_process
@@ -26,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mmdense.config.loops import is_endless
-from mmdense.engine.checkpoint_hook import CheckpointHook
+from mmdense.engine.checkpoint_hook import CheckpointHook, last_checkpoint
 from mmdense.engine.seeding import NumberedBatches, seed_all
 from mmdense.engine.stopping import STATUS, Stopped, StopSignal
 from mmdense.errors import UserError
@@ -44,17 +41,12 @@ EPOCH, VALIDATED = 'epoch_begun', 'last_validated'
 class _Resumable:
     """Base of both loops.
 
-    SIGTERM ends the run after the current iteration, or within ten if there are several processes,
-    with a checkpoint to resume from exactly, one line in the log and status 143. If gradients are
-    being accumulated, which no checkpoint holds, the run continues to the next optimizer step.
-    SIGTERM during a validation ends it, and it starts again on resuming. Several processes write
-    the checkpoint at once and then finish the validation if they are given the time.
+    SIGTERM ends the run at the next optimizer step, or within ten iterations if there are several
+    processes, with a checkpoint to resume from exactly and status 143. A validation ends too, and
+    starts again on resuming; several processes save at once and finish it if they have the time.
 
-    Checkpoints are written before validation. If the validation of the resumed checkpoint is
-    missing, it runs first.
-
-    Raises:
-        WriteError: If the disk is full or read-only.
+    Checkpoints are written before validation. If that of the resumed checkpoint is missing, it runs
+    first. A full or read-only disk raises WriteError.
     """
 
     endless: bool
@@ -88,16 +80,11 @@ class _Resumable:
             with self._signal, wrap_disk_errors(runner.work_dir):
                 yield
         except WriteError as error:
-            pointer = Path(runner.work_dir, 'last_checkpoint')
-            last = pointer.read_text().strip() if pointer.is_file() else ''
-            last = f'the last complete checkpoint is {last}' if last else 'no checkpoint yet'
+            last = last_checkpoint(runner.work_dir) or 'none yet'
             raise WriteError(
-                f'{error}: stopped at iteration {self._iter}; {last}. Free some space and continue '
-                'with --resume'
+                f'{error}: stopped at iteration {self._iter}; last checkpoint: {last}. Free some '
+                'space and continue with --resume'
             ) from error
-
-    def _start_batches(self, skip: int) -> None:
-        self._batches.start(self._key(BATCH), first=self._iter, skip=skip)
 
     def _key(self, kind: int) -> tuple[int, ...]:
         return self.runner.seed, kind, get_rank()
@@ -199,7 +186,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
             runner.message_hub.update_info(EPOCH, begin)
         runner.call_hook('before_train_epoch')
         runner.model.train()
-        self._start_batches(skip=done)
+        self._batches.start(self._key(BATCH), first=self._iter, skip=done)
         for i, batch in enumerate(self.dataloader, done):
             self._train(i, batch)
         runner.call_hook('after_train_epoch')
@@ -216,10 +203,7 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
 
 @LOOPS.register_module()
 class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
-    """mmengine's loop by iterations, resumable.
-
-    It loads no batches to find its position in the data.
-    """
+    """mmengine's loop by iterations, resumable without loading batches to find its position."""
 
     endless = True
 
@@ -230,7 +214,7 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
         with self._running():
             # To the hooks, the run is one epoch.
             runner.call_hook('before_train_epoch')
-            self._start_batches(skip=self._iter)
+            self._batches.start(self._key(BATCH), first=self._iter, skip=self._iter)
             self.dataloader_iterator = type(self.dataloader_iterator)(self.dataloader)
             if self._iter:
                 self._validate(self._iter, self._max_iters)

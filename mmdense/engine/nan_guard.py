@@ -6,14 +6,15 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from mmengine.dist import all_gather_object, is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from mmdense.engine.checkpoint_hook import last_checkpoint
 from mmdense.engine.stopping import StopSignal
 from mmdense.errors import UserError, first_of
 from mmdense.registry import HOOKS
@@ -88,8 +89,8 @@ class NaNGuardHook(Hook):
         self._streak = self._streak + 1 if bad else 0
         if self._streak == 1:
             lr = max(chain.from_iterable(runner.optim_wrapper.get_lr().values()))
-            images = tuple(_image_files(data_batch))
-            self._first = _BadIteration(runner.iter + 1, bad, lr, images)
+            paths = [getattr(leaf, 'img_path', None) for leaf in tree_leaves(data_batch)]
+            self._first = _BadIteration(runner.iter + 1, bad, lr, tuple(filter(None, paths)))
         distributed = is_distributed()
         if not (self.every_n_train_iters(runner, self.patience) if distributed else bad):
             return
@@ -124,17 +125,6 @@ def _bad_losses(runner: Runner, outputs: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f'{name} {value}' for name, value in values.items() if not math.isfinite(value))
 
 
-def _image_files(node: Any) -> Iterator[str]:
-    """Yield the image files of a batch's samples."""
-    if isinstance(node, Mapping):
-        node = list(node.values())
-    if isinstance(node, list | tuple):
-        for child in node:
-            yield from _image_files(child)
-    elif path := getattr(node, 'img_path', None):
-        yield path
-
-
 def _message(runner: Runner, firsts: Sequence[_BadIteration], broken: bool) -> str:
     """Return the line for the user: what went wrong first in any process, and what to try."""
     now = runner.iter + 1
@@ -158,6 +148,6 @@ def _message(runner: Runner, firsts: Sequence[_BadIteration], broken: bool) -> s
         remedies.append('--amp-dtype bfloat16')
     if firsts:
         remedies.append('checking these images and their labels')
-    pointer = Path(runner.work_dir, 'last_checkpoint')
-    last = f'last checkpoint: {pointer.read_text()}' if pointer.is_file() else 'no checkpoint yet'
-    return f'{problem}. Try {", ".join(remedies)}. These weights were not saved; {last.strip()}'
+    last = last_checkpoint(runner.work_dir) or 'none yet'
+    advice = f'Try {", ".join(remedies)}. These weights were not saved'
+    return f'{problem}. {advice}; last checkpoint: {last}'

@@ -21,14 +21,9 @@ SIGNS = ('DefaultCPUAllocator', 'STATUS_ALLOC_FAILED', 'CUDA error: out of memor
 
 @contextmanager
 def explain_out_of_memory(cfg: Config, loader: str) -> Iterator[None]:
-    """Replace the error of a full GPU or CPU memory by a line that says how to need less.
+    """Replace the error of a full GPU or CPU memory by a UserError that says how to need less.
 
-    Args:
-        cfg: The config that runs inside.
-        loader: The loader of the batches: 'train' or 'test'.
-
-    Raises:
-        UserError: Memory ran out.
+    ``loader`` is the one that is read inside: 'train' or 'test'.
     """
     try:
         yield

@@ -29,9 +29,6 @@ class SaveLabelMapsHook(Hook):
     """Save the label maps that a segmentor predicts as PNG, numbered as the data set's own.
 
     Images that differ only in their suffix keep it: ``x.jpg.png`` and ``x.bmp.png``.
-
-    Args:
-        out_dir: The folder.
     """
 
     def __init__(self, out_dir: str) -> None:
@@ -39,11 +36,7 @@ class SaveLabelMapsHook(Hook):
         self._files: dict[str, Path] = {}
 
     def before_test(self, runner: Runner) -> None:
-        """Name the files.
-
-        Raises:
-            UserError: If one cannot be written.
-        """
+        """Name the files; raise UserError if one cannot be written."""
         names = change_suffix(relative_paths(_image_paths(runner)), '.png')
         self._files = {image: self.out_dir / name for image, name in names.items()}
         for file in self._files.values():
@@ -67,12 +60,9 @@ class SaveLabelMapsHook(Hook):
 
 @HOOKS.register_module()
 class SavePredictionsHook(Hook):
-    """Save all predictions of a detector in one file, as mmdet's ``DumpDetResults`` does.
+    """Save all predictions of a detector in one .pkl file by mmdet's ``DumpDetResults``.
 
     That metric has no place in a ``MultiDatasetsEvaluator``, which takes one for each data set.
-
-    Args:
-        out_file: The .pkl file.
     """
 
     def __init__(self, out_file: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import zipfile
 from collections.abc import Mapping
@@ -10,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from mmdense.errors import UserError, one_line, suggest_file
+from mmdense.engine.checkpoint_hook import POINTER, last_checkpoint
+from mmdense.errors import UserError, one_line, suggest_file, warn
 from mmdense.weights.files import read_checkpoint
 
 __all__ = ['compare_settings', 'find_training', 'read_training', 'use_checkpoint']
@@ -73,12 +72,7 @@ def use_checkpoint(
 
 
 def read_training(file: str | Path) -> dict[str, Any]:
-    """Read a training checkpoint completely and return it.
-
-    Raises:
-        NoTrainingError: The checkpoint has weights only.
-        UserError: The file does not exist or is damaged.
-    """
+    """Read a training checkpoint completely; UserError if it is damaged or has weights only."""
     file = Path(file)
     if zipfile.is_zipfile(file):
         try:
@@ -101,21 +95,18 @@ def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
     """Return the latest intact training checkpoint in a folder, and its content, or None.
 
     That is the one in ``last_checkpoint``; if it is damaged, the newest intact one with the state
-    of the optimizer, with a warning for each damaged one. Remote and sharded checkpoints are not
-    read: their content is ``{}``.
-
-    Raises:
-        UserError: All checkpoints are damaged.
+    of the optimizer, with a warning for each damaged one; UserError if all are. Remote and sharded
+    checkpoints are not read: their content is ``{}``.
     """
     work_dir = Path(work_dir)
-    pointer = work_dir / 'last_checkpoint'
-    last = pointer.read_text().strip() if pointer.is_file() else ''
+    last = last_checkpoint(work_dir)
     if last and ('://' in last or Path(last).is_dir()):
         return last, {}
     first = [Path(last)] if last else []
     folders = {work_dir, *(file.parent for file in first)}
     files = {file for folder in folders for file in folder.glob('*.pth')}.difference(first)
     newest = sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True)
+    pointer = work_dir / POINTER
     problems = [f'{pointer} is empty'] if pointer.is_file() and not last else []
     for file in first + newest:
         try:
@@ -127,7 +118,7 @@ def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
         if str(file) != last and 'optimizer' not in checkpoint:
             continue
         for problem in problems:
-            print_log(f'{problem}: resuming from {file}', 'current', logging.WARNING)
+            warn(f'{problem}: resuming from {file}')
         return str(file), checkpoint
     if problems:
         raise UserError(

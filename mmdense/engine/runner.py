@@ -11,9 +11,8 @@ from typing import Any
 import mmengine.runner
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.dist import is_distributed, is_main_process
+from mmengine.dist import is_distributed
 from mmengine.hooks import CheckpointHook, EMAHook
-from mmengine.logging import print_log
 from mmengine.registry import HOOKS, LOOPS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
@@ -24,9 +23,9 @@ from mmdense.config.loops import check_loops
 from mmdense.config.parts import check_parts, dicts, find
 from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
 from mmdense.datasets.files import check_data
-from mmdense.engine.bad_samples import FlexibleRunner, Runner
+from mmdense.engine.bad_samples import naming
 from mmdense.engine.hooks import LoadReportHook, unwrap
-from mmdense.errors import UserError, one_line, suggest_file
+from mmdense.errors import UserError, one_line, suggest_file, warn
 from mmdense.files import check_writable, wrap_disk_errors
 
 __all__ = ['build_runner', 'load_weights', 'unwrap']
@@ -38,7 +37,6 @@ RESUMABLE = {
     EpochBasedTrainLoop: 'mmdense.EpochBasedTrainLoop',
     IterBasedTrainLoop: 'mmdense.IterBasedTrainLoop',
 }
-RUNNER_TYPES = {mmengine.runner.Runner: Runner, mmengine.runner.FlexibleRunner: FlexibleRunner}
 
 
 def build_runner(
@@ -80,9 +78,8 @@ def build_runner(
     if not training:  # a checkpoint's weights are the moving average already
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [hook for hook in hooks if not _is_ema(hook, cfg.get('default_scope'))]
-    kind = RUNNERS.get(cfg.get('runner_type', 'Runner'))
     with wrap_disk_errors(cfg.work_dir):
-        runner = RUNNER_TYPES.get(kind, kind).from_cfg(cfg)
+        runner = naming(RUNNERS.get(cfg.get('runner_type', 'Runner'))).from_cfg(cfg)
     _warn_once_if_log_fails(runner.logger)
     if replaced:
         runner.logger.info(f"{', '.join(replaced)}: in place of mmengine's, to resume exactly")
@@ -152,12 +149,8 @@ def _distribute_on_cpu(cfg: Config) -> None:
     synchronized = [node for node in dicts(cfg.model) if node.get('type') == 'SyncBN']
     for node in synchronized:
         node['type'] = 'BN'
-    if any([synchronized, cfg.pop('sync_bn', None)]) and is_main_process():
-        print_log(
-            'no GPU: each process has its own batch norm statistics in place of SyncBN',
-            'current',
-            logging.WARNING,
-        )
+    if any([synchronized, cfg.pop('sync_bn', None)]):
+        warn('no GPU: each process has its own batch norm statistics in place of SyncBN')
 
 
 def _check_fsdp(cfg: Config) -> None:

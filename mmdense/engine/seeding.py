@@ -1,9 +1,8 @@
 """Random numbers that depend only on the seed and the iteration.
 
-mmengine seeds the main process once and each worker when it starts, with the same number in every
-epoch, and saves no generator state, so a resumed run draws other numbers. Here the main process is
-seeded by (seed, rank, iteration) and each batch, whichever process loads it, by (seed, rank, number
-of the batch in the run).
+With mmengine, which saves no generator state, a resumed run draws other numbers. Here the main
+process is seeded by (seed, rank, iteration) and each batch, whichever process loads it, by (seed,
+rank, number of the batch in the run).
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Batch(list):
 class NumberedBatches:
     """A batch sampler that can start at any batch, and numbers its batches.
 
-    It replaces the loader's batch sampler. The loader's workers then seed themselves for each batch
-    and ignore SIGTERM unless the main process sends it: schedulers send it to all processes, but
-    the main one has to finish its iteration.
+    It replaces the loader's batch sampler. The workers then seed themselves for each batch and obey
+    SIGTERM from the main process only: schedulers send it to all, but that one goes on a while.
 
     State that a data set keeps between samples, such as the cache of CachedMosaic, is not restored.
 
@@ -69,13 +67,10 @@ class NumberedBatches:
             loader.worker_init_fn = partial(_init_worker, loader.worker_init_fn)
 
     def start(self, key: Sequence[int], *, first: int, skip: int) -> None:
-        """Set where the loader's next iterator starts.
+        """Let the loader's next iterator start at the batch of number ``first``.
 
-        Args:
-            key: Seeds the batches, together with their numbers.
-            first: Number of the first batch.
-            skip: Number of the sampler's batches to skip before it. They are not loaded; drawing
-                their indices takes about a second for a million.
+        ``key`` seeds the batches, together with their numbers. ``skip`` of the sampler's batches
+        are left out before it: drawing their indices takes about a second for a million.
         """
         self._range = tuple(key), first, skip
 

@@ -32,11 +32,7 @@ class StopSignal(Hook):
     Signals within three seconds count as one. Several processes stop at the same iteration: they
     exchange whether to, with the NaN guard's numbers or every ten iterations, since they wait for
     the device. As a hook it ends a validation in a single process by :class:`Stopped`. Several
-    processes may have different numbers of batches left: they call ``save`` and then finish the
-    validation if they are given the time.
-
-    Args:
-        save: Writes a checkpoint in the middle of a validation.
+    processes may have different numbers of batches left: they call ``save`` and go on validating.
     """
 
     def __init__(self, save: Callable[[], None] | None = None) -> None:

@@ -11,12 +11,13 @@ import pytest
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import TRANSFORMS, DefaultScope
+from mmengine.runner import Runner
 
 import bad_data as bad
 from mmdense.datasets import files as files_module
 from mmdense.datasets.check import ReadOptions, Sample
 from mmdense.datasets.files import check_data, check_files, check_trained_labels, list_files
-from mmdense.engine.bad_samples import Runner
+from mmdense.engine.bad_samples import naming
 from mmdense.errors import UserError
 
 BOXES = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations', with_bbox=True)]
@@ -358,7 +359,7 @@ def loader_of(dataset, scope='mmdet', workers=0):
     collate = dict(type='pseudo_collate')
     config = dict(batch_size=2, num_workers=workers, sampler=sampler, collate_fn=collate)
     with DefaultScope.overwrite_default_scope(scope):
-        return Runner.build_dataloader(Config(dict(config, dataset=dataset)))
+        return naming(Runner).build_dataloader(Config(dict(config, dataset=dataset)))
 
 
 def failing(folder, error):
@@ -414,6 +415,6 @@ def test_the_dataset_itself_is_unchanged(tmp_path):
     pickled = pickle.loads(pickle.dumps(dataset))  # for spawned workers
     assert type(pickled.pipeline) is type(dataset.pipeline)
     assert dataset.get_subset([1])[0]['img_id'] == 1
-    assert Runner.build_dataloader(loader) is loader
+    assert naming(Runner).build_dataloader(loader) is loader
     with pytest.raises(TypeError), DefaultScope.overwrite_default_scope('mmdet'):
-        Runner.build_dataloader(dict(dataset=boxes(tmp_path, typo=1), sampler=None))
+        naming(Runner).build_dataloader(dict(dataset=boxes(tmp_path, typo=1), sampler=None))

@@ -91,7 +91,7 @@ def test_broken_weights_stop_the_run_at_once(tmp_path):
 
 def test_the_message_has_the_learning_rate_of_the_bad_iteration(tmp_path):
     """Not of the next one. There is no checkpoint to name."""
-    with pytest.raises(UserError, match='learning rate 0.0625, .*no checkpoint yet$'):
+    with pytest.raises(UserError, match='learning rate 0.0625, .*last checkpoint: none yet$'):
         train(tmp_path, Model([math.inf]))
     assert saved(tmp_path) == []
 

@@ -47,7 +47,7 @@ def cut(file):
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(resume, 'print_log', lambda line, *_: lines.append(line))
+    monkeypatch.setattr(resume, 'warn', lines.append)
     return lines
 
 

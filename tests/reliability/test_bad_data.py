@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 
 import bad_data as bad
 from mmdense.config.read import load_config
 from mmdense.datasets.files import check_data
-from mmdense.engine.bad_samples import Runner
+from mmdense.engine.bad_samples import naming
 from mmdense.engine.runner import build_runner
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -263,7 +264,7 @@ def loader(task, folder, workers=0, check=False, **options):
     if check:
         check_data(config, ('train',))
     with DefaultScope.overwrite_default_scope(config.default_scope):
-        return Runner.build_dataloader(config.train_dataloader, seed=0)
+        return naming(Runner).build_dataloader(config.train_dataloader, seed=0)
 
 
 def stops(task, folder, workers=0, **options):

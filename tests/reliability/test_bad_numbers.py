@@ -33,6 +33,6 @@ def test_two_processes_stop_and_name_the_images(run_tool, tmp_path):
     assert 'at iteration 3 the weights are not finite either' in lines[0]
     assert float(re.search('learning rate ([^,]+),', lines[0])[1]) > RATE / 100
     assert len({*re.findall(r'data/digits/train/\d+\.jpg', lines[0])}) == 4  # two from each process
-    assert lines[0].endswith('no checkpoint yet')
+    assert lines[0].endswith('last checkpoint: none yet')
     assert not list(tmp_path.glob('*.pth'))
     assert 'Connection closed' not in output  # no process waited for one that had exited

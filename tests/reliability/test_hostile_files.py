@@ -174,7 +174,7 @@ def test_names_of_configs(name, tmp_path, capsys):
     file.write_text('model = (')
 
     @report_errors
-    def main():
+    def main(argv=None):
         load_config(str(file))
 
     with pytest.raises(SystemExit, match='2'):
@@ -186,7 +186,7 @@ def test_names_of_configs(name, tmp_path, capsys):
 
 def test_control_codes_are_escaped(capsys):
     @report_errors
-    def main():
+    def main(argv=None):
         raise UserError('no \x1b[31mred\x07, ünd 図')
 
     with pytest.raises(SystemExit):

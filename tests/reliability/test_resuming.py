@@ -232,7 +232,7 @@ def test_a_checkpoint_that_cannot_be_written(limited):
     error = output.splitlines()[-1]
     assert error.startswith(f'error: cannot write {work_dir / "epoch_2.pth"}: File too large (')
     assert ' MB needed, ' in error
-    assert f'the last complete checkpoint is {work_dir / "epoch_1.pth"}. Free' in error
+    assert f'last checkpoint: {work_dir / "epoch_1.pth"}. Free' in error
     assert files_left == ['epoch_1.pth']
     assert hidden == []
 
@@ -264,7 +264,7 @@ def test_scalars_that_cannot_be_written(project):
     assert 'Traceback' not in output
     error = output.splitlines()[-1]
     assert error.startswith(f'error: cannot write {work_dir}: No space left on device')
-    assert 'no checkpoint yet' in error
+    assert 'last checkpoint: none yet' in error
 
 
 def test_two_processes_stop_at_the_same_iteration(project):
