@@ -211,7 +211,7 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
         new.update({key: old[key] for key in FREEZING if key in old})
         frozen = old.get('frozen_stages', -1)
         if frozen > 0:
-            limit = _stride_of(old, scope, index=frozen - 1)
+            limit = backbone_maps({**old, 'out_indices': [frozen - 1]}, scope).strides[0]
             new.frozen_stages = 1 + max((i for s, i in indices.items() if s <= limit), default=-1)
     cfg.model.backbone = new
     for reader in readers(cfg.model, strides):
@@ -221,13 +221,3 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     if isinstance(neck, dict) and neck.get('type') == SSD_NECK:
         cfg.model.bbox_head.in_channels = AUTO
     fill_channels(cfg)
-
-
-def _stride_of(backbone: Mapping[str, Any], scope: str | None, *, index: int) -> int:
-    """Return the stride of a feature map, whether or not the config asks for it."""
-    everything = {k: v for k, v in backbone.items() if k not in ('out_indices', *FREEZING)}
-    try:
-        maps = backbone_maps(everything, scope)
-    except UserError:  # the default indices do not exist in this network
-        maps = backbone_maps(backbone, scope)
-    return dict(zip(maps.indices, maps.strides, strict=True)).get(index, 2)

@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS
 
 from mmdense.config.evaluators import iter_metrics
 from mmdense.config.parts import LIBRARIES, find
+from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, warn
 
 __all__ = [
@@ -175,11 +176,8 @@ def use_tta(cfg: Config) -> None:
     if 'tta_model' not in cfg or 'tta_pipeline' not in cfg:
         raise UserError(f'{cfg.filename} has no tta_model and tta_pipeline')
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    data = cfg.test_dataloader.dataset
-    while 'dataset' in data:
-        data = data.dataset
-    for part in data.get('datasets', [data]):
-        part.pipeline = cfg.tta_pipeline
+    for _, dataset in iter_dataset_configs(cfg.test_dataloader, ''):
+        dataset.pipeline = cfg.tta_pipeline
 
 
 def write_predictions(cfg: Config, out: str) -> None:
@@ -202,12 +200,12 @@ def use_show_dir(cfg: Config, folder: str) -> None:
     if 'visualization' not in cfg.get('default_hooks', {}):
         raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
     folder = str(Path(folder).resolve())  # mmdet would add a relative path to its work dir
-    cfg.default_hooks.visualization.draw = True
+    hook = cfg.default_hooks.visualization
+    hook.draw = True
     if cfg.default_scope == 'mmseg':
         cfg.visualizer.save_dir = folder
-        cfg.default_hooks.visualization.interval = 1  # the original mmseg draws every 50th
+        hook.interval = 1  # the original mmseg draws every 50th
     else:
-        hook = cfg.default_hooks.visualization
         hook.test_out_dir = folder
         if hook.type == 'DetVisualizationHook':
             hook.type = 'mmdense.DetVisualizationHook'

@@ -48,10 +48,8 @@ def check_loops(cfg: Config, loaders: Sequence[str]) -> None:
     for key in ('max_epochs', 'max_iters', 'val_interval'):
         if train.get(key, 1) < 1:
             way = '; without validation: val_dataloader=None val_cfg=None val_evaluator=None'
-            raise UserError(
-                f'train_cfg.{key} is {train[key]}, must be at least 1'
-                + (way if key == 'val_interval' else '')
-            )
+            way = way if key == 'val_interval' else ''
+            raise UserError(f'train_cfg.{key} is {train[key]}, must be at least 1{way}')
     for section in ('default_hooks', 'custom_hooks', 'param_scheduler') if by_iter else ():
         parts = cfg.get(section) or {}
         items = parts.items() if isinstance(parts, dict) else enumerate(parts)

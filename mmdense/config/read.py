@@ -52,15 +52,12 @@ def read_config(path: str) -> Config:
 def _check_syntax(file: Path) -> None:
     """Parse a Python config and those that it inherits: mmengine's error does not name the file."""
     try:
-        tree = ast.parse(file.read_text(encoding='utf-8'))
+        ast.parse(file.read_text(encoding='utf-8'))
     except (SyntaxError, UnicodeError) as error:
         raise UserError(f'{file}: {one_line(error)}') from error
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == '_base_':
-            bases = ast.literal_eval(node.value)
-            for base in [bases] if isinstance(bases, str) else bases:
-                if '::' not in base:  # else it is in another package
-                    _check_syntax(file.parent / base)
+    for base in Config._get_base_files(str(file)):
+        if '::' not in base:  # else it is in another package
+            _check_syntax(file.parent / base)
 
 
 def load_config(

@@ -54,12 +54,9 @@ register_backend(BACKEND, AtomicFileBackend, force=True)
 class CheckpointHook(MMEngineCheckpointHook):
     """mmengine's hook with atomic writes; an old checkpoint is removed after its successor exists.
 
-    The tools use it in place of mmengine's. The arguments are the same. It applies to a ``Runner``
-    that writes to the local disk. Other storage and strategies (``FlexibleRunner``) work as in
-    mmengine.
-
-    Raises:
-        WriteError: During training, if a file can't be written.
+    The tools use it in place of mmengine's, with the same arguments. Other storage than the local
+    disk, and strategies (``FlexibleRunner``), work as in mmengine. A file that can't be written
+    raises WriteError.
     """
 
     def before_train(self, runner: Runner) -> None:
@@ -73,10 +70,9 @@ class CheckpointHook(MMEngineCheckpointHook):
                 part.unlink(missing_ok=True)
 
     def save_now(self, runner: Runner) -> str:
-        """Write ``interrupted.pth`` for ``--resume`` and return its path.
+        """Write ``interrupted.pth``, which the next checkpoint replaces, and return its path.
 
-        Call it between two iterations. Other processes don't wait for the main one. The next
-        checkpoint replaces it.
+        Call it between two iterations. Other processes don't wait for the main one.
         """
         with self._replacing():
             runner.save_checkpoint(

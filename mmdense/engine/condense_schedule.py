@@ -42,10 +42,8 @@ class CondenseScheduleHook(Hook):
 
     Args:
         group_lasso: Weight of the group lasso, a loss that drives whole groups of weights to zero.
-            It is reported as ``loss_group_lasso`` until the last stage. 0 as published.
-
-    Raises:
-        ValueError: If the weight is negative or not finite.
+            It is reported as ``loss_group_lasso`` until the last stage. Finite, from 0 up; 0 as
+            published.
     """
 
     def __init__(self, *, group_lasso: float = 0.0) -> None:

@@ -53,11 +53,7 @@ class CompileBackboneHook(Hook):
         self._calls: list[tuple[nn.Module, Any]] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Compile every backbone in the model, such as a teacher's and its student's.
-
-        Raises:
-            UserError: If the model has none.
-        """
+        """Compile every backbone in the model, such as a teacher's; UserError if it has none."""
         model = unwrap(runner.model)
         children = [getattr(module, 'backbone', None) for module in model.modules()]
         backbones = [child for child in children if isinstance(child, nn.Module)]
@@ -128,10 +124,6 @@ class LoadReportHook(Hook):
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the detector or segmentor inside DDP, test-time augmentation and torch.compile."""
-    while True:
-        if is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-            model = model.module
-        elif hasattr(model, '_orig_mod'):
-            model = model._orig_mod
-        else:
-            return model
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel) or hasattr(model, '_orig_mod'):
+        model = model._orig_mod if hasattr(model, '_orig_mod') else model.module
+    return model

@@ -72,6 +72,7 @@ class _Resumable:
     @contextmanager
     def _running(self) -> Iterator[None]:
         runner = self.runner
+        runner.call_hook('before_train')
         self._signal = StopSignal(self._save_in_validation)
         runner.register_hook(self._signal)
         for line in misfits(runner):
@@ -79,6 +80,7 @@ class _Resumable:
         try:
             with self._signal, wrap_disk_errors(runner.work_dir):
                 yield
+                runner.call_hook('after_train')
         except WriteError as error:
             last = last_checkpoint(runner.work_dir) or 'none yet'
             raise WriteError(
@@ -167,14 +169,12 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
 
     def run(self) -> nn.Module:
         """Train, and return the model."""
-        self.runner.call_hook('before_train')
         with self._running():
             if self._iter and not self._done():
                 self._validate(self._epoch, self._max_epochs)
             while self._epoch < self._max_epochs and not self.stop_training:
                 self.run_epoch()
                 self._validate(self._epoch, self._max_epochs)
-            self.runner.call_hook('after_train')
         return self.runner.model
 
     def run_epoch(self) -> None:
@@ -197,7 +197,6 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
         epoch, begin, length = self.runner.message_hub.runtime_info.get(EPOCH, (-1, 0, 0))
         if epoch != self._epoch:
             return 0
-        # The same share, if the number of processes or the batch size has changed.
         return (self._iter - begin) * len(self.dataloader) // length
 
 
@@ -210,7 +209,6 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
     def run(self) -> nn.Module:
         """Train, and return the model."""
         runner = self.runner
-        runner.call_hook('before_train')
         with self._running():
             # To the hooks, the run is one epoch.
             runner.call_hook('before_train_epoch')
@@ -223,7 +221,6 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
                 self._train(next(self.dataloader_iterator))
                 self._validate(self._iter, self._max_iters)
             runner.call_hook('after_train_epoch')
-            runner.call_hook('after_train')
         return runner.model
 
 

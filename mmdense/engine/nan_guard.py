@@ -45,8 +45,7 @@ class NaNGuardHook(Hook):
     If the loss is not finite and the model's weights or statistics are not finite either, the run
     stops at once, since it cannot recover. If the weights are finite, it stops after ``patience``
     such iterations in a row: the loss of an empty batch or a step skipped by a gradient scaler may
-    be harmless. Steps that a scaler skips because of the gradients alone don't count. The error
-    names the first bad iteration with its images, learning rate and losses.
+    be harmless. The UserError names the first such iteration, its images, learning rate and losses.
 
     The hook reads the numbers that mmengine has fetched for the log anyway, so it never waits for
     the GPU. In distributed training all processes must stop together: they exchange their numbers
@@ -54,11 +53,7 @@ class NaNGuardHook(Hook):
     before then is not written if its weights are not finite.
 
     Args:
-        patience: Number of consecutive iterations without a finite loss that stops the run.
-
-    Raises:
-        ValueError: If the patience is below 1.
-        UserError: In the run, as described.
+        patience: Number of consecutive iterations without a finite loss that stops the run; from 1.
     """
 
     # After averaging and logging, before the learning rate changes and checkpoints are written.

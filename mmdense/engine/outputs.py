@@ -33,7 +33,6 @@ class SaveLabelMapsHook(Hook):
 
     def __init__(self, out_dir: str) -> None:
         self.out_dir = Path(out_dir)
-        self._files: dict[str, Path] = {}
 
     def before_test(self, runner: Runner) -> None:
         """Name the files; raise UserError if one cannot be written."""

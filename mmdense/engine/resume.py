@@ -32,8 +32,8 @@ def use_checkpoint(
 ) -> None:
     """Resume a training or start from a model's weights.
 
-    A local checkpoint is read completely, so that a damaged one is not resumed. A run without a
-    seed resumes with the seed it was started with.
+    A local checkpoint is read completely: UserError if it is damaged, or all of the work dir are. A
+    run without a seed resumes with the seed it was started with.
 
     Args:
         cfg: A complete config; changed in place.
@@ -42,10 +42,6 @@ def use_checkpoint(
         load_from: The weights of a complete model to start from; by default the config's.
         min_loaded: Share of the backbone's tensors that ``load_from`` must fill. With 1 the
             backbone's ``init_cfg`` is not needed and removed.
-
-    Raises:
-        UserError: The checkpoint does not exist or is damaged, or the work dir has damaged
-            checkpoints only.
     """
     if load_from:
         if resume:

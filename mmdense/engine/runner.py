@@ -169,12 +169,8 @@ def _check_fsdp(cfg: Config) -> None:
 def load_weights(runner: mmengine.runner.Runner, path: str) -> dict:
     """Load a trained model's weights into the runner's model, and return the checkpoint.
 
-    Args:
-        runner: As :func:`build_runner` returns it.
-        path: A checkpoint file, or any address that weights can be loaded from.
-
-    Raises:
-        UserError: The file does not exist, is not a checkpoint, or does not fill the model.
+    ``path`` is a file or any address that weights can be loaded from; UserError if it does not
+    exist, is not a checkpoint, or does not fill the model.
     """
     if '://' not in path and not Path(path).exists():
         raise UserError(f'no checkpoint {path}{suggest_file(path, "*.pth")}')
