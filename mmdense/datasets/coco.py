@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as short_repr
@@ -21,10 +21,8 @@ from mmdense.errors import first_of, one_line
 __all__ = ['CocoCheck']
 
 NUMBER = int | float
-FIELDS = dict(
-    images=('image', dict(file_name=str, width=NUMBER, height=NUMBER)),
-    categories=('category', dict(name=str)),
-)
+TITLES = dict(images='image', categories='category', annotations='annotation')
+FIELDS = dict(images=dict(file_name=str, width=NUMBER, height=NUMBER), categories=dict(name=str))
 
 
 class _UnreadableError(Exception):
@@ -58,8 +56,7 @@ class CocoCheck:
             labels = self._check_names(list(names.values()))
             annotated = self._check_annotations(content, images, names)
             if 'annotations' in content and self.labelled:
-                counts = self._boxes, self._objects
-                self.findings += check_objects(self.file, *counts, self.classes)
+                self.findings += check_objects(self.file, self._boxes, self._objects, self.classes)
         except _UnreadableError as error:
             self._report('unreadable annotations', str(error))
             return self.findings, [], ()
@@ -101,20 +98,29 @@ class CocoCheck:
                 raise _UnreadableError(f'no list of {key}')
         return content
 
-    def _records(self, content: Mapping[str, Any], key: str) -> dict[Hashable, dict[str, Any]]:
-        """Return the usable entries of a list by id."""
-        title, fields = FIELDS[key]
-        records = {}
-        for i, record in enumerate(content[key]):
+    def _with_ids(
+        self, content: Mapping[str, Any], key: str
+    ) -> Iterator[tuple[Hashable, str, dict[str, Any]]]:
+        """Yield the id of each entry of a list, its name in findings, and the entry."""
+        known = set()
+        for i, record in enumerate(content.get(key, ())):
             number = record.get('id') if isinstance(record, dict) else None
-            if not _is_id(number):
+            whole = isinstance(number, float) and number.is_integer()
+            if not (whole or isinstance(number, int | str)):
                 self._report('invalid field', 'no id', f'{key}[{i}]')
                 continue
-            part = f'{title} {number}'
-            if number in records:
+            part = f'{TITLES[key]} {number}'
+            if number in known:
                 self._report('duplicate id', f'{key}[{i}] has the same id', part)
+            known.add(number)
+            yield number, part, record
+
+    def _records(self, content: Mapping[str, Any], key: str) -> dict[Hashable, dict[str, Any]]:
+        """Return the usable entries of a list by id."""
+        records = {}
+        for number, part, record in self._with_ids(content, key):
             records[number] = record  # the last of an id, as in pycocotools
-            for name, kind in fields.items():
+            for name, kind in FIELDS[key].items():
                 value = record.get(name)
                 if not isinstance(value, kind) or value == '' or (kind is not str and value <= 0):
                     self._report('invalid field', f'{name} is {short_repr(value)}', part)
@@ -140,16 +146,8 @@ class CocoCheck:
         names: Mapping[Hashable, str],
     ) -> set[Hashable]:
         """Check annotations, and return the images that have some."""
-        annotated, numbers, unused = set(), set(), Counter()
-        for i, annotation in enumerate(content.get('annotations', ())):
-            number = annotation.get('id') if isinstance(annotation, dict) else None
-            if not _is_id(number):
-                self._report('invalid field', 'no id', f'annotations[{i}]')
-                continue
-            part = f'annotation {number}'
-            if number in numbers:
-                self._report('duplicate id', 'another annotation has the same id', part)
-            numbers.add(number)
+        annotated, unused = set(), Counter()
+        for _, part, annotation in self._with_ids(content, 'annotations'):
             ids = annotation.get('image_id'), annotation.get('category_id')
             try:
                 image, category = images.get(ids[0]), names.get(ids[1])
@@ -224,8 +222,3 @@ class CocoCheck:
             self._report('invalid mask', 'a polygon lies far outside the image', part)
         elif short := sum(len(polygon) < 6 or len(polygon) % 2 for polygon in mask):
             self._report('short polygon', f'{short} of {len(mask)} polygons', part)
-
-
-def _is_id(number: Any) -> bool:
-    """Whether this is an id: text or a whole number, also as 1.0."""
-    return isinstance(number, int | str) or (isinstance(number, float) and number.is_integer())

@@ -127,7 +127,7 @@ def test_ids_and_fields(check):
     lines, samples = check(coco(images, annotations))
     assert lines['duplicate id'] == [
         'image 1: images[1] has the same id',
-        'annotation 1: another annotation has the same id',
+        'annotation 1: annotations[1] has the same id',
     ]
     assert lines['duplicate file'] == ['2 images are same.jpg']
     assert lines['invalid field'] == [

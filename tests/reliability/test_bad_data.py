@@ -315,7 +315,7 @@ def test_training_names_the_fault_of_an_annotation_file(tmp_path):
     image = {'intact.jpg': bad.USABLE['intact.jpg']}
     file = tmp_path / 'annotations/instances_train.json'
     for annotations, message in (
-        ([bad.box(1), bad.box(1)], 'annotation 1: another annotation has the same id: '),
+        ([bad.box(1), bad.box(1)], 'annotation 1: annotations[1] has the same id: '),
         ([bad.box(1) | dict(bbox=None)], 'image 1, annotation 1: bbox is None, area is 1200: '),
     ):
         detection(tmp_path, image, annotations)
