@@ -164,9 +164,6 @@ def check_sample(
     return findings
 
 
-# Images
-
-
 def _decode(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Problems]:
     """Decode an image by Pillow, which detects truncation, or OpenCV, which has more formats.
 
@@ -236,9 +233,6 @@ def _ends_in_zeros(file: str) -> bool:
     content = Path(file).read_bytes()
     end_of_image, start_of_scan = content.rfind(b'\xff\xd9'), content.rfind(b'\xff\xda')
     return content.endswith(b'\0') and end_of_image < start_of_scan
-
-
-# Label maps
 
 
 def _check_label_map(

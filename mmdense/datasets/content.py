@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from pathlib import Path
 
 import numpy as np
 from mmengine.dataset import BaseDataset
 
 from mmdense.datasets.check import Finding, ReadOptions, map_labels
 from mmdense.errors import first_of
+from mmdense.files import sha256_of
 
 __all__ = [
     'SLACK',
@@ -148,13 +147,9 @@ def _shared(files: Iterable[str], others: Iterable[str], content: bool) -> list[
             sizes[os.path.getsize(file)][i].append(file)
     for first, second in sizes.values():
         if first and second:
-            digests = set(map(_digest, first))
-            shared |= {file for file in second if _digest(file) in digests}
+            digests = set(map(sha256_of, first))
+            shared |= {file for file in second if sha256_of(file) in digests}
     return [file for file in others if file in shared]
-
-
-def _digest(file: str) -> bytes:
-    return hashlib.blake2b(Path(file).read_bytes()).digest()
 
 
 def count_suffixes(names: Iterable[str], stems: Iterable[str] = ()) -> str:

@@ -136,11 +136,9 @@ def make_digits(
 def _read_marker(root: Path) -> dict:
     """Return the marker of a folder that :func:`make_digits` wrote; empty for an empty folder."""
     fix = 'choose another folder, or remove this one first'
-    if not root.exists():
-        return {}
-    if not root.is_dir():
+    if root.exists() and not root.is_dir():
         raise FileExistsError(f'{root} is not a folder: {fix}')
-    names = {path.name for path in root.iterdir()}
+    names = {path.name for path in root.glob('*')}
     if not names:
         return {}
     try:

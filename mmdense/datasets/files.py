@@ -219,10 +219,8 @@ def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
         UserError: It is remote, cannot be built, or is not a dataset of mmengine.
     """
     readers = [node, *(part for part in node.get('pipeline') or () if isinstance(part, dict))]
-    paths = [node.get('data_root'), node.get('ann_file'), *(node.get('data_prefix') or {}).values()]
-    if any(part.get('backend_args') for part in readers) or any(
-        '://' in str(path) for path in paths
-    ):
+    paths = [node.get(key) for key in ('data_root', 'ann_file', 'data_prefix')]
+    if '://' in str(paths) or any(part.get('backend_args') for part in readers):
         raise UserError(f'{where} is not on this machine: copy it here to check it')
     try:
         dataset = DATASETS.build({**node, 'lazy_init': True})
@@ -259,12 +257,6 @@ def _transforms(node: Any) -> Iterator[Any]:
         yield from _transforms(child)
 
 
-def is_coco_dataset(dataset: BaseDataset) -> bool:
-    """Return whether a dataset reads instances from a COCO file by mmdet's own methods."""
-    methods = type(dataset).load_data_list, type(dataset).parse_data_info
-    return all(method.__module__ == 'mmdet.datasets.coco' for method in methods)
-
-
 def check_annotations(
     dataset: BaseDataset,
 ) -> tuple[list[Finding], list[Sample], Sequence[str]]:
@@ -273,7 +265,8 @@ def check_annotations(
     Names that are unknown or ambiguous are ().
     """
     classes = dataset.metainfo.get('classes') or ()
-    if is_coco_dataset(dataset):
+    methods = type(dataset).load_data_list, type(dataset).parse_data_info
+    if all(method.__module__ == 'mmdet.datasets.coco' for method in methods):
         filters = dataset.filter_cfg or {}
         transforms = list(_transforms(dataset.pipeline))
         return CocoCheck(

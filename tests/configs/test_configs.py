@@ -17,7 +17,7 @@ import mmdense  # noqa: F401
 from mmdense.config.channels import fill_channels
 from mmdense.config.edit import drop_amp
 from mmdense.config.validate import check_channels, check_neck
-from mmdense.datasets import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
+from mmdense.datasets.digits import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
 from support import ROOT
 
 CONFIGS = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')

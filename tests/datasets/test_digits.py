@@ -14,7 +14,8 @@ from mmseg.datasets import BaseSegDataset
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mmdense.datasets import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE, digits, make_digits
+from mmdense.datasets import digits, make_digits
+from mmdense.datasets.digits import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
 from support import ROOT, load_tool
 
 SPLITS = ('train', 'val')
