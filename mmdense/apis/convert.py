@@ -26,19 +26,12 @@ __all__ = ['Conversion', 'convert_weights']
 
 @dataclass(frozen=True)
 class Conversion:
-    """A converted file.
+    """A converted file."""
 
-    Attributes:
-        format: Format of the source; 'mmdense' if the keys were mmdense's already.
-        tensors: Number of tensors in the file.
-        dropped: The source's keys that were left out.
-        report: Load report of the config's model or backbone, if there was a config.
-    """
-
-    format: str
-    tensors: int
-    dropped: tuple[str, ...]
-    report: LoadReport | None
+    format: str  # of the source; 'mmdense' if the keys were mmdense's already
+    tensors: int  # number of tensors in the file
+    dropped: tuple[str, ...]  # the source's keys that were left out
+    report: LoadReport | None  # of the config's model or backbone, if there was a config
 
 
 def convert_weights(

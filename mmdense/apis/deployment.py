@@ -34,22 +34,13 @@ TOLERANCE = 1e-4  # of the largest value of an output, in float32
 
 @dataclass(frozen=True)
 class FormCost:
-    """The cost of a network in one of its forms.
+    """The cost of a network in one of its forms."""
 
-    Attributes:
-        form: Such as 'learned'.
-        parameters: Of the whole model; None for the inference form, which cannot be trained.
-        macs: Executed MACs of the backbone for the probe image.
-        difference: Largest difference of any feature map from the first form's, relative to its
-            largest value.
-        not_counted: Calls of operators that may be products and were not counted.
-    """
-
-    form: str
-    parameters: int | None
-    macs: int
-    difference: float
-    not_counted: Counter[str]
+    form: str  # such as 'learned'
+    parameters: int | None  # of the whole model; None for the inference form, never trained
+    macs: int  # executed by the backbone for the probe image
+    difference: float  # of feature maps from the first form's, at most, over their largest value
+    not_counted: Counter[str]  # calls of operators that may be products
 
 
 def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:

@@ -15,8 +15,8 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -45,47 +45,29 @@ DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the model's data preprocessor does to pixels from 0 to 255.
+    """What the model's data preprocessor does to pixels from 0 to 255."""
 
-    Attributes:
-        channels: Their order, 'RGB' or 'BGR'; '' if the model has no data preprocessor.
-        mean: Subtracted per channel; empty if nothing is.
-        std: Divided by per channel, after that.
-        multiple: Height and width are padded to a multiple of this, at the bottom and right.
-    """
-
-    channels: str = ''
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    multiple: int = 1
+    channels: str = ''  # their order, 'RGB' or 'BGR'; '' if the model has no data preprocessor
+    mean: tuple[float, ...] = ()  # subtracted per channel; empty if nothing is
+    std: tuple[float, ...] = ()  # divided by per channel, after that
+    multiple: int = 1  # height and width are padded to one of this, at the bottom and right
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported file.
-
-    Attributes:
-        file: The file.
-        part: The exported part, one of ``PARTS``.
-        bytes: File size, with external weights.
-        opset: Version of the ONNX operators.
-        shapes: Shapes of the input ``image`` and of each output; dynamic axes are names.
-        fixed: Why axes are fixed that were to be dynamic; '' if none is.
-        checks: (N, H, W) of each checked batch -> output -> largest difference from the model, as a
-            share of the output's largest value.
-        preprocessing: Preprocessing of the model.
-        normalized: Whether the file itself subtracts the mean and divides by std.
-    """
+    """An exported file."""
 
     file: Path
-    part: str
-    bytes: int
-    opset: int
-    shapes: Mapping[str, tuple[int | str, ...]]
-    fixed: str
+    part: str  # one of PARTS
+    bytes: int  # with external weights
+    opset: int  # version of the ONNX operators
+    shapes: Mapping[str, tuple[int | str, ...]]  # of ``image`` and outputs; dynamic axes are names
+    fixed: str  # why axes are fixed that were to be dynamic; '' if none is
+    # (N, H, W) of each batch -> output -> largest difference from the model, as a share of the
+    # output's largest value.
     checks: Mapping[tuple[int, int, int], Mapping[str, float]]
-    preprocessing: Preprocessing
-    normalized: bool
+    preprocessing: Preprocessing  # of the model
+    normalized: bool  # whether the file itself subtracts the mean and divides by std
 
 
 class _ExportError(Exception):
@@ -183,8 +165,7 @@ def _choose_part(model: nn.Module, part: str | None) -> str:
     kind = type(model).__name__
     has_neck = getattr(model, 'neck', None) is not None
     has_head = _head_of(model) is not None
-    if part is None:
-        return 'model' if has_head else 'neck' if has_neck else 'backbone'
+    part = part or ('model' if has_head else 'neck' if has_neck else 'backbone')
     if part not in PARTS:
         raise ValueError(f'part is {part!r}, must be one of {PARTS}')
     if part == 'neck' and not has_neck:
@@ -220,12 +201,9 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 class _Network(nn.Module):
-    """A part of a model as one network: images [N, C, H, W] to a tuple of tensors.
+    """A part of a model, copied to the CPU in float32: images [N, C, H, W] to a tuple of tensors.
 
-    Args:
-        model: The model; copied to the CPU in float32, in evaluation mode.
-        part: One of ``PARTS``.
-        normalization: The mean and std to normalize by.
+    It normalizes the images if there is a ``normalization``, by mean and std.
     """
 
     def __init__(self, model: nn.Module, part: str, normalization: Preprocessing | None) -> None:
@@ -327,9 +305,9 @@ def _odd(size: tuple[int, int], multiple: int) -> tuple[int, int, int]:
 def _output_names(network: _Network, size: tuple[int, int]) -> list[str]:
     try:
         outputs = network.run((1, *size))
+    except UserError:
+        raise
     except (AssertionError, RuntimeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f'no run on images of {size[0]} x {size[1]}: {one_line(error)}') from error
     if network.segments:
         return ['depth' if hasattr(network.head, 'max_depth') else 'logits']
@@ -361,7 +339,10 @@ def _write(
         width += 32  # torch might take two equal sides for one
     images = network.random_images(2 if axes else 1, height, width)
     try:
-        with _quiet(), torch.no_grad():
+        with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.CRITICAL)  # the exporter either works or raises an error
+            warnings.simplefilter('ignore')
             program = torch.onnx.export(
                 network,
                 (images,),
@@ -389,19 +370,6 @@ def _write(
     program.model.metadata_props['mmdense'] = json.dumps(metadata)
     program.save(file, external_data=False)
     return shapes, program.model.opset_imports['']
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter, which either works or raises an error."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _check(
