@@ -47,10 +47,9 @@ def check_objects(
     small = (largest > 0) & (largest <= 1)
     beyond = (a + c > width + SLACK) | (b + d > height + SLACK)
     if small.sum() > len(boxes) / 2:
-        text = f'{small.sum()} of {len(boxes)} boxes lie between 0 and 1, such as '
-        findings.append(
-            Finding('relative boxes', file, text + str(boxes[small][0, :4].round(3).tolist()))
-        )
+        first = boxes[small][0, :4].round(3).tolist()
+        text = f'{small.sum()} of {len(boxes)} boxes lie between 0 and 1, such as {first}'
+        findings.append(Finding('relative boxes', file, text))
     elif beyond.sum() > max(2, len(boxes) / 20):
         for name, corners in BOX_FORMATS.items():
             x1, y1, x2, y2 = corners(a, b, c, d)

@@ -24,17 +24,9 @@ import cv2
 import numpy as np
 from pycocotools import mask as coco_mask
 
-# Category d + 1 of the COCO files and label d + 1 of the label maps is digit d.
+# Category d + 1 of the COCO files and label d + 1 of the label maps is digit d; label 1 of the
+# foreground maps is any digit.
 CLASSES = ('0', '1', '2', '3', '4', '5', '6', '7', '8', '9')
-PALETTE = (
-    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
-    (240, 50, 230), (70, 240, 240), (145, 30, 180), (210, 245, 60), (250, 190, 212),
-)  # fmt: skip
-SEG_CLASSES = ('background', *CLASSES)
-SEG_PALETTE = ((0, 0, 0), *PALETTE)
-# The foreground maps have all digits as one class.
-FOREGROUND_CLASSES = ('background', 'digit')
-FOREGROUND_PALETTE = ((0, 0, 0), (255, 225, 25))
 
 SPLITS = ('train', 'val')
 MARKER = 'demo.json'
@@ -69,7 +61,7 @@ def make_digits(
     val: int = 200,
     size: int = 192,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DigitsData:
     """Write the demo dataset, or leave the folder alone if it is up to date.
 
@@ -78,9 +70,7 @@ def make_digits(
     replaced once the new one is complete.
 
     Args:
-        out: The folder to make.
-        train: Number of training images.
-        val: Number of validation images.
+        train: Number of training images, as ``val`` is of validation images.
         size: Side of the square images in pixels, at least 64.
         seed: Seed of everything random.
         progress: Called with (images done, images in total) after each image.
@@ -120,8 +110,7 @@ def make_digits(
                 scene = _draw_scene(sources, parts[split], size, np.random.default_rng(key))
                 _write_scene(new, split, i, scene, coco)
                 done += 1
-                if progress is not None:
-                    progress(done, train + val)
+                progress(done, train + val)
             (new / f'annotations/instances_{split}.json').write_text(json.dumps(coco))
             instances[split] = len(coco['annotations'])
         marker = dict(generator=GENERATOR, version=VERSION, arguments=arguments)

@@ -75,7 +75,6 @@ def list_files(
     """Check the annotations of a config's datasets, also inside wrappers, and list their files.
 
     Args:
-        cfg: The config.
         loaders: Of 'train', 'val' and 'test'; those that the config hasn't are left out.
         most: Up to so many images are compared by content, to find those in several loaders.
 
@@ -184,14 +183,13 @@ def check_trained_labels(cfg: Config, meta: Mapping[str, Any]) -> None:
                 print_log(f'{finding}: names differ', 'current', logging.WARNING)
 
 
-def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> list[Finding]:
+def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> Iterator[Finding]:
     """Report files that are missing or left out, with the suffixes of those that are there."""
-    findings, stems = [], {Path(sample.image).stem for sample in samples}
+    stems = {Path(sample.image).stem for sample in samples}
     for key, setting in (('image', 'img_suffix'), ('label_map', 'seg_map_suffix')):
         files = [file for sample in samples if (file := getattr(sample, key))]
-        names = {folder: set() for folder in map(os.path.dirname, files)}
-        for folder in filter(os.path.isdir, names):
-            names[folder] = set(os.listdir(folder))  # faster than asking for each file
+        folders = {*map(os.path.dirname, files)}  # listing is faster than asking for each file
+        names = {f: {*os.listdir(f)} if os.path.isdir(f) else set() for f in folders}
         paths = ((file, *os.path.split(file)) for file in files)
         missing = [f for f, folder, name in paths if name not in names[folder] and not isfile(f)]
         if missing:
@@ -200,7 +198,7 @@ def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> list[Fin
             text += f'has {count_suffixes(names[folder], stems)}'
             if hasattr(dataset, setting):
                 text += f', and {setting} is {getattr(dataset, setting)!r}'
-            findings.append(Finding('missing files', folder, text))
+            yield Finding('missing files', folder, text)
     folder = hasattr(dataset, 'img_suffix') and dataset.data_prefix.get('img_path')
     if folder and os.path.isdir(dataset.ann_file or folder):
         known = {os.path.normpath(file) for s in samples for file in (s.image, s.label_map or '')}
@@ -208,8 +206,7 @@ def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> list[Fin
         files = [f for f in files if Path(f).suffix.lower() in Image.registered_extensions()]
         if left := [f for f in files if os.path.normpath(os.path.join(folder, f)) not in known]:
             text = f'img_suffix={dataset.img_suffix!r} leaves out {count_suffixes(left)}'
-            findings.append(Finding('other suffix', folder, text))
-    return findings
+            yield Finding('other suffix', folder, text)
 
 
 def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:

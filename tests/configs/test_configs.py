@@ -17,7 +17,7 @@ import mmdense  # noqa: F401
 from mmdense.config.channels import fill_channels
 from mmdense.config.edit import drop_amp
 from mmdense.config.validate import check_channels, check_neck
-from mmdense.datasets.digits import CLASSES, FOREGROUND_CLASSES, FOREGROUND_PALETTE, PALETTE
+from mmdense.datasets.digits import CLASSES
 from support import ROOT
 
 CONFIGS = sorted(p for p in ROOT.glob('configs/*/*/*.py') if p.parent.name != '_base_')
@@ -160,13 +160,9 @@ def test_compared_recipes_differ_only_in_the_backbone(algorithm):
 
 
 @pytest.mark.parametrize(
-    ('task', 'classes', 'palette'),
-    [
-        ('detection', CLASSES, PALETTE),
-        ('segmentation', FOREGROUND_CLASSES, FOREGROUND_PALETTE),
-    ],
+    ('task', 'classes'), [('detection', CLASSES), ('segmentation', ('background', 'digit'))]
 )
-def test_demo_configs_have_the_classes_of_the_digits(task, classes, palette):
+def test_demo_configs_have_the_classes_of_the_digits(task, classes):
     cfg = Config.fromfile(ROOT / f'configs/{task}/_base_/digits_{task}.py')
     assert cfg.metainfo.classes == classes
-    assert tuple(cfg.metainfo.palette) == palette
+    assert len({*map(tuple, cfg.metainfo.palette)}) == len(cfg.metainfo.palette) == len(classes)

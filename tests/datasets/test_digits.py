@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mmdense.datasets import digits, make_digits
-from mmdense.datasets.digits import CLASSES, PALETTE, SEG_CLASSES, SEG_PALETTE
+from mmdense.datasets.digits import CLASSES
 from support import ROOT, load_tool
 
 SPLITS = ('train', 'val')
@@ -291,7 +291,7 @@ def test_mmdet_reads_boxes_and_masks(data):
         data_root=str(data.root),
         ann_file='annotations/instances_train.json',
         data_prefix=dict(img='train/'),
-        metainfo=dict(classes=CLASSES, palette=PALETTE),
+        metainfo=dict(classes=CLASSES),
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
@@ -313,7 +313,7 @@ def test_mmseg_reads_label_maps(data):
     dataset = BaseSegDataset(
         data_root=str(data.root),
         data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
-        metainfo=dict(classes=SEG_CLASSES, palette=SEG_PALETTE),
+        metainfo=dict(classes=('background', *CLASSES)),
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='mmseg.LoadAnnotations'),
