@@ -37,8 +37,6 @@ def draw_instances(
         image: The image, [H, W, 3].
         instances: ``bboxes`` [N, 4] as x1, y1, x2, y2 in pixels, ``labels`` [N]; for predictions
             ``scores`` [N]; optionally ``masks`` [N, H, W].
-        classes: Class names.
-        palette: Class colours.
     """
     image = image.copy()
     line_width = max(1, round(min(image.shape[:2]) / 250))
@@ -79,7 +77,6 @@ def draw_label_map(
         image: The image, [H, W, 3].
         label_map: The class of each pixel, [H, W]. Others, such as 255 where the ground truth is
             unknown, show the image.
-        classes: As in :func:`draw_instances`, and so is ``palette``.
     """
     known = label_map < len(classes)
     colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]

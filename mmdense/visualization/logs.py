@@ -57,10 +57,7 @@ def main_metrics(names: Iterable[str]) -> list[str]:
 
 
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
-    """Read the log of a training run and of all its resumptions.
-
-    Args:
-        work_dir: The run's work dir.
+    """Read the log in a training run's work dir, with those of all its resumptions.
 
     Returns:
         The records of the losses and those of the metrics, both in order. In a record of metrics
@@ -93,17 +90,11 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
 
 @dataclass
 class Run:
-    """The log of one training run, from :func:`read_scalars`.
+    """The log of one training run, from :func:`read_scalars`."""
 
-    Args:
-        name: Its name in tables and legends.
-        losses: The records of its training iterations.
-        metrics: The records of its validations.
-    """
-
-    name: str
-    losses: list[dict]
-    metrics: list[dict]
+    name: str  # in tables and legends
+    losses: list[dict]  # the records of its training iterations
+    metrics: list[dict]  # the records of its validations
 
     @property
     def keys(self) -> list[str]:
@@ -134,10 +125,7 @@ class Run:
 
 
 def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
-    """Read the logs of several runs.
-
-    Args:
-        work_dirs: Their work dirs. Runs are named by their paths below the common parent.
+    """Read the logs of several runs, which are named by their paths below the common parent.
 
     Raises:
         UserError: if there is no training log in one of them.
@@ -155,7 +143,6 @@ def plot_runs(
     Losses are smoothed; the raw values are drawn faintly behind them.
 
     Args:
-        runs: The runs, from :func:`read_runs`.
         file: The .png, .svg or .pdf file to write.
         keys: Names of logged values; by default the loss and :func:`main_metrics`. A panel leaves
             out the runs without its key.
@@ -180,29 +167,21 @@ def plot_runs(
     rows = -(-len(keys) // columns)
     height = 3.2 * rows + 0.25 * len(runs)
     figure = Figure(figsize=(4.5 * columns, height), layout='constrained', dpi=150)
-    colours = _colours(len(runs))
+    few, many = matplotlib.colormaps['tab10'].colors, matplotlib.colormaps['turbo']
+    colours = few if len(runs) <= len(few) else many(np.linspace(0, 1, len(runs)))
+    coloured = [*zip(runs, colours, strict=False)]
     for number, key in enumerate(keys, start=1):
         axes = figure.add_subplot(rows, columns, number)
-        for run, colour in zip(runs, colours, strict=True):
+        for run, colour in coloured:
             _plot_run(axes, run, key, colour)
         axes.set(title=METRICS.get(key, key), xlabel='iteration')
         axes.spines[['top', 'right']].set_visible(False)
         axes.grid(alpha=0.3)
     # Below all panels, because names of runs are long.
-    handles = [
-        Line2D([], [], color=colour, label=run.name)
-        for run, colour in zip(runs, colours, strict=True)
-    ]
+    handles = [Line2D([], [], color=colour, label=run.name) for run, colour in coloured]
     figure.legend(handles=handles, loc='outside lower left', fontsize=8, frameon=False)
     figure.savefig(file)
     return keys
-
-
-def _colours(count: int) -> Sequence[Sequence[float]]:
-    few = matplotlib.colormaps['tab10'].colors
-    if count <= len(few):
-        return few[:count]
-    return matplotlib.colormaps['turbo'](np.linspace(0, 1, count))
 
 
 def _plot_run(axes: Axes, run: Run, key: str, colour: Sequence[float]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
 import pytest
 
@@ -56,7 +57,7 @@ def run_dir(tmp_path):
 def pixels_of_runs(file):
     """Return the number of pixels in the colours of three runs."""
     pixels = cv2.imread(str(file))[..., ::-1].reshape(-1, 3).astype(int)
-    colours = np.array(logs._colours(3)) * 255
+    colours = np.array(matplotlib.colormaps['tab10'].colors[:3]) * 255
     return [int((np.abs(pixels - colour).max(1) < 3).sum()) for colour in colours]
 
 
