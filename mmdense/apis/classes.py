@@ -39,7 +39,6 @@ def class_names(
 
     Args:
         dataset: Config of the data set: its ``metainfo``, or else its type, may name the classes.
-        scope: Default scope of the config.
         meta: Metadata of the checkpoint, which come first.
         count: Number of classes; None if unknown.
     """
@@ -75,7 +74,6 @@ def coco_categories(
     COCO's if the classes are COCO's, and otherwise numbered from 1.
 
     Args:
-        cfg: The config.
         classes: Class names. If the annotation file has another order, there is a warning.
         trained: Whether the classes are a checkpoint's, and so in the order of its labels. Those of
             a config are sorted as in the annotation file, by which mmdet numbers labels.

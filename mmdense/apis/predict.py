@@ -104,7 +104,11 @@ class Predictor:
             cfg = load_config(str(config))
         if checkpoint and '://' not in str(checkpoint) and not Path(checkpoint).exists():
             raise UserError(f'no checkpoint {checkpoint}')
-        device = _get_device(device)
+        try:
+            device = torch.device(device or get_device())
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f'no device {device}: {str(error).splitlines()[0]}') from error
         name = cfg.filename or 'the config'
         self._scope = cfg.get('default_scope') or 'mmdet'
         self.segments = self._scope == 'mmseg'
@@ -113,11 +117,9 @@ class Predictor:
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
         if type(model).__name__ == 'DepthEstimator':
             raise UserError(f'{name} predicts depth: only boxes, masks and classes can be drawn')
-        meta = {}
         if checkpoint is None:
             print_log('no checkpoint: random weights', 'current', logging.WARNING)
-        else:
-            meta = _load_weights(model, str(checkpoint), min_loaded)
+        meta = {} if checkpoint is None else _load_weights(model, str(checkpoint), min_loaded)
         if deploy:
             deploy_backbone(model)
         self.model = model.to(device).eval()
@@ -196,7 +198,6 @@ class Predictor:
         Segmentation: the classes' colours over the image, with the names of larger segments.
 
         Args:
-            image: The image.
             sample: The prediction; for ground truth, a data sample of a test set whose pipeline
                 loads annotations after resizing.
             score_thr: Predicted instances with a lower score are left out.
@@ -265,15 +266,6 @@ class Predictor:
                 result['segmentation'] = dict(size=rle['size'], counts=rle['counts'].decode())
             results.append(result)
         return results
-
-
-def _get_device(name: str | torch.device | None) -> torch.device:
-    try:
-        device = torch.device(name or get_device())
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'no device {name}: {str(error).splitlines()[0]}') from error
-    return device
 
 
 def _load_weights(model: nn.Module, path: str, min_loaded: float) -> dict[str, Any]:
@@ -411,7 +403,6 @@ def save_predictions(
     predictions and have a ``score``, and ``categories``. It is written after the last image.
 
     Args:
-        predictor: The model.
         images: Image -> picture, from :func:`find_images`.
         out: OUT, the output folder.
         score_thr: Instances with a lower score are neither drawn nor written.
@@ -439,10 +430,7 @@ def save_predictions(
             check_writable(out / LABEL_MAPS / maps[file])
             labels = _to_label_map(sample.pred_sem_seg).astype(np.uint8)
             Image.fromarray(labels).save(out / LABEL_MAPS / maps[file])
-        quality = [cv2.IMWRITE_JPEG_QUALITY, 95]
-        encoded, content = cv2.imencode(target.suffix, picture[..., ::-1], quality)
-        assert encoded
-        target.write_bytes(content.tobytes())
+        Image.fromarray(picture).save(target, quality=95, lossless=True)
         height, width = picture.shape[:2]
         image = dict(id=len(dataset['images']) + 1, file_name=file.as_posix())
         image.update(height=height, width=width, picture=target.relative_to(out).as_posix())
