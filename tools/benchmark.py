@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress
 
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
-from mmdense.benchmark.sweep import Progress as State
 from mmdense.benchmark.sweep import Sweep
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
@@ -112,10 +111,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ) as bars:
         tasks = {b.name: bars.add_task(b.name, total=1.0, state='waiting') for b in backbones}
 
-        def show(progress: State) -> None:
-            state = escape(progress.state)
-            bars.update(tasks[progress.name], completed=progress.share, state=state)
-            lines.show(progress.name, progress.state)
+        def show(name: str, state: str, share: float) -> None:
+            bars.update(tasks[name], completed=share, state=escape(state))
+            lines.show(name, state)
 
         sweep.train(train, show)
     with console.status('') as status:

@@ -76,7 +76,8 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
         return BackboneSpec(name, kind, config, hooks)
     if arch not in family.weights:
         raise UserError(f'{name} has no published weights: leave it out, or add --from-scratch')
-    config |= family.pretrained_recipe | _weights(family.weights[arch])
+    config |= family.pretrained_recipe
+    config['init_cfg'] = dict(type='Pretrained', checkpoint=family.weights[arch])
     return BackboneSpec(name, kind, config)
 
 
@@ -91,7 +92,7 @@ def _from_timm(name: str, pretrained: bool) -> BackboneSpec:
         cfg = timm.models.get_pretrained_cfg(model)
         mean, std = ([255 * value for value in values] for values in (cfg.mean, cfg.std))
         preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True)
-        config |= _weights(f'timm://{model}')
+        config['init_cfg'] = dict(type='Pretrained', checkpoint=f'timm://{model}')
     return BackboneSpec(name, 'timm', config, preprocessor=preprocessor)
 
 
@@ -105,10 +106,5 @@ def _from_file(path: str, pretrained: bool) -> BackboneSpec:
     elif not config.get('init_cfg'):
         raise UserError(f'the backbone of {path} has no weights to start from: add --from-scratch')
     hooks = tuple(hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == PRUNING)
-    fields = Path(path).stem.split('_')  # {algorithm}_{backbone}_...
-    name = fields[1] if len(fields) > 1 else fields[0]
+    name = Path(path).stem.split('_')[:2][-1]  # {algorithm}_{backbone}_...
     return BackboneSpec(name, str(config['type']).removeprefix('mmdense.'), config, hooks)
-
-
-def _weights(address: str) -> dict[str, Any]:
-    return dict(init_cfg=dict(type='Pretrained', checkpoint=address))

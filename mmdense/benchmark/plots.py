@@ -71,18 +71,11 @@ STYLE = {
     'axes.edgecolor': LINK,
     'axes.labelcolor': INK,
     'axes.labelsize': 12,
-    'axes.spines.left': False,
-    'axes.spines.top': False,
-    'axes.spines.right': False,
     'axes.grid': True,
     'axes.axisbelow': True,
     'grid.color': RULE,
     'grid.linewidth': 1,
     'lines.markeredgewidth': 1.6,
-    'xtick.color': SOFT,
-    'ytick.color': SOFT,
-    'xtick.major.size': 0,
-    'ytick.major.size': 0,
     'legend.frameon': False,
     'svg.fonttype': 'none',
 }
@@ -166,6 +159,8 @@ def _axes(x_title: str, y_title: str, *, height: float = HEIGHT, right: float = 
     size = ((WIDTH - LEFT - right) / WIDTH, (height - TOP - BOTTOM) / height)
     axes = figure.add_axes((LEFT / WIDTH, BOTTOM / height, *size))
     axes.set_xlabel(x_title, loc='right')
+    axes.spines[['left', 'top', 'right']].set_visible(False)
+    axes.tick_params(length=0, colors=SOFT)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     figure.text(4 / WIDTH, 1 - 14 / height, y_title, size=12)
     return axes

@@ -135,7 +135,7 @@ class Report:
         self.metric = self.all_columns[0]
         self.costs = {column.name: column for column in self.all_columns}
         self.columns = [c for c in self.all_columns if c.known and c.name not in ONLY_IN_CSV]
-        self.parts = self._parts()
+        self.parts = [*self._parts()]
         self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
         sign = -1 if self.metric.better == 'max' else 1
         keys = [math.inf if value is None else sign * value for value in self.metric.values]
@@ -145,7 +145,7 @@ class Report:
         self.swatches = {name: swatch(number) for name, number in self.families.items()}
         self.statuses = [_status(row) for row in self.rows]
         self.states = Counter(row['status'] for row in self.rows)
-        self.plots = self._plots() if results['measured'] else []
+        self.plots = [*self._plots()] if results['measured'] else []
 
     def _metrics(self) -> Iterable[Column]:
         for name in self.results['metrics']:
@@ -167,20 +167,17 @@ class Report:
         minutes = [row and row['seconds'] / 60 for row in self.finished]
         yield Column('training_min', 'Training', 'time', 'min', minutes)
 
-    def _parts(self) -> list[Column]:
-        columns = []
+    def _parts(self) -> Iterable[Column]:
         for part in dict.fromkeys(name for row in self.rows for name in row['parts']):
             for key, slug, title, unit, size, _ in PARTS:
                 values = [_finite(row['parts'].get(part, {}).get(key), size) for row in self.rows]
-                columns.append(Column(f'{_slug(part)}_{slug}', part, title, unit, values))
-        return columns
+                yield Column(f'{_slug(part)}_{slug}', part, title, unit, values)
 
-    def _plots(self) -> list[Plot]:
+    def _plots(self) -> Iterable[Plot]:
         """Draw the plots of which at least one backbone has both figures."""
         measured, metric, costs = self.results['measured'], self.metric, self.costs
         latency = f'median latency of {_count(measured["infer_batch"], "image")} (ms)'
         memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
-        plots = []
         for cost, name, title, axis in (
             (costs['infer_p50_ms'], 'latency', 'latency', latency),
             (costs['macs_g'], 'macs', 'MACs', 'MACs (G)'),
@@ -201,10 +198,9 @@ class Report:
             if items:
                 figure = plot_scatter(items, x_title=axis, y_title=metric.full_title)
                 title, file = f'{metric.full_title} against {title}', f'pictures/plot_{name}.png'
-                plots.append(Plot(title, svg(figure, title, items), items, file))
+                yield Plot(title, svg(figure, title, items), items, file)
                 (self.folder / file).parent.mkdir(exist_ok=True)
                 write_png(figure, self.folder / file, self.families)
-        return plots
 
     def _item(self, row: int, points: Sequence[tuple[float, float]], tooltip: str = '') -> Item:
         name, family = self.rows[row]['backbone'], self.rows[row]['family']

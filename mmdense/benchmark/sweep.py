@@ -14,19 +14,19 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
+from PIL import Image
 from torch import nn
 
 from mmdense.apis.predict import Predictor
@@ -43,26 +43,16 @@ from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRICS, NO_METRICS, main_metrics, read_scalars
 
-__all__ = ['Progress', 'Sweep']
+__all__ = ['Sweep']
 
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
-# In mmengine's log: epoch, iteration, their number, time left.
-EPOCH = re.compile(r'Epoch\(train\)\s*\[(\d+)\]\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
-ITERATION = re.compile(r'Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
+# In mmengine's log: epoch (if it counts them), iteration, their number, time left.
+STATE = re.compile(r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
 RAISED = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
 LOG_TAIL = 20_000  # characters
 POLL = 0.5  # seconds
 DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)')
 SCORE_THRESHOLD = 0.3  # of boxes in pictures
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The progress of a training."""
-
-    name: str  # the backbone's
-    state: str  # such as 'epoch 3 of 8, 0:01:20 left'
-    share: float  # of the training that is done, from 0 to 1
 
 
 class Sweep:
@@ -71,7 +61,6 @@ class Sweep:
     Args:
         cfg: The config, as :func:`.load_config` returns it.
         backbones: In the order of their rows.
-        folder: Where everything is written.
         command: The command line, for the report.
         pretrained: Whether the backbones start from ImageNet weights, for the report.
         gpus: Number of GPUs of a training, which is one of its settings.
@@ -153,10 +142,6 @@ class Sweep:
         folder.mkdir(parents=True, exist_ok=True)
         atomic_write(file, text.encode())
 
-    def checkpoint(self, name: str) -> str:
-        """Return the last checkpoint of a run."""
-        return (self._run_folder(name) / 'last_checkpoint').read_text().strip()
-
     def state(self, name: str) -> dict[str, Any]:
         """Return a run's ``status`` ('waiting', 'training', 'done' or 'failed') and ``seconds``."""
         file = self._run_folder(name) / 'state.json'
@@ -165,13 +150,14 @@ class Sweep:
     def train(
         self,
         command: Sequence[str],
-        progress: Callable[[Progress], None] = lambda progress: None,
+        progress: Callable[[str, str, float], None] = lambda name, state, share: None,
     ) -> None:
         """Train each backbone that isn't done, in a process of its own.
 
         Args:
             command: Trains a config, with ``CONFIG --resume`` appended, and validates at the end.
-            progress: Called twice a second.
+            progress: Called twice a second with a backbone's name, its state, such as 'epoch 3 of
+                8, 0:01:20 left', and the share of the training that is done, from 0 to 1.
         """
         for backbone in self.backbones:
             state = self.state(backbone.name)
@@ -179,10 +165,10 @@ class Sweep:
                 state = self._train(backbone.name, command, progress)
                 self.report()
             done = state['status'] == 'done'
-            progress(Progress(backbone.name, state.get('error', 'done'), float(done)))
+            progress(backbone.name, state.get('error', 'done'), float(done))
 
     def _train(
-        self, name: str, command: Sequence[str], progress: Callable[[Progress], None]
+        self, name: str, command: Sequence[str], progress: Callable[[str, str, float], None]
     ) -> dict[str, Any]:
         folder = self._run_folder(name)
         begin = time.monotonic() - self.state(name)['seconds']
@@ -193,16 +179,24 @@ class Sweep:
             return state
 
         log = folder / 'output.log'
-        with _locked(folder) as lock, log.open('w') as output:
-            process = subprocess.Popen(
-                [*command, str(self._config_file(name)), '--resume'],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[lock],
-            )
+        with (folder / 'lock').open('w') as lock:
+            try:  # the process inherits the lock, and keeps it if this one is killed
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f'a training in {folder} is still running, from this sweep or a stopped one: '
+                    'wait for it, or stop it'
+                ) from error
+            with log.open('w') as output:
+                process = subprocess.Popen(
+                    [*command, str(self._config_file(name)), '--resume'],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[lock.fileno()],
+                )
             try:
                 while process.poll() is None:
-                    progress(Progress(name, *_read_progress(log, self.cfg)))
+                    progress(name, *_read_progress(log, self.cfg))
                     save_state('training')
                     time.sleep(POLL)
             except BaseException:  # such as Ctrl-C; the checkpoints stay
@@ -261,7 +255,8 @@ class Sweep:
             progress(f'loading {name}')
             row = rows[name]
             try:
-                predictor = Predictor(self.configs[name], self.checkpoint(name), device='cpu')
+                checkpoint = (self._run_folder(name) / 'last_checkpoint').read_text().strip()
+                predictor = Predictor(self.configs[name], checkpoint, device='cpu')
                 row.update(parts=_parts(predictor.model, self.size), form='trained')
                 if hasattr(predictor.model.backbone, 'switch_to_deploy'):
                     deploy(predictor.model)
@@ -309,8 +304,7 @@ class Sweep:
         (self.folder / 'pictures').mkdir(exist_ok=True)
         files = [f'pictures/{name}_{i}.jpg' for i in range(len(pictures))]
         for file, picture in zip(files, pictures, strict=True):
-            quality = [cv2.IMWRITE_JPEG_QUALITY, 90]
-            cv2.imwrite(str(self.folder / file), picture[..., ::-1], quality)
+            Image.fromarray(picture).save(self.folder / file, quality=90)
         return files
 
     def report(self) -> None:
@@ -358,7 +352,6 @@ class Sweep:
         losses, validations = [], []
         with suppress(UserError):  # nothing logged yet
             losses, validations = read_scalars(self._run_folder(name))
-        curve = [dict(iter=record['iter']) | _rename(record) for record in validations]
         finished = state['status'] == 'done' and validations
         row = dict(
             backbone=name,
@@ -370,7 +363,7 @@ class Sweep:
             seconds=state['seconds'],
             metrics=_rename(validations[-1]) if finished else {},
             losses=[[record['step'], record['loss']] for record in losses],
-            validations=curve,
+            validations=[dict(iter=record['iter']) | _rename(record) for record in validations],
         )
         unmeasured = dict(parts={}, form=None, infer=None, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
@@ -380,20 +373,6 @@ def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Lock a run's folder. Processes that inherit the yielded descriptor keep the lock."""
-    with (folder / 'lock').open('w') as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f'a training in {folder} is still running, from this sweep or a stopped one: wait '
-                'for it, or stop it'
-            ) from error
-        yield lock.fileno()
-
-
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:
     return {METRICS.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
 
@@ -401,15 +380,14 @@ def _rename(record: Mapping[str, Any]) -> dict[str, float]:
 def _read_progress(log: Path, cfg: Config) -> tuple[str, float]:
     """Return the state and the share of a training that is done."""
     text = log.read_text(errors='replace')[-LOG_TAIL:]
-    if matches := EPOCH.findall(text):
-        epoch, step, steps, left = matches[-1]
-        total = cfg.train_cfg.max_epochs
-        share = (int(epoch) - 1 + int(step) / int(steps)) / total
-        return f'epoch {epoch} of {total}, {left} left', share
-    if matches := ITERATION.findall(text):
-        step, steps, left = matches[-1]
-        return f'iteration {step} of {steps}, {left} left', int(step) / int(steps)
-    return 'starting', 0.0
+    if not (matches := STATE.findall(text)):
+        return 'starting', 0.0
+    epoch, step, steps, left = matches[-1]
+    share = int(step) / int(steps)
+    if not epoch:
+        return f'iteration {step} of {steps}, {left} left', share
+    total = cfg.train_cfg.max_epochs
+    return f'epoch {epoch} of {total}, {left} left', (int(epoch) - 1 + share) / total
 
 
 def _read_error(log: Path, status: int) -> str:
