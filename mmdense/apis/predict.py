@@ -430,7 +430,8 @@ def save_predictions(
             check_writable(out / LABEL_MAPS / maps[file])
             labels = _to_label_map(sample.pred_sem_seg).astype(np.uint8)
             Image.fromarray(labels).save(out / LABEL_MAPS / maps[file])
-        Image.fromarray(picture).save(target, quality=95, lossless=True)
+        options = dict(quality=95, lossless=True, compress_level=1)  # of JPEG, WebP and PNG
+        Image.fromarray(picture).save(target, **options)
         height, width = picture.shape[:2]
         image = dict(id=len(dataset['images']) + 1, file_name=file.as_posix())
         image.update(height=height, width=width, picture=target.relative_to(out).as_posix())
