@@ -8,6 +8,7 @@ zero and passes no gradient on. torchvision's kernel has a one-sided derivative 
 the first row and column of every zero-initialized layer sample, and crashes on NaN.
 """
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,39 +17,14 @@ from torch import Tensor
 
 from mmdense.ops._common import widen
 
-
-def _geometry1(
-    kW: int,
-    kH: int,
-    dW: int,
-    dH: int,
-    padW: int,
-    padH: int,
-    dilationW: int,
-    dilationH: int,
-    group: int,
-    deformable_group: int,
-    im2col_step: int,
-) -> tuple[int, ...]:
-    """Return torchvision's arguments, from those that mmcv passes by name to version 1."""
-    return dH, dW, padH, padW, dilationH, dilationW, group, deformable_group
-
-
-def _geometry2(
-    kernel_h: int,
-    kernel_w: int,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    group: int,
-    deformable_group: int,
-) -> tuple[int, ...]:
-    """Return the same for version 2."""
-    strides, pads, dilations = (stride_h, stride_w), (pad_h, pad_w), (dilation_h, dilation_w)
-    return *strides, *pads, *dilations, group, deformable_group
+# torchvision's arguments, from those that mmcv passes by name to version 1 and 2.
+GEOMETRY1 = itemgetter(
+    *('dH', 'dW', 'padH', 'padW', 'dilationH', 'dilationW', 'group', 'deformable_group')
+)
+GEOMETRY2 = itemgetter(
+    *('stride_h', 'stride_w', 'pad_h', 'pad_w', 'dilation_h', 'dilation_w'),
+    *('group', 'deformable_group'),
+)
 
 
 @torch.no_grad()
@@ -62,7 +38,7 @@ def deform_conv_forward(
     **geometry: int,
 ) -> None:
     """Write ``output``."""
-    output.copy_(_forward(input, weight, offset, None, None, _geometry1(**geometry)))
+    output.copy_(_forward(input, weight, offset, None, None, GEOMETRY1(geometry)))
 
 
 @torch.no_grad()
@@ -77,7 +53,7 @@ def deform_conv_backward_input(
     **geometry: int,
 ) -> None:
     """Write the gradients of the input and of the offsets."""
-    grads = _backward(gradOutput, input, weight, offset, None, None, _geometry1(**geometry))
+    grads = _backward(gradOutput, input, weight, offset, None, None, GEOMETRY1(geometry))
     gradInput.copy_(grads[0])
     gradOffset.copy_(grads[2])
     # torchvision computes all gradients at once and mmcv asks for the weight's in its next call,
@@ -100,7 +76,7 @@ def deform_conv_backward_parameters(
     owner, grad_weight = vars(columns).pop('mmdense_pending', (None, None))
     if owner is not gradOutput:
         weight = torch.zeros_like(gradWeight)
-        grads = _backward(gradOutput, input, weight, offset, None, None, _geometry1(**geometry))
+        grads = _backward(gradOutput, input, weight, offset, None, None, GEOMETRY1(geometry))
         grad_weight = grads[1]
     gradWeight.add_(grad_weight.to(gradWeight), alpha=scale)
 
@@ -121,7 +97,7 @@ def modulated_deform_conv_forward(
     """Write ``output``; ``bias`` counts only ``with_bias``."""
     offset, mask = (_reread(field, output) for field in (offset, mask))
     bias = bias if with_bias else None
-    output.copy_(_forward(input, weight, offset, mask, bias, _geometry2(**geometry)))
+    output.copy_(_forward(input, weight, offset, mask, bias, GEOMETRY2(geometry)))
 
 
 @torch.no_grad()
@@ -145,7 +121,7 @@ def modulated_deform_conv_backward(
     """Write all gradients; that of the bias only ``with_bias``."""
     outs = grad_input, grad_weight, grad_offset, grad_mask, grad_bias
     offset, mask = (_reread(field, grad_output) for field in (offset, mask))
-    grads = _backward(grad_output, input, weight, offset, mask, None, _geometry2(**geometry))
+    grads = _backward(grad_output, input, weight, offset, mask, None, GEOMETRY2(geometry))
     for out, grad in zip(outs if with_bias else outs[:4], grads, strict=False):
         unread = out.numel() - grad.numel()
         if unread:

@@ -2,6 +2,7 @@
 
 mmcv checks on import that every operator exists. Those that are not provided raise when called.
 """
+# ruff: noqa: F401  (mmcv looks the operators up by name)
 
 import torch
 import torchvision
@@ -50,43 +51,6 @@ from mmdense.ops._window import (
     psamask_backward,
     psamask_forward,
 )
-
-__all__ = [
-    'bbox_overlaps',
-    'carafe_backward',
-    'carafe_forward',
-    'carafe_naive_backward',
-    'carafe_naive_forward',
-    'deform_conv_backward_input',
-    'deform_conv_backward_parameters',
-    'deform_conv_forward',
-    'get_compiler_version',
-    'get_compiling_cuda_version',
-    'masked_col2im_forward',
-    'masked_im2col_forward',
-    'modulated_deform_conv_backward',
-    'modulated_deform_conv_forward',
-    'ms_deform_attn_backward',
-    'ms_deform_attn_forward',
-    'nms',
-    'nms_match',
-    'psamask_backward',
-    'psamask_forward',
-    'roi_align_backward',
-    'roi_align_forward',
-    'roi_pool_backward',
-    'roi_pool_forward',
-    'sigmoid_focal_loss_backward',
-    'sigmoid_focal_loss_forward',
-    'softmax_focal_loss_backward',
-    'softmax_focal_loss_forward',
-    'softnms',
-    'sync_bn_backward_data',
-    'sync_bn_backward_param',
-    'sync_bn_forward_mean',
-    'sync_bn_forward_output',
-    'sync_bn_forward_var',
-]
 
 
 def get_compiler_version() -> str:
