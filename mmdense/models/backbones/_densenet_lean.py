@@ -54,51 +54,23 @@ def _steps(layer: nn.Module) -> list[tuple[nn.Module, nn.Conv2d]]:
     return [*first, (layer.norm2, layer.conv2)] if layer.bottleneck else first
 
 
-class _Norm(NamedTuple):
-    """A norm as it ran."""
+def _norm_of(module: _BatchNorm, x: Tensor) -> lean.Norm:
+    """Return a norm with the statistics that it uses for x, without recording them."""
+    if lean.norms_by_batch(module):
+        return lean.Norm.of(module, lean.batch_statistics(module, x))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    running = module.running_mean.to(wide), module.running_var.to(wide)
+    return lean.Norm.of(module, lean.Statistics(*running, count=0, group=None), by_batch=False)
 
-    module: nn.Module
-    by_batch: bool  # whether it used the statistics of the batch
-    statistics: lean.Statistics
-    inverse: Tensor  # [C], 1 / deviation
 
-    @classmethod
-    def of(cls, module: nn.Module, x: Tensor) -> _Norm:
-        by_batch, wide = lean.norms_by_batch(module), torch.promote_types(x.dtype, torch.float32)
-        if by_batch:
-            used = lean.batch_statistics(module, x)
-        else:
-            running = module.running_mean.to(wide), module.running_var.to(wide)
-            used = lean.Statistics(*running, count=0, group=None)
-        return cls(module, by_batch, used, (used.var + module.eps).rsqrt())
-
-    def weight(self) -> Tensor:
-        """Return the weight; ones if there is none, as CUDA computes no sums without one."""
-        weight = self.module.weight
-        return torch.ones_like(self.inverse) if weight is None else weight.to(self.inverse)
-
-    def activated(self, x: Tensor) -> Tensor:
-        """Return the output for x [N, C, H, W] after a ReLU."""
-        return F.relu_(lean.apply_norm(self.module, x, self.statistics.mean, self.inverse))
-
-    def backward(
-        self, grad: Tensor, x: Tensor, *, through: bool, needed: bool = True
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Return the gradients of x (if needed), weight and bias."""
-        mean, var, _, group = self.statistics
-        if through and group is not None:
-            return lean.norm_backward(grad, x, self.weight(), self.statistics, self.module.eps)
-        return torch.ops.aten.native_batch_norm_backward(
-            grad.contiguous(memory_format=lean.format_of(x)),
-            *(x, self.weight(), mean, var, mean, self.inverse, through, self.module.eps),
-            [needed, True, True],
-        )
+def _activated(norm: lean.Norm, x: Tensor) -> Tensor:
+    return F.relu_(norm.apply(x))
 
 
 class _Step(NamedTuple):
     """Norm, ReLU, convolution and dropout, as they ran."""
 
-    norm: _Norm
+    norm: lean.Norm
     conv: nn.Conv2d
     mask: int | None  # index of the dropout mask, if dropout ran
 
@@ -116,7 +88,7 @@ class _LeanBlock(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         table = torch.empty(3, size[1] - growth, dtype=wide, device=x.device)
         batch, layers, hidden, masks = None, [], [], []
-        with lean.Autocast.of(x.device.type).entered():
+        with lean.current_autocast(x.device.type):
             for layer, end in zip(block, range(first, size[1], growth), strict=True):
                 if by_batch:
                     batch = lean.batch_statistics(by_batch[0], x)
@@ -131,12 +103,12 @@ class _LeanBlock(torch.autograd.Function):
                 steps = []
                 for i, (module, conv) in enumerate(_steps(layer)):
                     if module in by_batch:
-                        norm = _Norm(module, True, known, inverse)
+                        norm = lean.Norm(module, known, inverse)
                     else:
-                        norm = _Norm.of(module, x)
+                        norm = _norm_of(module, x)
                     if i:
                         hidden.append(x)
-                    x, kept = _dropped(layer.drop, conv(norm.activated(x)))
+                    x, kept = _dropped(layer.drop, conv(_activated(norm, x)))
                     steps.append(_Step(norm, conv, None if kept is None else len(masks)))
                     if kept is not None:
                         masks.append(kept)
@@ -186,10 +158,11 @@ class _LeanBlock(torch.autograd.Function):
                 x = hidden.pop() if i else buffer[:, :end].contiguous(memory_format=form)
                 d, d_conv = _conv_backward(norm, conv, x, d)
                 if i:
-                    d, d_weight, d_bias = norm.backward(d, x, through=norm.by_batch)
+                    d, d_weight, d_bias = norm.backward(d, x, [True] * 3, through=norm.by_batch)
                 else:
                     direct = x.is_cuda or x.dtype == mean.dtype  # else slow on a CPU
-                    dx, d_weight, d_bias = norm.backward(d, x, through=False, needed=not direct)
+                    needed = [not direct, True, True]
+                    dx, d_weight, d_bias = norm.backward(d, x, needed, through=False)
                     scale = norm.weight() * norm.inverse
                     if direct:
                         grad[:, :end].addcmul_(d, scale.view(1, -1, 1, 1))
@@ -206,7 +179,7 @@ class _LeanBlock(torch.autograd.Function):
         return None, dx, *grads
 
 
-def _record(norms: list[_Norm]) -> None:
+def _record(norms: list[lean.Norm]) -> None:
     """Update the running statistics of norms that used those of the batch, in a few launches."""
     tracked = [n for n in norms if n.module.training and n.module.track_running_stats]
     momenta = {n.module.momentum for n in tracked}
@@ -231,10 +204,10 @@ def _dropped(drop: nn.Dropout, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _conv_backward(
-    norm: _Norm, conv: nn.Conv2d, x: Tensor, grad: Tensor
+    norm: lean.Norm, conv: nn.Conv2d, x: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the norm's output and of the convolution's weight."""
-    x = norm.activated(x)
+    x = _activated(norm, x)
     needed = (True, conv.weight.requires_grad, False)
     dx, d_weight, _ = lean.conv_backward(conv, grad, x, conv.weight, needed)
     dx = dx.to(x.dtype)

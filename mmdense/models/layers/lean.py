@@ -25,16 +25,14 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from mmdense.models.layers.recompute import StatisticsUntouched
 
 __all__ = [
-    'Autocast',
+    'Norm',
     'Statistics',
-    'apply_norm',
-    'as_wide',
     'batch_statistics',
     'conv_backward',
+    'current_autocast',
     'format_of',
     'is_plain',
     'lean_conv',
-    'norm_backward',
     'norms_by_batch',
     'plain_conv',
     'record',
@@ -53,7 +51,7 @@ class Statistics(NamedTuple):
     """Statistics of the channels of a batch."""
 
     mean: Tensor  # [C], in float32 at least
-    var: Tensor  # [C], biased
+    var: Tensor | None  # [C], biased; None where only 1 / deviation is known
     count: int  # values per channel, in all processes that share the statistics
     group: Any  # these processes; None for a single one
 
@@ -123,44 +121,83 @@ def record(norm: _BatchNorm, statistics: Statistics) -> None:
     norm.running_var.lerp_((var * (count / (count - 1))).to(norm.running_var), share)
 
 
-def apply_norm(norm: _BatchNorm, x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
-    """Return x [N, C, H, W] normalized by ``norm`` with mean and 1 / deviation [C]."""
-    weight, bias = as_wide(norm.weight, mean), as_wide(norm.bias, mean)
-    if x.is_cuda:  # F.batch_norm would launch three kernels
-        return torch.batch_norm_elemt(x, weight, bias, mean, inverse, norm.eps)
-    return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, False, 0.0, 0.0)
+class Norm(NamedTuple):
+    """A batch norm as it ran, for backward."""
 
+    module: _BatchNorm
+    statistics: Statistics
+    inverse: Tensor  # [C], 1 / deviation
+    by_batch: bool = True  # whether the statistics are those of the batch
 
-def as_wide(parameter: Tensor | None, statistic: Tensor) -> Tensor | None:
-    """Return a norm's parameter in the precision of its statistics; None if it has none."""
-    return None if parameter is None else parameter.to(statistic.dtype)
+    @classmethod
+    def of(cls, norm: _BatchNorm, statistics: Statistics, *, by_batch: bool = True) -> Norm:
+        """Return a norm that runs with these statistics."""
+        return cls(norm, statistics, (statistics.var + norm.eps).rsqrt(), by_batch)
 
+    @classmethod
+    def run(cls, norm: _BatchNorm, x: Tensor) -> tuple[Tensor, Norm]:
+        """Normalize x by its own statistics, and update the running ones."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
+        running = (norm.running_mean, norm.running_var) if tracks else ()
+        same = all(t is not None and t.dtype == wide for t in (norm.weight, *running))
+        if same and norm.momentum is not None and _group(norm, x) is None:
+            if tracks:
+                norm.num_batches_tracked.add_(1)
+            tensors = x, norm.weight, norm.bias, *(running or (None, None))
+            y, mean, inverse = torch.native_batch_norm(*tensors, True, norm.momentum, norm.eps)
+            return y, cls(norm, Statistics(mean, None, 0, None), inverse)
+        statistics = batch_statistics(norm, x)
+        record(norm, statistics)
+        known = cls.of(norm, statistics)
+        return known.apply(x), known
 
-def norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, statistics: Statistics, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weight and bias for statistics of several processes.
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """Return weight and bias."""
+        return self.module.weight, self.module.bias
 
-    That of x goes through the statistics too; those of weight and bias are of this process.
-    """
-    mean, var, count, group = statistics
-    inverse = (var + eps).rsqrt()
-    # CUDA's kernels compute no sums without a weight.
-    weight = torch.ones_like(mean) if weight is None else weight.to(mean)
-    grad = grad.contiguous(memory_format=format_of(x))
-    known = None, None, mean, inverse, True, eps
-    _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-        grad, x, weight, *known, [False, True, True]
-    )
-    scale = weight * inverse
-    sums = scale * torch.stack([d_bias, d_weight])
-    dist.all_reduce(sums, group=group)
-    slope = inverse * sums[1] / count
-    offset = sums[0] / count - mean * slope
-    scale, slope, offset = (value.view(1, -1, 1, 1) for value in (scale, slope, offset))
-    # In the precision of the statistics, since the parts may almost cancel.
-    dx = grad * scale - torch.addcmul(offset, x.to(mean.dtype), slope)
-    return dx.to(grad.dtype), d_weight, d_bias
+    def weight(self) -> Tensor:
+        """Return the weight; ones if there is none, as CUDA computes no sums without one."""
+        weight = self.module.weight
+        return torch.ones_like(self.inverse) if weight is None else weight.to(self.inverse)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Return the output for x [N, C, H, W], with the same statistics."""
+        mean, inverse = self.statistics.mean, self.inverse
+        weight, bias = (p if p is None else p.to(inverse) for p in self.parameters())
+        if x.is_cuda:  # F.batch_norm would launch three kernels
+            return torch.batch_norm_elemt(x, weight, bias, mean, inverse, self.module.eps)
+        return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, False, 0.0, 0.0)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, needed: Sequence[bool], *, through: bool = True
+    ) -> Sequence[Tensor | None]:
+        """Return the needed gradients of x, weight and bias; the latter are of this process.
+
+        That of x goes ``through`` the statistics too, or takes them for constants.
+        """
+        mean, var, count, group = self.statistics
+        grad = grad.contiguous(memory_format=format_of(x))
+        shared = through and group is not None
+        needed = [False, True, True] if shared else needed
+        plain = self.module.weight is None and not any(needed[1:])
+        weight, inverse = None if plain else self.weight(), self.inverse
+        running = (None, None) if through else (mean, var)
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            *(grad, x, weight, *running, mean, inverse, through, self.module.eps),
+            needed,
+        )
+        if shared:
+            scale = weight * inverse
+            sums = scale * torch.stack([d_bias, d_weight])
+            dist.all_reduce(sums, group=group)
+            slope = inverse * sums[1] / count
+            offset = sums[0] / count - mean * slope
+            scale, slope, offset = (value.view(1, -1, 1, 1) for value in (scale, slope, offset))
+            # In the precision of the statistics, since the parts may almost cancel.
+            dx = grad * scale - torch.addcmul(offset, x.to(mean.dtype), slope)
+            dx = dx.to(grad.dtype)
+        return dx, d_weight, d_bias
 
 
 def conv_backward(
@@ -254,11 +291,11 @@ class _LeanConv(torch.autograd.Function):
     ) -> Tensor:
         inputs = tensors[:number]  # the parameters of the chain follow
         ctx.chain, ctx.conv = chain, conv
-        ctx.autocast = Autocast.of(inputs[0].device.type)
+        ctx.autocast = current_autocast(inputs[0].device.type)
         drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in _modules(chain))
         ctx.random = (torch.get_rng_state(), *get_device_states(inputs[0])) if drops else None
         ctx.kept = {}
-        with ctx.autocast.entered():
+        with ctx.autocast:
             x = _run(chain, inputs, ctx.kept)
             y = conv._conv_forward(x, weight, bias)
         ctx.number, ctx.modes = number, [module.training for module in _modules(chain)]
@@ -275,8 +312,8 @@ class _LeanConv(torch.autograd.Function):
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=False)]
         modules = {i: step for i, step in enumerate(ctx.chain) if isinstance(step, nn.Module)}
         others = [step for i, step in modules.items() if i not in ctx.kept]
-        context = ctx.autocast.entered(), _random_again(ctx.random), StatisticsUntouched(others)
-        with torch.enable_grad(), context[0], context[1], context[2]:
+        untouched = StatisticsUntouched(others)
+        with torch.enable_grad(), ctx.autocast, _random_again(ctx.random), untouched:
             x = _run(ctx.chain, leaves, ctx.kept, again=True)
         conv_needs = (x.requires_grad, *ctx.needs_input_grad[3:5])
         dx, d_weight, d_bias = conv_backward(ctx.conv, grad, x.detach(), weight, conv_needs)
@@ -289,49 +326,6 @@ class _LeanConv(torch.autograd.Function):
         return None, None, None, _like(d_weight, weight), _like(d_bias, weight), *grads
 
 
-class _Norm(NamedTuple):
-    """What a norm computed from a batch."""
-
-    norm: _BatchNorm
-    mean: Tensor  # [C], in float32 at least
-    inverse: Tensor  # [C], 1 / deviation
-    shared: Statistics | None  # the same, if they are those of several processes
-
-    @classmethod
-    def of(cls, norm: _BatchNorm, x: Tensor) -> tuple[Tensor, _Norm]:
-        """Return the norm's output, and what it computed; update the running statistics."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
-        running = (norm.running_mean, norm.running_var) if tracks else ()
-        same = all(t is not None and t.dtype == wide for t in (norm.weight, *running))
-        if same and norm.momentum is not None and _group(norm, x) is None:
-            if tracks:
-                norm.num_batches_tracked.add_(1)
-            tensors = x, norm.weight, norm.bias, *(running or (None, None))
-            y, mean, inverse = torch.native_batch_norm(*tensors, True, norm.momentum, norm.eps)
-            return y, cls(norm, mean, inverse, None)
-        statistics = batch_statistics(norm, x)
-        record(norm, statistics)
-        inverse = (statistics.var + norm.eps).rsqrt()
-        shared = None if statistics.group is None else statistics
-        known = cls(norm, statistics.mean, inverse, shared)
-        return known.apply(x), known
-
-    def apply(self, x: Tensor) -> Tensor:
-        return apply_norm(self.norm, x, self.mean, self.inverse)
-
-    def parameters(self) -> tuple[Tensor | None, ...]:
-        return self.norm.weight, self.norm.bias
-
-    def backward(self, grad: Tensor, x: Tensor, needed: Sequence[bool]) -> Sequence[Tensor]:
-        norm, mean, inverse, shared = self
-        if shared is not None:
-            return norm_backward(grad, x, norm.weight, shared, norm.eps)
-        grad, weight = grad.contiguous(memory_format=format_of(x)), as_wide(norm.weight, mean)
-        known = None, None, mean, inverse, True, norm.eps
-        return torch.ops.aten.native_batch_norm_backward(grad, x, weight, *known, needed)
-
-
 class _Gate(NamedTuple):
     """What a gate computed from a batch, with the graph of its derivatives."""
 
@@ -341,7 +335,7 @@ class _Gate(NamedTuple):
     trained: list[Tensor]
 
     @classmethod
-    def of(cls, se: SEModule, x: Tensor) -> tuple[Tensor, _Gate]:
+    def run(cls, se: SEModule, x: Tensor) -> tuple[Tensor, _Gate]:
         """Return x times the gate, and the gate."""
         with torch.enable_grad():
             mean = x.detach().mean((2, 3), keepdim=True).requires_grad_()
@@ -368,7 +362,7 @@ class _Again(torch.autograd.Function):
     """Apply a norm or a gate again; its derivatives go through what it computed from the batch."""
 
     @staticmethod
-    def forward(ctx: Any, known: _Norm | _Gate, x: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(ctx: Any, known: Norm | _Gate, x: Tensor, *parameters: Tensor | None) -> Tensor:
         ctx.known = known
         ctx.save_for_backward(x)
         return known.apply(x)
@@ -381,21 +375,13 @@ class _Again(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(grads, needed, strict=True))
 
 
-class Autocast(NamedTuple):
-    """The state of autocast in forward, for backward."""
+def current_autocast(device: str) -> torch.autocast:
+    """Return the state of autocast for 'cpu', 'cuda', ..., to enter now and in backward.
 
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def of(cls, device: str) -> Autocast:
-        """Return the current state for 'cpu', 'cuda', ..."""
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def entered(self) -> torch.autocast:
-        """Return the context, without a cache of cast weights, which would have no gradients."""
-        return torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False)
+    It has no cache of cast weights, which would have no gradients.
+    """
+    state = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return torch.autocast(device, *state, cache_enabled=False)
 
 
 @contextmanager
@@ -413,7 +399,7 @@ def _random_again(states: tuple[Tensor, list[int], list[Tensor]] | None) -> Iter
 def _run(
     chain: Sequence[Callable[..., Tensor]],
     inputs: Sequence[Tensor],
-    kept: dict[int, _Norm | _Gate] | None = None,
+    kept: dict[int, Norm | _Gate] | None = None,
     *,
     again: bool = False,
 ) -> Tensor:
@@ -422,7 +408,7 @@ def _run(
     for i, step in enumerate(chain):
         kind = _kind(step) if kept is not None and not again else None
         if kind is not None:
-            x, kept[i] = kind.of(step, *inputs)
+            x, kept[i] = kind.run(step, *inputs)
         elif again and i in kept:
             x = _Again.apply(kept[i], *inputs, *kept[i].parameters())
         else:
@@ -431,9 +417,9 @@ def _run(
     return x
 
 
-def _kind(step: Callable[..., Tensor]) -> type[_Norm] | type[_Gate] | None:
+def _kind(step: Callable[..., Tensor]) -> type[Norm] | type[_Gate] | None:
     if norms_by_batch(step):
-        return _Norm
+        return Norm
     return _Gate if isinstance(step, SEModule) and is_plain(step) and not step.add_maxpool else None
 
 
