@@ -36,6 +36,11 @@ def _concatenate(*features: Tensor) -> Tensor:
     return torch.cat(features, 1)
 
 
+def _without_autocast(x: Tensor) -> torch.autocast:
+    # The meta device, on which MACs are counted, has no autocast.
+    return torch.autocast('cpu' if x.is_meta else x.device.type, enabled=False)
+
+
 def _eighths(channels: float) -> int:
     return int(channels / 8) * 8
 
@@ -99,7 +104,7 @@ class ChannelNorm(nn.LayerNorm):
         weight, bias = self.weight, self.bias
         if x.is_cuda:  # whose kernel takes one type; the CPU's is more precise with two
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, weight, bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
@@ -116,7 +121,7 @@ class OutputNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         axes, size = (1, 2, 3), math.prod(x.shape[1:])
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(x):
             mean = x.mean(axes, keepdim=True, dtype=wide)
             length = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
             variance = (length.square() / size - mean.square()).clamp(min=0)

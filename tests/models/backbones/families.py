@@ -87,7 +87,7 @@ def build(family, **options):
     """Return a family's tiny network, in training mode."""
     torch.manual_seed(0)
     net = MODELS.build(dict(type=f'mmdense.{family}', **{**FAMILIES[family].network, **options}))
-    return net.to(DEVICE)
+    return net if any(p.is_meta for p in net.parameters()) else net.to(DEVICE)
 
 
 def random_options(family, rate):
@@ -119,7 +119,7 @@ def randomise(net, *, signed=False, seed=1):
             if signed and name.endswith(('weight', 'gamma')):
                 value[::2] *= -1
                 value[::5] = 0
-    return net.to(DEVICE)
+    return net if any(p.is_meta for p in net.parameters()) else net.to(DEVICE)
 
 
 @torch.no_grad()
