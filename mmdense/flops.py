@@ -29,7 +29,6 @@ __all__ = [
     'count_cost',
     'count_parameters',
     'model_costs',
-    'model_macs',
     'not_counted',
 ]
 
@@ -62,7 +61,6 @@ PRODUCT = re.compile(
 TORCH = ('aten', 'prim', 'prims')
 # Other libraries' operators that are no products. All others may be products.
 FREE = {f'torchvision::{name}' for name in ('nms', 'roi_align', 'roi_pool')}
-TRAINED_ALONE = 'auxiliary_head'
 
 
 @dataclass(frozen=True)
@@ -88,14 +86,6 @@ def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3
     cost, _ = count_cost(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
     _warn(unknown)
     return cost.macs
-
-
-def model_macs(
-    model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
-) -> dict[str, int]:
-    """Return the MACs of each part of a detector or segmentor; see :func:`model_costs`."""
-    costs = model_costs(model, size, num_boxes=num_boxes, num_masks=num_masks)
-    return {name: cost.macs for name, cost in costs.items() if name != TRAINED_ALONE}
 
 
 def model_costs(
@@ -131,7 +121,7 @@ def model_costs(
         cost, _ = count_cost(lambda x: head.predict(x, metas, {}), maps, unknown)
         costs['decode_head'] = Cost(count_parameters(head)) + cost
         if getattr(model, 'with_auxiliary_head', False):
-            costs[TRAINED_ALONE] = Cost(count_parameters(model.auxiliary_head))
+            costs['auxiliary_head'] = Cost(count_parameters(model.auxiliary_head))
     elif not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:

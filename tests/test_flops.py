@@ -14,7 +14,7 @@ from torchvision.ops import DeformConv2d, roi_align, roi_pool
 
 import mmdense  # noqa: F401
 from mmdense import flops as cost
-from mmdense.flops import backbone_macs, count_parameters, model_macs
+from mmdense.flops import Cost, backbone_macs, count_parameters, model_costs
 from support import DEMOS, ROOT
 
 
@@ -47,7 +47,7 @@ def test_by_hand():
     ids=lambda p: p.stem,
 )
 def test_two_stage_parts_add_up_to_a_forward_pass(config):
-    parts = model_macs(build(config), (64, 96), num_boxes=6, num_masks=6)
+    parts = model_costs(build(config), (64, 96), num_boxes=6, num_masks=6)
     model = build(config, 'cpu')
     sample = DetDataSample(metainfo=dict(img_shape=(64, 96)))
     boxes = torch.tensor([[i, i, 20.0 + 5 * i, 30.0] for i in range(6)])
@@ -55,7 +55,7 @@ def test_two_stage_parts_add_up_to_a_forward_pass(config):
         features = model.extract_feat(torch.randn(1, 3, 64, 96))
         model.rpn_head(features)
         model.roi_head.forward(features, [InstanceData(bboxes=boxes)], [sample])
-    assert sum(parts.values()) == counter.get_total_flops() // 2
+    assert sum(parts.values(), Cost()).macs == counter.get_total_flops() // 2
     assert {'backbone', 'neck', 'rpn_head', 'bbox_head'} <= set(parts)
     assert ('mask_head' in parts) == model.roi_head.with_mask
 
@@ -67,18 +67,18 @@ def test_two_stage_parts_add_up_to_a_forward_pass(config):
 )
 def test_other_parts_add_up_to_a_forward_pass(config):
     model = build(config)
-    parts = model_macs(model, (64, 96))
+    parts = model_costs(model, (64, 96))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.empty(1, 3, 64, 96, device='meta'), [], mode='tensor')
-    assert sum(parts.values()) == counter.get_total_flops() // 2
-    assert 'auxiliary_head' not in parts
+    assert sum(parts.values(), Cost()).macs == counter.get_total_flops() // 2
+    assert parts.get('auxiliary_head', Cost()).macs == 0
 
 
 def test_other_models_are_refused():
     model = nn.Module()
     model.backbone = nn.Conv2d(3, 3, 1, device='meta')
     with pytest.raises(ValueError, match='Module: no rpn_head, bbox_head or decode_head'):
-        model_macs(model, (8, 8))
+        model_costs(model, (8, 8))
 
 
 def test_products_that_torch_leaves_out_are_counted(warnings):
@@ -122,7 +122,7 @@ def test_parts_of_a_model_are_named_together(warnings):
     model.backbone = lambda x: [mystery(x)]
     model.decode_head = nn.Module()
     model.decode_head.predict = lambda features, metas, cfg: mystery(features[0])
-    assert model_macs(model, (8, 8)) == dict(backbone=0, decode_head=0)
+    assert model_costs(model, (8, 8)) == dict(backbone=Cost(), decode_head=Cost())
     assert warnings == ['not counted: mmdense_test::mystery (2 calls)']
 
 
@@ -147,7 +147,7 @@ def test_other_operators_are_not_named(warnings):
             nn.Softmax(1),
         )
     backbone_macs(net.eval(), (8, 8))
-    model_macs(build(DEMOS['detection']), (64, 64))
+    model_costs(build(DEMOS['detection']), (64, 64))
     backbone_macs(
         lambda x: (roi_align(x, x.new_empty(4, 5), 7), roi_pool(x, x.new_empty(4, 5), 7)), (64, 64)
     )

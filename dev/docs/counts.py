@@ -18,7 +18,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from mmdense import models
-from mmdense.flops import backbone_macs, count_parameters, model_macs
+from mmdense.flops import Cost, backbone_macs, count_parameters, model_costs
 from mmdense.models.backbones import FAMILIES, Backbone
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,7 @@ class Recipe:
     def macs(self) -> list[int]:
         """MACs of one image, at each of :attr:`sizes`."""
         with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
-            return [sum(model_macs(self.model, size).values()) for size in self.sizes]
+            return [sum(model_costs(self.model, x).values(), Cost()).macs for x in self.sizes]
 
     def settings(self) -> dict[str, object]:
         """Return the settings that published.yml gives for a published recipe."""

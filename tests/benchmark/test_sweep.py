@@ -17,7 +17,7 @@ from mmdense.benchmark.sweep import Sweep
 from mmdense.config.channels import build_part
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
-from mmdense.flops import model_macs
+from mmdense.flops import model_costs
 from support import CONDENSED, DEMOS, ROOT, load_tool, write_log
 
 TOOL = ROOT / 'tools/benchmark.py'
@@ -256,7 +256,7 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     learned = load_config(str(folder / 'configs/condensenetv2-nano.py'))
     parts = rows['condensenetv2-nano']['parts']
     dense = build_part(learned.model, learned.default_scope).eval()
-    assert parts['backbone']['macs'] < 0.6 * model_macs(dense, (192, 192))['backbone']
+    assert parts['backbone']['macs'] < 0.6 * model_costs(dense, (192, 192))['backbone'].macs
     with (folder / 'results.csv').open() as file:
         assert [row['backbone'] for row in csv.DictReader(file)] == [*rows]
     log = (folder / 'runs/condensenetv2-nano/output.log').read_text()

@@ -380,16 +380,11 @@ class CondenseNetV2(Backbone):
         return [self.features[name]] if name in self.features else []
 
     def _layer_depths(self, granularity: str) -> tuple[Mapping[str, int], int]:
-        depths = {'features.init_conv': 0}
-        last = 0
+        depths, last = {'features.init_conv': 0}, 0
         for block, layers in enumerate(self.arch.layers, 1):
-            if granularity == 'layer':
-                dense = f'features.denseblock_{block}.denselayer_'
-                depths |= {f'{dense}{i}': last + i for i in range(1, layers + 1)}
-                last += layers
-            else:
-                last += 1
-                depths[f'features.denseblock_{block}'] = last
+            for i in range(1, layers + 1):
+                last += i == 1 or granularity == 'layer'
+                depths[f'features.denseblock_{block}.denselayer_{i}'] = last
         return depths, last + 2
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *rest: Any) -> None:

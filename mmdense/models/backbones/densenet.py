@@ -298,13 +298,10 @@ class DenseNet(Backbone):
         depths = {f'features.{name}': 0 for name in self._stem}
         last = 0
         for block, layers in enumerate(self._layers, 1):
-            steps = layers if granularity == 'layer' else 1
-            first, last = last + 1, last + steps
-            if granularity == 'layer':
-                dense = f'features.denseblock{block}.denselayer'
-                depths |= {f'{dense}{j}': first + j - 1 for j in range(1, layers + 1)}
-            depths[f'features.denseblock{block}'] = first
-            depths[f'features.transition{block - 1}'] = first
+            depths[f'features.transition{block - 1}'] = last + 1
+            for j in range(1, layers + 1):
+                last += j == 1 or granularity == 'layer'
+                depths[f'features.denseblock{block}.denselayer{j}'] = last
             if self._returns_normed(block):
                 depths[f'features.transition{block}.norm'] = last
         return {**depths, 'features.norm5': last}, last + 2

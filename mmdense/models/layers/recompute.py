@@ -42,14 +42,8 @@ def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
     compiling = torch.compiler.is_compiling()
     if not torch.is_grad_enabled() or (compiling and not COUNTS_ONCE):
         return run(*inputs)
-    if compiling:
-        return checkpoint(run, *inputs, use_reentrant=False)
-    return checkpoint(
-        run,
-        *inputs,
-        use_reentrant=False,
-        context_fn=lambda: (nullcontext(), StatisticsUntouched(modules)),
-    )
+    contexts = dict(context_fn=lambda: (nullcontext(), StatisticsUntouched(modules)))
+    return checkpoint(run, *inputs, use_reentrant=False, **({} if compiling else contexts))
 
 
 class StatisticsUntouched:
