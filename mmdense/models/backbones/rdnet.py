@@ -121,10 +121,15 @@ class OutputNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         axes, size = (1, 2, 3), math.prod(x.shape[1:])
         wide = torch.promote_types(x.dtype, torch.float32)
+        if x.dtype == wide and not x.is_cuda:  # whose kernel would copy channels-last
+            return super().forward(x)
         with _without_autocast(x):
-            mean = x.mean(axes, keepdim=True, dtype=wide)
-            length = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
-            variance = (length.square() / size - mean.square()).clamp(min=0)
+            if x.dtype == wide:
+                variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
+            else:  # no copy in float32; a half type's own rounding hides that of the difference
+                mean = x.mean(axes, keepdim=True, dtype=wide)
+                length = torch.linalg.vector_norm(x, dim=axes, keepdim=True, dtype=wide)
+                variance = (length.square() / size - mean.square()).clamp(min=0)
             scale = self.weight.view(1, -1, 1, 1) * (variance + self.eps).rsqrt()
             shift = self.bias.view(1, -1, 1, 1) - mean * scale
             return torch.addcmul(shift, x, scale).to(x.dtype)
