@@ -130,7 +130,9 @@ def compare_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         UserError: The checkpoint has another optimizer, or is beyond the end of the training.
     """
-    meta, loop = checkpoint['meta'], runner.cfg.train_cfg
+    meta, loop = checkpoint['meta'], runner.cfg.get('train_cfg')
+    if not loop:  # a runner without a config
+        return
     unit = 'epoch' if 'max_epochs' in loop else 'iter'
     done, end = meta[unit], loop[f'max_{unit}s']
     if done > end:
