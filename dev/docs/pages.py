@@ -92,8 +92,9 @@ def files() -> Iterator[tuple[str, str]]:
         for file in sorted(ROOT.glob('dev/benchmark/results/*.json'))
     }
     yield fill('docs/performance.md', 'measurements', markdown(list(records.values())))
+    measured = [r for name, rec in records.items() if 'cpu' in name for r in rec['results']]
     rows = [
-        family_row(family, [net for _, net in group], published[family], records['cpu'])
+        family_row(family, [net for _, net in group], published[family], measured)
         for family, group in networks.items()
         if group
     ]
@@ -373,8 +374,10 @@ def network_row(family: str, options: dict[str, str], net: Backbone) -> dict[str
     }
 
 
-def family_row(family: str, networks: list[Backbone], figures: dict, cpu: dict) -> dict[str, str]:
-    """Return a family's row in the README, from its networks, published.yml and a CPU's record."""
+def family_row(
+    family: str, networks: list[Backbone], figures: dict, measured: list[dict]
+) -> dict[str, str]:
+    """Return a family's row in the README, from its networks, published.yml and CPU records."""
 
     def span(values: Iterable[float], digits: int) -> str:
         low, high = min(values), max(values)
@@ -383,7 +386,7 @@ def family_row(family: str, networks: list[Backbone], figures: dict, cpu: dict) 
     top1 = [
         row['top-1'] for part in figures['classifiers'] for row in part['rows'] if 'weights' in row
     ]
-    results = [r for r in cpu['results'] if r['setting']['network'].startswith(family.lower())]
+    results = [r for r in measured if r['setting']['network'].startswith(family.lower())]
     speeds, memory = [], []
     for result in results:
         setting = result['setting']
