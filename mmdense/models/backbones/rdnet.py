@@ -102,6 +102,12 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
+        if torch.compiler.is_compiling():  # inductor fuses the casts
+            wide = torch.promote_types(x.dtype, torch.float32)
+            with _without_autocast(x):
+                return (
+                    super().forward(x.permute(0, 2, 3, 1).to(wide)).permute(0, 3, 1, 2).to(x.dtype)
+                )
         if x.is_cuda:  # whose kernel takes one type; the CPU's is more precise with two
             weight, bias = weight.to(x.dtype), bias.to(x.dtype)
         with _without_autocast(x):
@@ -121,8 +127,10 @@ class OutputNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         axes, size = (1, 2, 3), math.prod(x.shape[1:])
         wide = torch.promote_types(x.dtype, torch.float32)
-        if x.dtype == wide and not x.is_cuda:  # whose kernel would copy channels-last
-            return super().forward(x)
+        if not x.is_cuda or torch.compiler.is_compiling():  # CUDA's kernel copies channels-last
+            weight, bias = self.weight.to(wide), self.bias.to(wide)
+            with _without_autocast(x):
+                return F.group_norm(x.to(wide), 1, weight, bias, self.eps).to(x.dtype)
         with _without_autocast(x):
             if x.dtype == wide:
                 variance, mean = torch.var_mean(x, axes, correction=0, keepdim=True)
