@@ -36,19 +36,6 @@ from mmdense.config.read import load_config
 from mmdense.errors import UserError, printable
 from mmdense.patches import SILENCED, quiet_terminal
 
-__all__ = [
-    'add_cfg_options',
-    'add_device',
-    'add_min_loaded',
-    'add_score',
-    'config_parser',
-    'example',
-    'parse_config',
-    'report_errors',
-    'share',
-    'silence_libraries',
-]
-
 INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that Ctrl-C has ended
 
 for text in SILENCED:

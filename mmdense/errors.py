@@ -11,8 +11,6 @@ from typing import Any
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
-__all__ = ['UserError', 'first_of', 'one_line', 'printable', 'suggest_file', 'suggest_name', 'warn']
-
 
 class UserError(RuntimeError):
     """An error that the user can fix. Its message is one line that says how."""

@@ -14,17 +14,6 @@ from typing import Any
 
 from mmdense.errors import UserError
 
-__all__ = [
-    'PART_SUFFIX',
-    'WriteError',
-    'atomic_write',
-    'change_suffix',
-    'check_writable',
-    'relative_paths',
-    'sha256_of',
-    'wrap_disk_errors',
-]
-
 PART_SUFFIX = '.part'  # of a file that is being written
 # The disk is full, over quota or read-only, or the process has reached its limit of file size.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)

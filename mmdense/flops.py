@@ -23,15 +23,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = [
-    'Cost',
-    'backbone_macs',
-    'count_cost',
-    'count_parameters',
-    'model_costs',
-    'not_counted',
-]
-
 
 def _sum_flop(
     y: Sequence[int], a: Sequence[int], b: Sequence[int], *others: Any, **options: Any

@@ -16,8 +16,6 @@ from typing import Any
 from mmengine.config import Config, utils
 from mmengine.logging import MMLogger, logger
 
-__all__ = ['SILENCED', 'apply_patches', 'find_config', 'patch_configs', 'quiet_terminal']
-
 # Warnings of libraries that a user can do nothing about, by their beginning.
 SILENCED = (
     'faster_coco_eval is not installed',  # mmdet: a metric that is not used

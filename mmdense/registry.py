@@ -17,8 +17,6 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-__all__ = ['DATASETS', 'HOOKS', 'LOOPS', 'MODELS', 'OPTIM_WRAPPERS', 'OPTIM_WRAPPER_CONSTRUCTORS']
-
 ENGINE = ['mmdense.engine']
 MODELS = parents.Registry(
     'model',

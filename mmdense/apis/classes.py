@@ -17,8 +17,6 @@ from mmdense.config.evaluators import iter_metrics
 from mmdense.errors import first_of
 from mmdense.visualization.draw import make_palette
 
-__all__ = ['class_names', 'coco_categories', 'num_classes_of']
-
 COCO_IDS = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 

@@ -21,8 +21,6 @@ from mmdense.weights.formats import FORMATS, recognise, state_dict_of
 from mmdense.weights.loading import LoadReport, load_into
 from mmdense.weights.sources import fetch
 
-__all__ = ['Conversion', 'convert_weights']
-
 
 @dataclass(frozen=True)
 class Conversion:

@@ -18,17 +18,6 @@ from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import Backbone
 from mmdense.models.deploy import deploy, deployable
 
-__all__ = [
-    'TOLERANCE',
-    'FormCost',
-    'compare_forms',
-    'condense',
-    'deploy',
-    'deployable',
-    'deployed_config',
-    'relative_difference',
-]
-
 TOLERANCE = 1e-4  # of the largest value of an output, in float32
 
 

@@ -33,8 +33,6 @@ from mmdense.errors import UserError, one_line
 from mmdense.files import check_writable
 from mmdense.models.deploy import deploy as deploy_backbone
 
-__all__ = ['PARTS', 'TOLERANCE', 'Exported', 'Preprocessing', 'export_onnx']
-
 PARTS = ('backbone', 'neck', 'model')
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 AXES = {0: 'batch', 2: 'height', 3: 'width'}

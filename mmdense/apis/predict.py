@@ -40,15 +40,6 @@ from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.visualization.draw import draw_instances, draw_label_map
 from mmdense.weights.loading import check_min_loaded, load_checked
 
-__all__ = [
-    'LABEL_MAPS',
-    'PICTURES',
-    'PREDICTIONS',
-    'Predictor',
-    'find_images',
-    'save_predictions',
-]
-
 IMAGE_SUFFIXES = ('.bmp', '.jpeg', '.jpg', '.pgm', '.png', '.ppm', '.tif', '.tiff', '.webp')
 PICTURE_SUFFIXES = ('.jpeg', '.jpg', '.png', '.webp')  # compressed, and shown by every viewer
 PICTURES, LABEL_MAPS, PREDICTIONS = 'pictures', 'label_maps', 'predictions.json'

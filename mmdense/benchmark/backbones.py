@@ -15,8 +15,6 @@ from mmdense.errors import UserError, suggest_name
 from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import FAMILIES, Backbone
 
-__all__ = ['PRUNING', 'BackboneSpec', 'find_backbone', 'known_backbones']
-
 TIMM = 'timm:'
 PRUNING = 'mmdense.CondenseScheduleHook'
 SHORT = dict(tiny='t', small='s', base='b', large='l')

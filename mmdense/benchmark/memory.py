@@ -32,22 +32,6 @@ from torch.profiler import ProfilerActivity, profile
 from mmdense.config.edit import use_amp
 from mmdense.errors import UserError
 
-__all__ = [
-    'GB',
-    'NO_MODES',
-    'ModeCost',
-    'best_mode',
-    'build_training',
-    'config_changes',
-    'drain',
-    'peak_bytes',
-    'plan',
-    'random_batch',
-    'tensor_bytes',
-    'training_step',
-    'usable',
-]
-
 GB = 2**30
 NO_MODES = 'as it is'  # the mode of a backbone without memory modes
 FRAGMENTATION, CONTEXT = 0.1, 0.6 * GB  # a share of the GPU's memory, and the CUDA context

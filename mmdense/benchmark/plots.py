@@ -27,17 +27,6 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-__all__ = [
-    'Item',
-    'pareto_front',
-    'plot_curves',
-    'plot_scatter',
-    'style_sheet',
-    'svg',
-    'swatch',
-    'write_png',
-]
-
 WIDTH, HEIGHT = 560, 340
 LEFT, BOTTOM, TOP = 48, 44, 30  # room for tick labels and titles
 LOG_FROM = 8  # costs that span more than this factor get a logarithmic axis

@@ -35,8 +35,6 @@ from mmdense.benchmark.plots import (
     write_png,
 )
 
-__all__ = ['write_report']
-
 MISSING = '–'
 CURVE_POINTS = 150
 LEARNED = 0.05  # a smaller metric, as a share of the largest possible, ranks nothing

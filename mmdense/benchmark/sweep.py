@@ -43,8 +43,6 @@ from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRICS, NO_METRICS, main_metrics, read_scalars
 
-__all__ = ['Sweep']
-
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
 # In mmengine's log: epoch (if it counts them), iteration, their number, time left.
 STATE = re.compile(r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')

@@ -41,16 +41,6 @@ from mmdense.errors import one_line
 from mmdense.flops import model_costs
 from mmdense.models.deploy import deploy
 
-__all__ = [
-    'Run',
-    'inference_run',
-    'machine',
-    'measure',
-    'measure_configs',
-    'seconds_of',
-    'training_run',
-]
-
 Progress = Callable[[str], None]
 
 

@@ -18,18 +18,6 @@ from torch import nn
 from mmdense.config.parts import check_part, dicts
 from mmdense.errors import UserError, first_of, one_line
 
-__all__ = [
-    'AUTO',
-    'Reader',
-    'backbone_maps',
-    'build_part',
-    'fill_channels',
-    'nested_models',
-    'put_backbone',
-    'readers',
-    'remove_weights',
-]
-
 AUTO = 'auto'
 SSD_NECK = 'SSDNeck'
 READ_ALL = ('mmdense.ReXUNetHead', 'mmdense.ReXUNetDepthHead')  # read all maps by default

@@ -19,20 +19,6 @@ from mmdense.config.parts import LIBRARIES, find
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, warn
 
-__all__ = [
-    'drop_amp',
-    'fit_to_machine',
-    'set_length',
-    'use_amp',
-    'use_auto_scale_lr',
-    'use_compiled_backbone',
-    'use_hook',
-    'use_show_dir',
-    'use_tensorboard',
-    'use_tta',
-    'write_predictions',
-]
-
 AMP = 'AmpOptimWrapper'
 BFLOAT16 = 'mmdense.BFloat16OptimWrapper'
 WORKER_OPTIONS = ('multiprocessing_context', 'persistent_workers', 'prefetch_factor', 'timeout')

@@ -15,8 +15,6 @@ from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, first_of
 from mmdense.files import check_writable
 
-__all__ = ['check_metric_files', 'iter_metrics']
-
 
 def iter_metrics(evaluator: Any, where: str = '') -> Iterator[tuple[str, dict]]:
     """Yield the metrics of an evaluator in any of mmengine's forms, with their places."""

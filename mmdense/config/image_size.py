@@ -9,8 +9,6 @@ from mmengine.config import Config
 
 from mmdense.errors import UserError
 
-__all__ = ['training_size']
-
 DIVISOR = 32  # sides are padded to a multiple
 
 

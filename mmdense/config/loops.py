@@ -12,8 +12,6 @@ from mmengine.runner import IterBasedTrainLoop
 from mmdense.config.parts import find
 from mmdense.errors import UserError
 
-__all__ = ['check_loops', 'is_endless']
-
 ENDLESS = {'InfiniteSampler', 'MultiSourceSampler'}  # mmengine's and mmdet's
 # Arguments of hooks and schedules that count epochs.
 EPOCHS = ('by_epoch', 'begin_epoch', 'num_last_epochs', 'switch_epoch')

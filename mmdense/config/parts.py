@@ -29,8 +29,6 @@ from torch.utils.data import DataLoader
 
 from mmdense.errors import UserError, one_line, suggest_name
 
-__all__ = ['arguments', 'build_error', 'check_part', 'check_parts', 'dicts', 'find']
-
 PACKAGE = f'{Path(__file__).parents[1]}/'
 LIBRARIES = ('mmcv', 'mmdense', 'mmdet', 'mmengine', 'mmseg', 'torch')
 LOADERS = ('train', 'val', 'test')

@@ -18,8 +18,6 @@ from mmdense.config.validate import check_options, check_sections
 from mmdense.errors import UserError, one_line, suggest_file
 from mmdense.patches import find_config
 
-__all__ = ['load_config', 'read_config']
-
 
 def read_config(path: str) -> Config:
     """Return a config as its file and its bases define it, or raise UserError with the place.

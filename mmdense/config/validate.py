@@ -26,16 +26,6 @@ from mmdense.config.parts import arguments, find
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, first_of, suggest_name
 
-__all__ = [
-    'check_channels',
-    'check_classes',
-    'check_data_files',
-    'check_neck',
-    'check_options',
-    'check_prefixes',
-    'check_sections',
-]
-
 # All that mmengine's runners, their methods and mmdense's tools read at the top of a config.
 SECTIONS = sorted(
     {*inspect.signature(Runner).parameters, *inspect.signature(FlexibleRunner).parameters} - {'cfg'}

@@ -20,8 +20,6 @@ from PIL import Image
 
 from mmdense.errors import first_of, one_line, printable
 
-__all__ = ['ERROR', 'Finding', 'ReadOptions', 'Sample', 'check_sample', 'map_labels']
-
 ERROR, WARNING = 'error', 'warning'
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's limit; mmdense.patches sets OpenCV's to the same
 PIXELS_VARIABLE = 'OPENCV_IO_MAX_IMAGE_PIXELS'

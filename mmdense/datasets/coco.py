@@ -18,8 +18,6 @@ from mmdense.datasets.check import Finding, Sample
 from mmdense.datasets.content import SLACK, check_objects
 from mmdense.errors import first_of, one_line
 
-__all__ = ['CocoCheck']
-
 NUMBER = int | float
 TITLES = dict(images='image', categories='category', annotations='annotation')
 FIELDS = dict(images=dict(file_name=str, width=NUMBER, height=NUMBER), categories=dict(name=str))

@@ -15,16 +15,6 @@ from mmdense.datasets.check import Finding, ReadOptions, map_labels
 from mmdense.errors import first_of
 from mmdense.files import sha256_of
 
-__all__ = [
-    'SLACK',
-    'check_agreement',
-    'check_objects',
-    'check_pixels',
-    'class_pixels',
-    'compare_labels',
-    'count_suffixes',
-]
-
 SLACK = 1  # pixels by which rounding may put a box outside
 # What boxes may be in place of x, y, width, height -> their corners.
 BOX_FORMATS = {

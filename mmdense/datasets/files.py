@@ -39,17 +39,6 @@ from mmdense.datasets.content import (
 )
 from mmdense.errors import UserError, one_line
 
-__all__ = [
-    'check_data',
-    'check_files',
-    'check_trained_labels',
-    'iter_dataset_configs',
-    'list_files',
-    'raise_first',
-    'read_options_of',
-    'to_sample',
-]
-
 CHUNK = 64  # samples per task of a worker
 FEW, MANY = 16, 500  # samples of a data set that are read before training
 SMALL = 5000  # images that are compared by content before training

@@ -9,8 +9,6 @@ from mmseg.datasets import BaseSegDataset
 
 from mmdense.registry import DATASETS
 
-__all__ = ['LabelMapDataset']
-
 
 @DATASETS.register_module()
 class LabelMapDataset(BaseSegDataset):

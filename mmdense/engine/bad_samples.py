@@ -13,8 +13,6 @@ from mmdense.datasets.check import ReadOptions, Sample, check_sample
 from mmdense.datasets.files import raise_first, read_options_of, to_sample
 from mmdense.errors import UserError, one_line
 
-__all__ = ['naming']
-
 
 class NamedPipeline(Compose):
     """A data set's pipeline that names the sample it fails on, in worker processes too.

@@ -15,8 +15,6 @@ from mmengine.runner import Runner
 from mmdense.files import PART_SUFFIX, atomic_write
 from mmdense.registry import HOOKS
 
-__all__ = ['AtomicFileBackend', 'CheckpointHook', 'last_checkpoint']
-
 BACKEND = 'mmdense'
 INTERRUPTED = 'interrupted.pth'
 POINTER = 'last_checkpoint'  # mmengine's file

@@ -16,8 +16,6 @@ from mmdense.models.backbones.condensenetv2 import CondenseNetV2
 from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
 from mmdense.registry import HOOKS
 
-__all__ = ['CondenseScheduleHook']
-
 LOSS = 'loss_group_lasso'
 
 

@@ -18,8 +18,6 @@ from mmdense.errors import UserError, warn
 from mmdense.registry import HOOKS
 from mmdense.weights.loading import check_min_loaded, load_checked
 
-__all__ = ['ChannelsLastHook', 'CompileBackboneHook', 'LoadReportHook', 'unwrap']
-
 
 @HOOKS.register_module()
 class ChannelsLastHook(Hook):

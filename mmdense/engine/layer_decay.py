@@ -16,8 +16,6 @@ from mmdense.models.backbones.base import GRANULARITIES
 from mmdense.models.backbones.rdnet import RDNet
 from mmdense.registry import OPTIM_WRAPPER_CONSTRUCTORS
 
-__all__ = ['LayerDecayOptimWrapperConstructor']
-
 MODES = ('exact', 'published')
 # RDNet's release counts 7 stages in every size, and places the heads one depth after the last.
 PUBLISHED_DEPTHS = 7 + 2

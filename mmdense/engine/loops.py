@@ -30,8 +30,6 @@ from mmdense.errors import UserError
 from mmdense.files import WriteError, wrap_disk_errors
 from mmdense.registry import LOOPS
 
-__all__ = ['EpochBasedTrainLoop', 'IterBasedTrainLoop']
-
 MODEL, BATCH, VALIDATION = range(3)  # independent random streams
 # Entries of the message hub, which is saved with each checkpoint. Those that begin with 'val' would
 # be logged as metrics.

@@ -19,8 +19,6 @@ from mmdense.engine.stopping import StopSignal
 from mmdense.errors import UserError, first_of
 from mmdense.registry import HOOKS
 
-__all__ = ['NaNGuardHook']
-
 SHOWN = 8  # images, and losses, in the message
 
 

@@ -12,8 +12,6 @@ from torch import nn
 
 from mmdense.registry import OPTIM_WRAPPERS
 
-__all__ = ['BFloat16OptimWrapper']
-
 
 @OPTIM_WRAPPERS.register_module()
 class BFloat16OptimWrapper(OptimWrapper):

@@ -13,8 +13,6 @@ from mmdense.config.image_size import training_size
 from mmdense.config.parts import find
 from mmdense.errors import UserError, one_line
 
-__all__ = ['explain_out_of_memory']
-
 # In the plain RuntimeErrors of torch's CPU allocator, of CUDA's libraries and of CUDA.
 SIGNS = ('DefaultCPUAllocator', 'STATUS_ALLOC_FAILED', 'CUDA error: out of memory')
 

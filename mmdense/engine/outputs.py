@@ -21,8 +21,6 @@ from PIL import Image
 from mmdense.files import change_suffix, check_writable, relative_paths
 from mmdense.registry import HOOKS
 
-__all__ = ['SaveLabelMapsHook', 'SavePredictionsHook']
-
 
 @HOOKS.register_module()
 class SaveLabelMapsHook(Hook):

@@ -15,8 +15,6 @@ from mmdense.engine.checkpoint_hook import POINTER, last_checkpoint
 from mmdense.errors import UserError, one_line, suggest_file, warn
 from mmdense.weights.files import read_checkpoint
 
-__all__ = ['compare_settings', 'find_training', 'read_training', 'use_checkpoint']
-
 # What the states of optimizers and schedules have besides settings and names with an underscore.
 PROGRESS = {'base_values', 'best', 'cooldown_counter', 'last_step', 'num_bad_epochs', 'params'}
 # In the text of a config, which is not run.

@@ -28,8 +28,6 @@ from mmdense.engine.hooks import LoadReportHook, unwrap
 from mmdense.errors import UserError, one_line, suggest_file, warn
 from mmdense.files import check_writable, wrap_disk_errors
 
-__all__ = ['build_runner', 'load_weights', 'unwrap']
-
 FSDP = 'FSDPStrategy'
 # mmengine's class -> mmdense's, with the same arguments.
 RESUMABLE = {

@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-__all__ = ['NumberedBatches', 'seed_all']
-
 
 def seed_all(*key: int) -> None:
     """Seed the generators of Python, numpy and torch (on all devices) by non-negative integers."""

@@ -14,8 +14,6 @@ from mmengine.dist import all_reduce, is_distributed
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-__all__ = ['STATUS', 'StopSignal', 'Stopped']
-
 STATUS = 128 + signal.SIGTERM  # as shells report a process that SIGTERM has ended
 # Seconds. torchrun forwards a signal that the scheduler may have sent to its processes as well.
 ECHO = 3.0

@@ -13,8 +13,6 @@ import numpy as np
 from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
-__all__ = ['draw_instances', 'draw_label_map', 'make_palette']
-
 Colour = tuple[int, ...]
 
 LUMA = (0.299, 0.587, 0.114)  # perceived brightness of red, green and blue

@@ -19,17 +19,6 @@ from matplotlib.lines import Line2D
 from mmdense.errors import UserError
 from mmdense.files import check_writable
 
-__all__ = [
-    'METRICS',
-    'NO_METRICS',
-    'Run',
-    'is_empty',
-    'main_metrics',
-    'plot_runs',
-    'read_runs',
-    'read_scalars',
-]
-
 # Metrics that are plotted and printed by default, with their usual names.
 METRICS = {
     'coco/segm_mAP': 'mask AP',

@@ -28,8 +28,6 @@ from torch import Tensor
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write
 
-__all__ = ['check_target', 'read_checkpoint', 'serialize', 'write_checkpoint']
-
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own variable
 META = 'mmdense_meta'  # entry of a safetensors file's metadata
 SUFFIXES = ('.pth', '.safetensors')

@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from mmdense.errors import UserError, one_line
 from mmdense.weights.formats import Format, recognise, state_dict_of
 
-__all__ = ['LoadReport', 'PretrainedInit', 'check_min_loaded', 'load_checked', 'load_into']
-
 SHOWN = 3  # names in a message
 RGB = 3
 COUNTER = 'num_batches_tracked'  # optional: files from before torch 0.4.1 lack it

@@ -15,8 +15,6 @@ from mmdense.errors import UserError
 from mmdense.files import atomic_write, sha256_of
 from mmdense.weights.files import check_target, read_checkpoint, serialize
 
-__all__ = ['Published', 'publish']
-
 EMA_PREFIX = 'module.'  # of the names in mmengine's ema_state_dict
 
 

@@ -34,8 +34,6 @@ from mmdense.errors import UserError, one_line
 from mmdense.weights.files import read_checkpoint
 from mmdense.weights.formats import convert, state_dict_of
 
-__all__ = ['SCHEMES', 'fetch', 'load_from_condensenetv2', 'load_from_timm', 'locate']
-
 FOLDER = 'MMDENSE_WEIGHTS'  # environment variable: the folder of the user's own weights
 CONDENSENETV2 = 'https://github.com/jianghaojun/CondenseNetV2#results'
 # Scheme -> mmengine's list: names -> addresses.

@@ -28,8 +28,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.layers import lean
 
-__all__ = ['can_be_lean', 'lean_block']
-
 
 def lean_block(block: nn.Sequential, x: Tensor) -> Tensor:
     """Return the features [N, C, H, W] of a block that :func:`can_be_lean`, for [N, C_in, H, W].

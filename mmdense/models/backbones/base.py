@@ -25,8 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.errors import UserError, suggest_name
 
-__all__ = ['GRANULARITIES', 'Backbone', 'resolve_arch']
-
 ArchT = TypeVar('ArchT')
 GRANULARITIES = ('stage', 'layer')
 

@@ -39,8 +39,6 @@ from mmdense.models.layers import (
 )
 from mmdense.registry import MODELS
 
-__all__ = ['CondenseNetV2']
-
 FORMS = ('learned', 'condensed')
 BOTTLENECK = 4
 BN = dict(type='BN')

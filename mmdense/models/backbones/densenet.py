@@ -35,8 +35,6 @@ from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.models.layers.lean import saves_memory
 from mmdense.registry import MODELS
 
-__all__ = ['DenseNet']
-
 STEMS = ('imagenet', 'deep', 'cifar')
 TAPS = ('block', 'activated')
 BN = dict(type='BN')

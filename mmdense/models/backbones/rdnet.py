@@ -25,8 +25,6 @@ from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 
-__all__ = ['RDNet']
-
 # memory='lean' recomputes the hidden layer too in blocks with fewer channels: these products take
 # little time for the memory that they save, by measurement.
 RECOMPUTE_BELOW = 250

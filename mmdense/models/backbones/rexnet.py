@@ -28,8 +28,6 @@ from mmdense.models.deploy.rexnet import DeployedBottleneck, DeployedConv
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
 
-__all__ = ['LinearBottleneck', 'ReXNet', 'init_convs']
-
 # Per group: blocks (at depth 1), stride of the first block.
 GROUPS = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (5, 2))
 EXPANDED_FROM, GATED_FROM = 1, 2

@@ -23,8 +23,6 @@ from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.layers import recompute
 from mmdense.registry import MODELS
 
-__all__ = ['ShuffleNetV2']
-
 
 @dataclass(frozen=True)
 class Arch:

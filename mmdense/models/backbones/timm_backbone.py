@@ -22,8 +22,6 @@ from mmdense.models.backbones.base import GRANULARITIES, Backbone
 from mmdense.models.layers import recompute
 from mmdense.registry import MODELS
 
-__all__ = ['TimmBackbone']
-
 RESERVED = ('pretrained', 'num_classes', 'in_chans', 'features_only')
 STATE = ('_modules', '_parameters', '_buffers', '_non_persistent_buffers_set')
 PRUNE = 'prune_intermediate_layers'  # comes with forward_intermediates

@@ -22,8 +22,6 @@ from torch.nn import functional as F
 
 from mmdense.models.deploy.fold import norm_affine
 
-__all__ = ['DeployedBlock', 'ThreadWorkspace']
-
 TAPS = [(y, x) for y in (-1, 0, 1) for x in (-1, 0, 1)]  # of a 3x3 convolution
 CENTRE = TAPS.index((0, 0))
 LARGE = 4096  # pixels from which shifted planes are faster on a CPU, by measurement

@@ -19,8 +19,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.deploy.fold import fold_norm, norm_affine, replace_weights
 
-__all__ = ['DeployedBlock', 'DeployedNorm', 'DeployedStem', 'DeployedTransition']
-
 HALF_MAX = torch.finfo(torch.float16).max
 UNREACHED = 30  # standard deviations
 

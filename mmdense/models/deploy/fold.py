@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ['fold_norm', 'norm_affine', 'replace_weights']
-
 
 def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Return the scale and the shift [C] of a batch norm in evaluation, in float64.

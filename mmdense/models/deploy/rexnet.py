@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from mmdense.models.deploy.fold import fold_norm
 
-__all__ = ['DeployedBottleneck', 'DeployedConv']
-
 
 class DeployedConv(nn.Module):
     """``conv``, ``bn`` and SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels-last."""

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from mmdense.models.backbones.rexnet import LinearBottleneck, init_convs
 
-__all__ = ['ReXUNetDepthHead', 'ReXUNetHead']
-
 STRIDES = (1, 2, 4, 8, 16, 32)
 
 

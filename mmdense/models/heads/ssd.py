@@ -2,8 +2,6 @@
 
 from mmdet.models.dense_heads import SSDHead as _SSDHead
 
-__all__ = ['SSDHead']
-
 
 class SSDHead(_SSDHead):
     """mmdet's ``SSDHead``, with the same options.

@@ -22,14 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.layers.lean import lean_conv, plain_conv
 
-__all__ = [
-    'CondensedGroupConv',
-    'CondensedReactivation',
-    'LearnedGroupConv',
-    'SparseReactivation',
-    'pruning_stage',
-]
-
 BN = dict(type='BN')
 HAS_DERIVATIVE = torch.__version__ >= (2, 5)  # torch's channel_shuffle
 EPSILON = 1e-12  # lower bound of a sum of squares, whose root has no slope at 0

@@ -24,22 +24,6 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from mmdense.models.layers.recompute import StatisticsUntouched
 
-__all__ = [
-    'Norm',
-    'Statistics',
-    'batch_statistics',
-    'conv_backward',
-    'current_autocast',
-    'format_of',
-    'is_plain',
-    'lean_conv',
-    'norms_by_batch',
-    'plain_conv',
-    'record',
-    'saves_memory',
-]
-
-
 # Modules with these forwards are replaced by their operators here.
 FORWARDS = (
     *(_BatchNorm.forward, nn.SyncBatchNorm.forward),

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ['StatisticsUntouched', 'recompute']
-
 # Compiled graphs of torch 2.12 and 2.15 do, those of 2.4, 2.5 and 2.8 don't; others are untested.
 COUNTS_ONCE = torch.__version__ >= (2, 12)
 # What stands for statistics that are updated, but not read: no kernel is launched for it.

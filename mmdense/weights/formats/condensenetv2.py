@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mmdense.weights.formats.format import AFFINE, NORM, Format
 
-__all__ = ['CONDENSENETV2']
-
 LAYER = r'features\.denseblock_\d+\.denselayer_\d+'
 INTEGERS = dict(_mask=torch.uint8, _count=torch.int64, _stage=torch.int64)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mmdense.weights.formats.format import AFFINE, NORM, Format
 
-__all__ = ['DENSENET', 'MMPRETRAIN']
-
 LAYER = r'(?:norm|conv)'
 DENSENET = Format(
     name='densenet',

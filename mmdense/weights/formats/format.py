@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ['AFFINE', 'Format', 'Mapped', 'NORM', 'Rule']
-
 # A pattern of a complete key, and mmdense's key (with the pattern's groups), or None to drop it.
 Target = str | Callable[[re.Match], str] | None
 Rule = tuple[str, Target]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mmdense.weights.formats.format import AFFINE, Format
 
-__all__ = ['MMLAB', 'RDNET']
-
 BLOCK = rf'dense_block\d+\.(?:gamma|layers\.layers\.(?:[0124]|5\.fc)\.{AFFINE})'
 # Feature extractors flatten the outermost modules: stem_0, dense_stages_0. The released detectors
 # wrap one as timm_model.

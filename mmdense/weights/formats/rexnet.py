@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from mmdense.weights.formats.format import AFFINE, NORM, Format, Rule
 
-__all__ = ['CLOVAAI', 'REXNET', 'UNET']
-
 GATE = rf'(?:fc[12]\.{AFFINE}|bn\.{NORM})'
 CONV_NORM = rf'(?:conv\.weight|bn\.{NORM})'
 REXNET = Format(
