@@ -8,9 +8,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import is_main_process
-from mmengine.logging import print_log
-
 
 class UserError(RuntimeError):
     """An error that the user can fix. Its message is one line that says how."""
@@ -43,6 +40,9 @@ def suggest_file(path: str | Path, pattern: str) -> str:
 
 def warn(text: str) -> None:
     """Log a warning, from the main process."""
+    from mmengine.dist import is_main_process
+    from mmengine.logging import print_log
+
     if is_main_process():
         print_log(text, logger='current', level=logging.WARNING)
 

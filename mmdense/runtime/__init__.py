@@ -1,0 +1,1 @@
+"""Trained models from an ONNX file, without torch: NumPy, Pillow, pycocotools and onnxruntime."""
