@@ -28,7 +28,8 @@ OPENMMLAB = [
 REPORT = ['matplotlib', 'adjustText>=1.1', 'jinja2', 'tabulate']
 DEMO = [*REPORT, 'scikit-learn>=1.3', 'pillow>=9.1', 'rich']
 ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
-TEST = [*DEMO, *ONNX, 'pytest>=8', 'pytest-xdist>=3.6']
+JOBS = ['submitit>=1.5']
+TEST = [*DEMO, *ONNX, *JOBS, 'pytest>=8', 'pytest-xdist>=3.6']
 
 setup(
     name='mmdense',
@@ -52,6 +53,7 @@ setup(
         'mm': MM,
         'openmmlab': OPENMMLAB,
         'demo': DEMO,
+        'jobs': JOBS,
         'onnx': ONNX,
         'test': TEST,
         'dev': [*TEST, 'ruff'],

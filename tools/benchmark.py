@@ -5,19 +5,22 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress
 
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.datasets import make_digits
+from mmdense.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py'
@@ -64,7 +67,30 @@ def parser() -> argparse.ArgumentParser:
     )
     sweep.add_argument('--rounds', type=int, default=20, help='timed runs of each (%(default)s)')
     sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
-    cli.add_device(sweep)
+    sweep.add_argument(
+        '--device', choices=('cpu', 'cuda'), help="to measure on (the GPU if there's one)"
+    )
+    sweep.add_argument(
+        '--seeds',
+        type=int,
+        default=1,
+        metavar='N',
+        help='trainings of each (%(default)s)',
+    )
+    sweep.add_argument(
+        '--parallel', type=int, metavar='N', help='train N at a time, as jobs (extra: jobs)'
+    )
+    sweep.add_argument(
+        '--launcher', choices=('local', 'slurm'), default='local', help='of jobs (%(default)s)'
+    )
+    sweep.add_argument(
+        '--job-options',
+        nargs='+',
+        default={},
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help="of submitit's executor, such as slurm_partition=gpu timeout_min=1440 mem_gb=64",
+    )
     cli.add_cfg_options(sweep)
     return parser
 
@@ -84,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbones = [
         find_backbone(name, pretrained=pretrained, detection=detection) for name in args.backbones
     ]
+    if min(args.seeds, args.parallel or 1) < 1:
+        raise UserError('--seeds and --parallel must be 1 or more')
     folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')
     sweep = Sweep(
         cfg,
@@ -93,7 +121,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrained=pretrained,
         gpus=args.gpus,
         size=tuple(args.size) if args.size else None,
+        seeds=args.seeds,
     )
+    cluster = args.launcher == 'slurm'
+    jobs = None
+    if cluster or args.parallel:
+        jobs = dict(cluster=args.launcher, parallel=args.parallel, options=args.job_options)
     make_demo_data(cfg)
     train = [sys.executable, str(ROOT / 'tools/train.py')]
     if args.gpus > 1:
@@ -109,13 +142,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         console=console,
         disable=not console.is_terminal,
     ) as bars:
-        tasks = {b.name: bars.add_task(b.name, total=1.0, state='waiting') for b in backbones}
+        names = [run.name for runs in sweep.runs.values() for run in runs]
+        tasks = {name: bars.add_task(name, total=1.0, state='waiting') for name in names}
 
         def show(name: str, state: str, share: float) -> None:
             bars.update(tasks[name], completed=share, state=escape(state))
             lines.show(name, state)
 
-        sweep.train(train, show)
+        sweep.train(train, show, jobs)
     with console.status('') as status:
 
         def show_text(text: str) -> None:
@@ -123,7 +157,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.show('measuring', text)
 
         options = dict(rounds=args.rounds, pictures=args.pictures, device=args.device)
-        sweep.measure(**options, progress=show_text)
+        if cluster:
+            show_text('in a job')
+            job = dict(cluster=args.launcher, gpus=args.gpus, options=args.job_options)
+            run_as_job(partial(sweep.measure, **options), folder / 'jobs', **job)
+        else:
+            sweep.measure(**options, progress=show_text)
     failed = [b.name for b in backbones if sweep.state(b.name)['status'] != 'done']
     for name in failed:  # in the table above a long line is cut
         console.print(f'{name}: {sweep.state(name)["error"]}', soft_wrap=True, markup=False)

@@ -79,6 +79,7 @@ class Item:
     family: int  # its number, which selects colour and marker
     points: Sequence[tuple[float, float]]  # (x, y) of a curve, or of a single marker
     tooltip: str
+    deviation: float = 0.0  # of y, drawn as whiskers
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
@@ -104,6 +105,8 @@ def plot_scatter(items: Sequence[Item], *, x_title: str, y_title: str) -> Figure
         best, (x, y), gid = i in front, points[i], f'row-{item.row}'
         look = _look(item.family, filled=best) | dict(ls='', ms=10 if best else 8, gid=gid)
         axes.plot(x, y, **look, zorder=5 if best else 4)
+        if reach := items[i].deviation:
+            axes.vlines(x, y - reach, y + reach, color=look['color'], lw=1.4, gid=gid, zorder=3)
         weight = 'bold' if best else 'normal'
         labels.append(axes.text(x, y, _short(item.name), weight=weight, zorder=3, gid=gid))
     _scale(axes, points)

@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,6 +65,7 @@ class Column:
     unit: str  # '' for none
     values: Sequence[float | None]  # by row
     better: str = ''  # 'max' or 'min'
+    deviations: Sequence[float | None] = ()  # standard deviations over the seeds
 
     @property
     def known(self) -> list[float]:
@@ -90,6 +91,20 @@ class Column:
 
     def text(self, value: float | None) -> str:
         return MISSING if value is None else f'{value:.{self.digits}f}'
+
+    @property
+    def spread(self) -> Column | None:
+        """The standard deviations over the seeds, if there are any."""
+        known = any(value is not None for value in self.deviations)
+        return replace(self, name=f'{self.name}_std', values=self.deviations) if known else None
+
+    def cell(self, row: int) -> str:
+        """Return the text of a row, with the standard deviation if it has one."""
+        text, deviation = self.text(self.values[row]), self.deviation(row)
+        return text if deviation is None else f'{text} ± {deviation:.{self.digits}f}'
+
+    def deviation(self, row: int) -> float | None:
+        return self.deviations[row] if self.deviations else None
 
 
 class Plot(NamedTuple):
@@ -149,9 +164,11 @@ class Report:
         for name in self.results['metrics']:
             title, _, unit = name.partition(' (')  # such as 'mIoU (%)'
             values = [row and _finite(row['metrics'].get(name)) for row in self.finished]
+            deviations = [row and row['deviations'].get(name) for row in self.finished]
             less = self.results.get('rule') == 'less' and name == self.results['metrics'][0]
             better = 'min' if less else 'max'
-            yield Column(_slug(name), 'Accuracy', title, unit.rstrip(')'), values, better)
+            unit = unit.rstrip(')')
+            yield Column(_slug(name), 'Accuracy', title, unit, values, better, deviations)
 
     def _costs(self) -> Iterable[Column]:
         for kind, group in (('infer', 'Inference'), ('train', 'Training step')):
@@ -187,8 +204,9 @@ class Report:
                 self._item(
                     i,
                     [(x, y)],
-                    f'{row["backbone"]} ({row["family"]}): {metric.full_title} {metric.text(y)}, '
+                    f'{row["backbone"]} ({row["family"]}): {metric.full_title} {metric.cell(i)}, '
                     f'{axis} {cost.text(x)}',
+                    metric.deviation(i) or 0.0,
                 )
                 for i, (row, x, y) in enumerate(figures)
                 if x is not None and y is not None
@@ -200,9 +218,15 @@ class Report:
                 (self.folder / file).parent.mkdir(exist_ok=True)
                 write_png(figure, self.folder / file, self.families)
 
-    def _item(self, row: int, points: Sequence[tuple[float, float]], tooltip: str = '') -> Item:
+    def _item(
+        self,
+        row: int,
+        points: Sequence[tuple[float, float]],
+        tooltip: str = '',
+        deviation: float = 0.0,
+    ) -> Item:
         name, family = self.rows[row]['backbone'], self.rows[row]['family']
-        return Item(row, name, self.families[family], points, tooltip or name)
+        return Item(row, name, self.families[family], points, tooltip or name, deviation)
 
     @cached_property
     def findings(self) -> list[str]:
@@ -275,7 +299,7 @@ class Report:
         lines = []
         for i in self.ranked:
             name, status = self.rows[i]['backbone'], self.statuses[i]
-            cells = (column.text(column.values[i]) for column in self.columns)
+            cells = (column.cell(i) for column in self.columns)
             lines.append([_plain(f'{name} ({status})' if status else name), *cells])
         titles = (f'{PREFIXES.get(c.group, "")}{c.full_title}' for c in self.columns)
         align = ('left', *('right' for _ in self.columns))
@@ -285,6 +309,7 @@ class Report:
     def write_csv(self, file: Path) -> None:
         """Write a line for each backbone; units are in the names of the columns."""
         columns = [*self.all_columns, *self.parts]
+        columns += [*filter(None, (column.spread for column in self.all_columns))]
         words = ('backbone', 'family', 'status', 'error', 'form')
         with file.open('w', encoding='utf-8', newline='') as output:
             writer = csv.writer(output, lineterminator='\n')

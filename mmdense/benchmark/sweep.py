@@ -8,12 +8,11 @@ continues where it stopped.
 from __future__ import annotations
 
 import copy
-import fcntl
 import itertools
 import json
+import math
 import re
-import subprocess
-import time
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -32,6 +31,7 @@ from torch import nn
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
 from mmdense.benchmark.report import write_report
+from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import inference_run, machine, measure, training_run
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
@@ -44,11 +44,6 @@ from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRICS, NO_METRICS, main_metrics, read_scalars
 
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
-# In mmengine's log: epoch (if it counts them), iteration, their number, time left.
-STATE = re.compile(r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
-RAISED = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
-LOG_TAIL = 20_000  # characters
-POLL = 0.5  # seconds
 DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)')
 SCORE_THRESHOLD = 0.3  # of boxes in pictures
 
@@ -64,6 +59,10 @@ class Sweep:
         gpus: Number of GPUs of a training, which is one of its settings.
         size: Height and width of the images in pixels that MACs are counted for; by default the
             config's largest.
+        seeds: Number of trainings of each backbone, with the config's seed and the next ones.
+
+    Attributes:
+        runs: The trainings of each backbone, by its name.
 
     Raises:
         UserError: If the model predicts depth, the learning rates are only for RDNet, a backbone
@@ -81,6 +80,7 @@ class Sweep:
         pretrained: bool,
         gpus: int = 1,
         size: tuple[int, int] | None = None,
+        seeds: int = 1,
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
@@ -97,16 +97,21 @@ class Sweep:
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
         self.size = size or training_size(cfg)
-        self.configs = {backbone.name: self._make_config(backbone) for backbone in backbones}
-        for name, config in self.configs.items():
-            self._write_config(name, config)
-
-    def _run_folder(self, name: str) -> Path:
-        return self.folder / 'runs' / _slug(name)
-
-    def _config_file(self, name: str) -> Path:
-        # Not in the work dir, where mmengine writes the config as the runner changed it.
-        return self.folder / 'configs' / f'{_slug(name)}.py'
+        cfg.setdefault('randomness', dict(seed=0))
+        first = cfg.randomness.get('seed') or 0
+        epochs = cfg.train_cfg.get('max_epochs')
+        self.configs: dict[str, Config] = {}  # of the first seed
+        self.runs: dict[str, list[TrainingRun]] = {}
+        for backbone in backbones:
+            name, runs = backbone.name, self.runs.setdefault(backbone.name, [])
+            self.configs[name] = config = self._make_config(backbone)
+            for number in range(seeds):
+                file = _slug(name) + (f'.seed{first + number}' if number else '')
+                title = f'{name}, seed {first + number}' if seeds > 1 else name
+                # Not in the work dir, where mmengine writes the config as the runner changed it.
+                paths = folder / 'configs' / f'{file}.py', folder / 'runs' / file
+                runs.append(TrainingRun(title, first + number, *paths, epochs))
+                _write_config(runs[-1], config)
 
     def _make_config(self, backbone: BackboneSpec) -> Config:
         cfg = copy.deepcopy(self.cfg)
@@ -116,8 +121,6 @@ class Sweep:
         cfg.sweep = dict(gpus=self.gpus)
         others = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != PRUNING]
         cfg.custom_hooks = [*others, *backbone.hooks]
-        cfg.setdefault('randomness', dict(seed=0))
-        cfg.work_dir = str(self._run_folder(backbone.name))
         hooks = cfg.default_hooks
         if 'max_iters' in cfg.train_cfg:  # a killed run continues from the last validation
             hooks.checkpoint.interval = cfg.train_cfg.val_interval
@@ -125,99 +128,82 @@ class Sweep:
         hooks.checkpoint.max_keep_ckpts = 1
         return cfg
 
-    def _write_config(self, name: str, cfg: Config) -> None:
-        """Write a run's config. One that has trained must be the same, or is moved if it failed."""
-        file, folder, text = self._config_file(name), self._run_folder(name), cfg.pretty_text
-        check_writable(file)
-        if (folder / 'last_checkpoint').exists() and file.exists() and file.read_text() != text:
-            if self.state(name)['status'] != 'failed':
-                raise UserError(
-                    f'{file} belongs to a sweep with other settings: repeat those, or name '
-                    'another --out'
-                )
-            free = (folder.with_name(f'{folder.name}.failed{n}') for n in itertools.count(1))
-            folder.rename(next(path for path in free if not path.exists()))
-        folder.mkdir(parents=True, exist_ok=True)
-        atomic_write(file, text.encode())
-
     def state(self, name: str) -> dict[str, Any]:
-        """Return a run's ``status`` ('waiting', 'training', 'done' or 'failed') and ``seconds``."""
-        file = self._run_folder(name) / 'state.json'
-        return json.loads(file.read_text()) if file.exists() else dict(status='waiting', seconds=0)
+        """Return the ``status`` of a backbone's trainings, mean ``seconds``, and ``error``.
+
+        It is 'done' if all are, 'failed' if one failed and the others ended, 'waiting' if none has
+        begun, or 'training'.
+        """
+        runs = self.runs[name]
+        states = [run.state for run in runs]
+        kinds = {state['status'] for state in states}
+        ended = len(kinds) == 1 or kinds == {'done', 'failed'}
+        state = dict(
+            status=max(kinds) if ended else 'training',  # 'failed' comes after 'done'
+            seconds=statistics.fmean(state['seconds'] for state in states),
+        )
+        if state['status'] == 'failed':
+            run, failed = next(
+                pair for pair in zip(runs, states, strict=True) if 'error' in pair[1]
+            )
+            seed = f'seed {run.seed}: ' if len(runs) > 1 else ''
+            state['error'] = f'{seed}{failed["error"]}'
+        return state
 
     def train(
         self,
         command: Sequence[str],
-        progress: Callable[[str, str, float], None] = lambda name, state, share: None,
+        progress: Progress = lambda name, state, share: None,
+        jobs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Train each backbone that isn't done, in a process of its own.
+        """Train what isn't done, each in a process of its own.
 
         Args:
             command: Trains a config, with ``CONFIG --resume`` appended, and validates at the end.
-            progress: Called twice a second with a backbone's name, its state, such as 'epoch 3 of
+            progress: Called twice a second with a training's name, its state, such as 'epoch 3 of
                 8, 0:01:20 left', and the share of the training that is done, from 0 to 1.
+            jobs: ``cluster``, ``parallel`` and ``options`` of :func:`.train_as_jobs`; None trains
+                one after the other in this process's terminal.
         """
-        for backbone in self.backbones:
-            state = self.state(backbone.name)
-            if state['status'] != 'done':
-                state = self._train(backbone.name, command, progress)
-                self.report()
-            done = state['status'] == 'done'
-            progress(backbone.name, state.get('error', 'done'), float(done))
 
-    def _train(
-        self, name: str, command: Sequence[str], progress: Callable[[str, str, float], None]
-    ) -> dict[str, Any]:
-        folder = self._run_folder(name)
-        begin = time.monotonic() - self.state(name)['seconds']
+        def finish(run: TrainingRun) -> None:
+            state = run.state
+            self.report()
+            progress(run.name, state.get('error', 'done'), float(state['status'] == 'done'))
 
-        def save_state(status: str, **more: Any) -> dict[str, Any]:
-            state = dict(status=status, seconds=time.monotonic() - begin, **more)
-            atomic_write(folder / 'state.json', json.dumps(state).encode())
-            return state
-
-        log = folder / 'output.log'
-        with (folder / 'lock').open('w') as lock:
-            try:  # the process inherits the lock, and keeps it if this one is killed
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f'a training in {folder} is still running, from this sweep or a stopped one: '
-                    'wait for it, or stop it'
-                ) from error
-            with log.open('w') as output:
-                process = subprocess.Popen(
-                    [*command, str(self._config_file(name)), '--resume'],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno()],
-                )
-            try:
-                while process.poll() is None:
-                    progress(name, *_read_progress(log, self.cfg))
-                    save_state('training')
-                    time.sleep(POLL)
-            except BaseException:  # such as Ctrl-C; the checkpoints stay
-                process.terminate()
-                process.wait()
-                raise
-        if process.returncode:
-            return save_state('failed', error=_read_error(log, process.returncode))
-        return save_state('done')
+        todo = []
+        for run in (run for seeds in zip(*self.runs.values(), strict=True) for run in seeds):
+            if run.state['status'] == 'done':
+                progress(run.name, 'done', 1.0)
+            else:
+                todo.append(run)
+        if jobs is not None and todo:
+            places = dict(folder=self.folder / 'jobs', gpus=self.gpus)
+            train_as_jobs(todo, command, progress=progress, finished=finish, **places, **jobs)
+            return
+        for run in todo:
+            run(command, progress=progress)
+            finish(run)
 
     def measure(
         self,
         *,
         rounds: int = 20,
         pictures: int = 6,
-        device: str = 'cpu',
+        device: str | None = None,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Measure all trained models (see :func:`.timing.measure`), draw predictions, and report.
 
-        ``pictures`` is the number of test images to draw. Nothing is measured again if all of it
-        was, with the same arguments.
+        Nothing is measured again if all of it was, with the same arguments.
+
+        Args:
+            rounds: Timed runs of each.
+            pictures: Number of test images to draw.
+            device: 'cpu' or 'cuda'; by default the GPU if there is one.
+            progress: Called with a description of each step.
         """
+        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         done = [name for name in self.configs if self.state(name)['status'] == 'done']
         settings = dict(rounds=rounds, pictures=pictures, device=device, backbones=done)
         file = self.folder / 'measured.json'
@@ -253,7 +239,7 @@ class Sweep:
             progress(f'loading {name}')
             row = rows[name]
             try:
-                checkpoint = (self._run_folder(name) / 'last_checkpoint').read_text().strip()
+                checkpoint = (self.runs[name][0].folder / 'last_checkpoint').read_text().strip()
                 predictor = Predictor(self.configs[name], checkpoint, device='cpu')
                 row.update(parts=_parts(predictor.model, self.size), form='trained')
                 if hasattr(predictor.model.backbone, 'switch_to_deploy'):
@@ -324,6 +310,7 @@ class Sweep:
             schedule=f'{loop.max_epochs} epochs' if by_epoch else f'{loop.max_iters} iterations',
             data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
             pretrained=self.pretrained,
+            seeds=[run.seed for run in next(iter(self.runs.values()))],
             **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
             measured=measured.get('measured'),
@@ -345,26 +332,65 @@ class Sweep:
         return dict(metrics=names, rule=hook.get('rule'))
 
     def _row(self, backbone: BackboneSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
-        name = backbone.name
-        state = self.state(name)
-        losses, validations = [], []
-        with suppress(UserError):  # nothing logged yet
-            losses, validations = read_scalars(self._run_folder(name))
-        finished = state['status'] == 'done' and validations
+        name, runs, state = backbone.name, self.runs[backbone.name], self.state(backbone.name)
+        logs = [_read_log(run) for run in runs]
+        losses, validations = logs[0]
+        seeds = []
+        for run, (_, records) in zip(runs, logs, strict=True):
+            seed = dict(seed=run.seed, **run.state)
+            final = records[-1] if records and seed['status'] == 'done' else {}
+            seeds.append(dict(seed, metrics={k: v for k, v in final.items() if k != 'iter'}))
+        metrics, deviations = {}, {}
+        for metric in seeds[0]['metrics'] if state['status'] == 'done' else ():
+            values = [seed['metrics'].get(metric, math.nan) for seed in seeds]
+            metrics[metric] = statistics.fmean(values)
+            if len(values) > 1:
+                deviations[metric] = statistics.stdev(values)
         row = dict(
             backbone=name,
             family=backbone.family,
-            config=str(self._config_file(name).relative_to(self.folder)),
-            run=str(self._run_folder(name).relative_to(self.folder)),
+            config=str(runs[0].config.relative_to(self.folder)),
+            run=str(runs[0].folder.relative_to(self.folder)),
             status=state['status'],
             error=state.get('error'),
             seconds=state['seconds'],
-            metrics=_rename(validations[-1]) if finished else {},
-            losses=[[record['step'], record['loss']] for record in losses],
-            validations=[dict(iter=record['iter']) | _rename(record) for record in validations],
+            metrics=metrics,
+            deviations=deviations,
+            seeds=seeds,
+            losses=losses,
+            validations=validations,
         )
         unmeasured = dict(parts={}, form=None, infer=None, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
+
+
+def _write_config(run: TrainingRun, cfg: Config) -> None:
+    """Write a training's config. After a training it must be the same, unless that failed."""
+    cfg = copy.deepcopy(cfg)
+    cfg.randomness.seed, cfg.work_dir = run.seed, str(run.folder)
+    file, folder, text = run.config, run.folder, cfg.pretty_text
+    check_writable(file)
+    if (folder / 'last_checkpoint').exists() and file.exists() and file.read_text() != text:
+        if run.state['status'] != 'failed':
+            raise UserError(
+                f'{file} belongs to a sweep with other settings: repeat those, or name another '
+                '--out'
+            )
+        free = (folder.with_name(f'{folder.name}.failed{n}') for n in itertools.count(1))
+        folder.rename(next(path for path in free if not path.exists()))
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(file, text.encode())
+
+
+def _read_log(run: TrainingRun) -> tuple[list[list[float]], list[dict[str, float]]]:
+    """Return a training's losses, by iteration, and validations."""
+    losses, validations = [], []
+    with suppress(UserError):  # nothing logged yet
+        losses, validations = read_scalars(run.folder)
+    return (
+        [[record['step'], record['loss']] for record in losses],
+        [dict(iter=record['iter']) | _rename(record) for record in validations],
+    )
 
 
 def _slug(name: str) -> str:
@@ -373,31 +399,6 @@ def _slug(name: str) -> str:
 
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:
     return {METRICS.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
-
-
-def _read_progress(log: Path, cfg: Config) -> tuple[str, float]:
-    """Return the state and the share of a training that is done."""
-    text = log.read_text(errors='replace')[-LOG_TAIL:]
-    if not (matches := STATE.findall(text)):
-        return 'starting', 0.0
-    epoch, step, steps, left = matches[-1]
-    share = int(step) / int(steps)
-    if not epoch:
-        return f'iteration {step} of {steps}, {left} left', share
-    total = cfg.train_cfg.max_epochs
-    return f'epoch {epoch} of {total}, {left} left', (int(epoch) - 1 + share) / total
-
-
-def _read_error(log: Path, status: int) -> str:
-    """Return the line of a log that says why its process ended."""
-    if status < 0:
-        return f'killed by signal {-status}'
-    text = re.sub(r'^\[rank\d+\]: ', '', log.read_text(errors='replace'), flags=re.MULTILINE)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    messages = [line.removeprefix('error: ') for line in lines if line.startswith('error: ')]
-    # torchrun's own error follows that of its processes.
-    raised = [line for line in lines if RAISED.match(line) and 'ChildFailedError' not in line]
-    return [*lines[-1:], f'ended with status {status}', *raised[-1:], *messages[-1:]][-1][:300]
 
 
 def _parts(model: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:

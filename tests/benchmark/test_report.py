@@ -36,6 +36,7 @@ def make_row(i=0, **changes):
         train=dict(p50=0.5, p95=0.6, throughput=16.0, memory=7e8 - 1e6 * i, ratio=1.0),
         losses=[[10 * k, 3.0 / k] for k in range(1, 9)],
         validations=[{'iter': 40, 'box AP': 0.1}, {'iter': 80, 'box AP': 0.3 + 0.01 * i}],
+        deviations={},
         pictures=[],
     )
     return {**row, **changes}
@@ -54,6 +55,7 @@ def make_results(rows, **changes):
         schedule='8 epochs',
         data='data/digits',
         pretrained=False,
+        seeds=[0],
         metrics=['box AP', 'box AP50'],
         machine=dict(
             date='2026-11-21',

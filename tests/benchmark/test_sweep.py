@@ -22,9 +22,10 @@ from support import CONDENSED, DEMOS, ROOT, load_tool, write_log
 
 TOOL = ROOT / 'tools/benchmark.py'
 NAMES = [str(DEMOS['detection']), 'timm:resnet18']
-# Instead of training: logs one epoch; the first of rdnet-nano's two starts fails.
+# Instead of training: logs one epoch; the first of rdnet-nano's two starts fails. The first start
+# of the seed KILLED takes its job with it.
 STAND_IN = """
-import json, pathlib, sys
+import json, os, pathlib, re, signal, sys
 assert sys.argv[2:] == ['--resume']
 config = pathlib.Path(sys.argv[1])
 folder = config.parents[1] / 'runs' / config.stem
@@ -34,9 +35,13 @@ print('Epoch(train)  [1][10/40]  lr: 1e-3  eta: 0:01:20  time: 0.1  loss: 1.0', 
 if folder.name == 'rdnet-nano' and len(starts.read_text()) == 1:
     print('Traceback (most recent call last):')
     sys.exit('torch.OutOfMemoryError: out of memory')
+seed = int(re.search('randomness = dict.*?seed=(\\\\d+)', config.read_text())[1])
+if str(seed) == os.environ.get('KILLED') and len(starts.read_text()) == 1:
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
 logs = folder / '1/vis_data'
 logs.mkdir(parents=True)
-records = [dict(loss=2.0, step=1), {'coco/bbox_mAP': 0.25, 'step': 1}]
+records = [dict(loss=2.0, step=1), {'coco/bbox_mAP': 0.25 + seed, 'step': 1}]
 (logs / 'scalars.json').write_text('\\n'.join(map(json.dumps, records)))
 """
 
@@ -49,11 +54,12 @@ def stand_in(tmp_path):
 
 
 def sweep_of(
-    folder, names=NAMES, *, config=DEMOS['detection'], pretrained=False, gpus=1, **options
+    folder, names=NAMES, *, config=DEMOS['detection'], pretrained=False, gpus=1, seeds=1, **options
 ):
     cfg = load_config(str(config), options=options)
     backbones = [find_backbone(name, pretrained=pretrained) for name in names]
-    return Sweep(cfg, backbones, folder, command='sweep', pretrained=pretrained, gpus=gpus)
+    arguments = dict(pretrained=pretrained, gpus=gpus, seeds=seeds)
+    return Sweep(cfg, backbones, folder, command='sweep', **arguments)
 
 
 def results_of(folder):
@@ -82,6 +88,61 @@ def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
     assert again.state('rdnet-nano')['seconds'] > seconds
     assert (folder / 'runs/rdnet-nano/starts').read_text() == '..'
     assert (folder / 'runs/timm-resnet18/starts').read_text() == '.'  # it was finished
+
+
+def test_seeds(tmp_path, stand_in):
+    options = {'randomness.seed': 2}
+    sweep_of(tmp_path, NAMES[1:], **options).train(stand_in)
+    names = []
+    sweep = sweep_of(tmp_path, NAMES[1:], seeds=3, **options)  # the first seed is trained already
+    sweep.train(stand_in, lambda name, *_: names.append(name))
+    assert [*dict.fromkeys(names)] == [f'timm:resnet18, seed {seed}' for seed in (2, 3, 4)]
+    assert [(tmp_path / f'runs/timm-resnet18{s}/starts').read_text() for s in ('', '.seed3')] == [
+        '.',
+        '.',
+    ]
+    row = results_of(tmp_path)['timm:resnet18']
+    assert [seed['metrics']['box AP'] for seed in row['seeds']] == [2.25, 3.25, 4.25]
+    assert (row['metrics'], row['deviations']) == ({'box AP': 3.25}, {'box AP': 1.0})
+    assert '3.25 ± 1.00' in (tmp_path / 'report.md').read_text()
+    assert load_config(str(tmp_path / 'configs/timm-resnet18.seed4.py')).randomness.seed == 4
+
+
+@pytest.mark.slow
+def test_jobs_give_the_same_rows_and_survive_a_killed_one(tmp_path, stand_in, monkeypatch):
+    pytest.importorskip('submitit')
+    rows = []
+    for folder, jobs in ((tmp_path / 'a', None), (tmp_path / 'b', dict(parallel=2))):
+        sweep = sweep_of(folder, seeds=2)
+        sweep.train(stand_in, jobs=jobs)
+        sweep_of(folder, seeds=2).train(stand_in, jobs=jobs)  # what failed is tried again
+        monkeypatch.setenv('KILLED', '1')
+        rows.append(results_of(folder))
+        for row in rows[-1].values():
+            assert [run.pop('seconds') > 0 for run in (row, *row['seeds'])] == [True] * 3
+            assert row['status'] == 'done'
+    assert rows[0] == rows[1]
+    starts = {file.parent.name: file.read_text() for file in tmp_path.glob('b/runs/*/starts')}
+    assert starts == {
+        'rdnet-nano': '..',  # failed
+        'rdnet-nano.seed1': '..',  # killed with its job
+        'timm-resnet18': '.',
+        'timm-resnet18.seed1': '..',
+    }
+
+
+def test_jobs_that_cannot_run(tmp_path, stand_in, monkeypatch):
+    pytest.importorskip('submitit')
+    sweep = sweep_of(tmp_path, NAMES[1:])
+    for jobs, message in (
+        (dict(cluster='slurm'), 'submitit: .*[Ss]lurm'),
+        (dict(options=dict(speed='high')), 'submitit: .*speed'),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweep.train(stand_in, jobs=jobs)
+    monkeypatch.setitem(sys.modules, 'submitit', None)
+    with pytest.raises(UserError, match='pip install submitit'):
+        sweep.train(stand_in, jobs={})
 
 
 @pytest.mark.parametrize(
