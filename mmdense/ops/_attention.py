@@ -11,7 +11,6 @@ from torch import Tensor
 from mmdense.ops._common import widen
 
 
-@torch.no_grad()
 def ms_deform_attn_forward(
     value: Tensor,
     value_spatial_shapes: Tensor,
@@ -26,7 +25,6 @@ def ms_deform_attn_forward(
     return sum(_attend(*_slices(tensors, level), level) for level in levels).to(value)
 
 
-@torch.no_grad()
 def ms_deform_attn_backward(
     value: Tensor,
     value_spatial_shapes: Tensor,

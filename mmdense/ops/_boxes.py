@@ -7,7 +7,6 @@ from torch import Tensor
 from mmdense.ops._common import widen
 
 
-@torch.no_grad()
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
     """Return the kept indices by falling score; equal scores keep their order."""
     boxes, scores = widen(boxes, scores)
@@ -21,7 +20,6 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Ten
     return torch.ops.torchvision.nms(boxes.to(dtype), scores.to(dtype), iou_threshold)
 
 
-@torch.no_grad()
 def softnms(
     boxes: Tensor,
     scores: Tensor,
@@ -72,7 +70,6 @@ def softnms(
     return torch.from_numpy(inds[:size]).to(boxes.device)
 
 
-@torch.no_grad()
 def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     """Return groups of indices into ``dets`` [N, 5]: a kept box, then the boxes it suppresses."""
     (dets,) = widen(dets)
@@ -86,7 +83,6 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     return groups
 
 
-@torch.no_grad()
 def bbox_overlaps(
     bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
 ) -> None:

@@ -27,7 +27,6 @@ GEOMETRY2 = itemgetter(
 )
 
 
-@torch.no_grad()
 def deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -41,7 +40,6 @@ def deform_conv_forward(
     output.copy_(_forward(input, weight, offset, None, None, GEOMETRY1(geometry)))
 
 
-@torch.no_grad()
 def deform_conv_backward_input(
     input: Tensor,
     offset: Tensor,
@@ -61,7 +59,6 @@ def deform_conv_backward_input(
     columns.mmdense_pending = gradOutput, grads[1]
 
 
-@torch.no_grad()
 def deform_conv_backward_parameters(
     input: Tensor,
     offset: Tensor,
@@ -81,7 +78,6 @@ def deform_conv_backward_parameters(
     gradWeight.add_(grad_weight.to(gradWeight), alpha=scale)
 
 
-@torch.no_grad()
 def modulated_deform_conv_forward(
     input: Tensor,
     weight: Tensor,
@@ -100,7 +96,6 @@ def modulated_deform_conv_forward(
     output.copy_(_forward(input, weight, offset, mask, bias, GEOMETRY2(geometry)))
 
 
-@torch.no_grad()
 def modulated_deform_conv_backward(
     input: Tensor,
     weight: Tensor,

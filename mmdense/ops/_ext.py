@@ -2,7 +2,6 @@
 
 mmcv checks on import that every operator exists. Those that are not provided raise when called.
 """
-# ruff: noqa: F401  (mmcv looks the operators up by name)
 
 import torch
 import torchvision
@@ -13,44 +12,14 @@ if not hasattr(torch.ops.torchvision, 'nms'):
         f'{torch.__version__}: install the torchvision that matches this torch'
     )
 
-from mmdense.ops._attention import ms_deform_attn_backward, ms_deform_attn_forward
-from mmdense.ops._boxes import bbox_overlaps, nms, nms_match, softnms
-from mmdense.ops._deform import (
-    deform_conv_backward_input,
-    deform_conv_backward_parameters,
-    deform_conv_forward,
-    modulated_deform_conv_backward,
-    modulated_deform_conv_forward,
-)
-from mmdense.ops._focal import (
-    sigmoid_focal_loss_backward,
-    sigmoid_focal_loss_forward,
-    softmax_focal_loss_backward,
-    softmax_focal_loss_forward,
-)
-from mmdense.ops._norm import (
-    sync_bn_backward_data,
-    sync_bn_backward_param,
-    sync_bn_forward_mean,
-    sync_bn_forward_output,
-    sync_bn_forward_var,
-)
-from mmdense.ops._roi import (
-    roi_align_backward,
-    roi_align_forward,
-    roi_pool_backward,
-    roi_pool_forward,
-)
-from mmdense.ops._window import (
-    carafe_backward,
-    carafe_forward,
-    carafe_naive_backward,
-    carafe_naive_forward,
-    masked_col2im_forward,
-    masked_im2col_forward,
-    psamask_backward,
-    psamask_forward,
-)
+from mmdense.ops import _attention, _boxes, _deform, _focal, _norm, _roi, _window
+
+# The operators are the public functions of these modules. They write to given tensors, so none is
+# differentiated: mmcv calls the backward ones.
+for _module in (_attention, _boxes, _deform, _focal, _norm, _roi, _window):
+    for _name, _operator in vars(_module).items():
+        if getattr(_operator, '__module__', '') == _module.__name__ and _name[0] != '_':
+            globals()[_name] = torch.no_grad()(_operator)
 
 
 def get_compiler_version() -> str:

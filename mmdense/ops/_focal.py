@@ -18,7 +18,6 @@ from mmdense.ops._common import widen
 TINY = torch.finfo(torch.float32).tiny  # mmcv's lower bound of logarithms, in every dtype
 
 
-@torch.no_grad()
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
@@ -30,7 +29,6 @@ def sigmoid_focal_loss_forward(
     output.copy_(loss)
 
 
-@torch.no_grad()
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
@@ -47,7 +45,6 @@ def sigmoid_focal_loss_backward(
     grad_input.copy_(slope)
 
 
-@torch.no_grad()
 def softmax_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
@@ -56,7 +53,6 @@ def softmax_focal_loss_forward(
     output.copy_(-alpha * (1 - prob) ** gamma * _log(prob) * scale)
 
 
-@torch.no_grad()
 def softmax_focal_loss_backward(
     input: Tensor,
     target: Tensor,

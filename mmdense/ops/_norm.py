@@ -3,27 +3,23 @@
 Inputs are [N, C, S] of any floating dtype, statistics [C] float32.
 """
 
-import torch
 from torch import Tensor
 
 from mmdense.ops._common import widen
 
 
-@torch.no_grad()
 def sync_bn_forward_mean(input: Tensor, mean: Tensor) -> None:
     """Write this process's mean."""
     (wide,) = widen(input)
     mean.copy_(wide.mean((0, 2)))
 
 
-@torch.no_grad()
 def sync_bn_forward_var(input: Tensor, mean: Tensor, var: Tensor) -> None:
     """Write this process's mean squared difference from the global ``mean``."""
     (wide,) = widen(input)
     var.copy_((wide - mean[:, None]).square().mean((0, 2)))
 
 
-@torch.no_grad()
 def sync_bn_forward_output(
     input: Tensor,
     mean: Tensor,
@@ -51,7 +47,6 @@ def sync_bn_forward_output(
         running_var.copy_(momentum * unbiased + (1 - momentum) * running_var)
 
 
-@torch.no_grad()
 def sync_bn_backward_param(
     grad_output: Tensor, norm: Tensor, grad_weight: Tensor, grad_bias: Tensor
 ) -> None:
@@ -61,7 +56,6 @@ def sync_bn_backward_param(
     grad_bias.copy_(grad.sum((0, 2)))
 
 
-@torch.no_grad()
 def sync_bn_backward_data(
     grad_output: Tensor,
     weight: Tensor,

@@ -20,7 +20,6 @@ OUTSIDE = -3e4  # a coordinate outside every feature map, which float16 can repr
 CHUNK = 2**24  # samples of max pooling at once: 64 MiB
 
 
-@torch.no_grad()
 def roi_align_forward(
     input: Tensor,
     rois: Tensor,
@@ -79,7 +78,6 @@ def roi_align_forward(
     argmax_y.masked_fill_(bad[:, None, None, None], -1)
 
 
-@torch.no_grad()
 def roi_align_backward(
     grad_output: Tensor,
     rois: Tensor,
@@ -118,7 +116,6 @@ def roi_align_backward(
     grad_input.copy_(total.view_as(grad_input))
 
 
-@torch.no_grad()
 def roi_pool_forward(
     input: Tensor,
     rois: Tensor,
@@ -169,7 +166,6 @@ def roi_pool_forward(
     argmax.masked_fill_(bad[:, None, None, None], -1)
 
 
-@torch.no_grad()
 def roi_pool_backward(
     grad_output: Tensor,
     rois: Tensor,

@@ -12,7 +12,6 @@ from mmdense.ops._common import widen
 # pixel's mask [N, G * K * K, S * H, S * W]. G: channel groups with a mask each; S: scale factor.
 
 
-@torch.no_grad()
 def carafe_naive_forward(
     features: Tensor,
     masks: Tensor,
@@ -29,7 +28,6 @@ def carafe_naive_forward(
     output.copy_(total.reshape(output.shape))
 
 
-@torch.no_grad()
 def carafe_naive_backward(
     top_grad: Tensor,
     features: Tensor,
@@ -57,7 +55,6 @@ def carafe_naive_backward(
     mask_grad.copy_(torch.stack(mask_parts, 2).reshape(masks.shape))
 
 
-@torch.no_grad()
 def carafe_forward(
     features: Tensor,
     masks: Tensor,
@@ -72,7 +69,6 @@ def carafe_forward(
     carafe_naive_forward(features, masks, output, **sizes)
 
 
-@torch.no_grad()
 def carafe_backward(
     top_grad: Tensor,
     rfeatures: Tensor,
@@ -111,7 +107,6 @@ def _taps(
         yield window[:, :, :, :, None, :, None], masks[:, :, tap, None]
 
 
-@torch.no_grad()
 def masked_im2col_forward(
     im: Tensor,
     mask_h_idx: Tensor,
@@ -133,7 +128,6 @@ def masked_im2col_forward(
     col.copy_(padded[:, rows[:, None], columns[None]].reshape(col.shape))
 
 
-@torch.no_grad()
 def masked_col2im_forward(
     col: Tensor,
     mask_h_idx: Tensor,
@@ -153,7 +147,6 @@ def masked_col2im_forward(
 COLLECT = 0
 
 
-@torch.no_grad()
 def psamask_forward(input: Tensor, output: Tensor, psa_type: int, **sizes: int) -> None:
     """Write ``output`` [N, H * W, H, W], which is zero outside the mask."""
     # Position in the mask: target pixel - pixel + half.
@@ -162,7 +155,6 @@ def psamask_forward(input: Tensor, output: Tensor, psa_type: int, **sizes: int) 
     output.copy_((full if psa_type == COLLECT else full.transpose(1, 2)).reshape(output.shape))
 
 
-@torch.no_grad()
 def psamask_backward(grad_output: Tensor, grad_input: Tensor, psa_type: int, **sizes: int) -> None:
     """Write the gradient [N, h_mask * w_mask, H, W]; each value has at most one output."""
     # Target pixel: position in the mask + pixel - half.
