@@ -33,31 +33,20 @@ SCRATCH = '(To train from scratch: --cfg-options model.backbone.init_cfg=None)'
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The outcome of loading a checkpoint into a model, tensor by tensor.
+    """The outcome of loading a checkpoint into a model, tensor by tensor."""
 
-    Attributes:
-        model: Class of the model.
-        format: Format that the checkpoint's keys were renamed from, if they were.
-        backbones: Prefixes of mmdense's backbones in the model; '' if it is one itself.
-        buffers: The model's names that are buffers; all others are parameters.
-        loaded: The model's names that the checkpoint filled.
-        missing: The model's names that the checkpoint lacks, except those that are optional.
-        wrong_shape: The model's names whose shape differs in the checkpoint -> both shapes.
-        unexpected: The checkpoint's keys that the model lacks.
-        dropped: The checkpoint's keys that dense prediction doesn't need, such as a classifier's.
-        hint: The prefix that would let more tensors match, if there is one.
-    """
-
-    model: str
-    format: Format | None
-    backbones: tuple[str, ...]
-    buffers: frozenset[str]
+    model: str  # its class
+    format: Format | None  # that the checkpoint's keys were renamed from, if they were
+    backbones: tuple[str, ...]  # prefixes of mmdense's backbones; '' if the model is one itself
+    # The model's names.
+    buffers: frozenset[str]  # all others are parameters
     loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    wrong_shape: Mapping[str, str]
+    missing: tuple[str, ...]  # without the optional ones
+    wrong_shape: Mapping[str, str]  # -> both shapes
+    # The checkpoint's keys.
     unexpected: tuple[str, ...]
-    dropped: tuple[str, ...]
-    hint: str = ''
+    dropped: tuple[str, ...]  # that dense prediction doesn't need, such as a classifier's
+    hint: str = ''  # the prefix that would let more tensors match, if there is one
 
     def share(self, part: str = '') -> float:
         """Return the loaded share of the model's tensors with a prefix, from 0 to 1."""

@@ -20,29 +20,17 @@ EMA_PREFIX = 'module.'  # of the names in mmengine's ema_state_dict
 
 @dataclass(frozen=True)
 class Published:
-    """A published file.
+    """A published file."""
 
-    Attributes:
-        file: The file, with the checksum in its name.
-        existed: Whether it existed already, with the same content.
-        before: Size of the checkpoint, in bytes.
-        after: Size of the file, in bytes.
-        tensors: Number of tensors in it.
-        left_out: Entries of the checkpoint that are not in it.
-        weights: The moving average, the weights as trained, or the only ones there are.
-        halves: Number of float16 tensors.
-        overflowing: Names of tensors that stay float32, as float16 cannot hold their values.
-    """
-
-    file: Path
-    existed: bool
-    before: int
-    after: int
-    tensors: int
-    left_out: tuple[str, ...]
-    weights: Literal['average', 'trained', 'only']
-    halves: int
-    overflowing: tuple[str, ...]
+    file: Path  # with the checksum in its name
+    existed: bool  # already, with the same content
+    before: int  # bytes of the checkpoint
+    after: int  # bytes of the file
+    tensors: int  # in the file
+    left_out: tuple[str, ...]  # entries of the checkpoint
+    weights: Literal['average', 'trained', 'only']  # the last if there is no average
+    halves: int  # tensors in float16
+    overflowing: tuple[str, ...]  # tensors that stay float32, as float16 cannot hold their values
 
 
 def publish(

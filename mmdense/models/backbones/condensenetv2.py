@@ -46,25 +46,15 @@ BN = dict(type='BN')
 
 @dataclass(frozen=True)
 class Arch:
-    """Shape of a CondenseNetV2.
+    """Shape of a CondenseNetV2; blocks count from 0."""
 
-    Attributes:
-        layers: Layers per block.
-        growth: Channels that each layer of a block adds.
-        groups: Groups of the 1x1 and of the 3x3 convolutions.
-        condense_factor: Each group keeps one in so many channels; ``groups`` by default.
-        stem_stride: Stride of the first convolution.
-        hard_swish_from: First block, counted from 0, with hard-swish; earlier blocks have ReLU.
-        gated_from: First block whose new features have a squeeze-excite gate.
-    """
-
-    layers: tuple[int, ...]
-    growth: tuple[int, ...]
-    groups: int = 8
-    condense_factor: int | None = None
-    stem_stride: int = 2
-    hard_swish_from: int = 2
-    gated_from: int = 3
+    layers: tuple[int, ...]  # per block
+    growth: tuple[int, ...]  # channels that each layer of a block adds
+    groups: int = 8  # of the 1x1 and of the 3x3 convolutions
+    condense_factor: int | None = None  # a group keeps one in so many channels; groups by default
+    stem_stride: int = 2  # of the first convolution
+    hard_swish_from: int = 2  # first block with hard-swish; earlier ones have ReLU
+    gated_from: int = 3  # first block whose new features have a squeeze-excite gate
 
     def __post_init__(self) -> None:
         if len(self.layers) != len(self.growth) or not self.layers:

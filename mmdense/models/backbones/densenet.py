@@ -44,22 +44,16 @@ BN = dict(type='BN')
 class Arch:
     """Shape of a DenseNet.
 
-    Attributes:
-        growth_rate: Channels that each layer adds (k of the paper).
-        layers: Layers per block.
-        stem: 'imagenet' (7 x 7 convolution of stride 2, then pooling), 'deep' (three 3 x 3
-            convolutions, then pooling) or 'cifar' (one 3 x 3 convolution, no stride).
-        stem_channels: Channels after the stem; twice the growth rate by default.
-        bottleneck: Put a 1 x 1 convolution to 4k channels before each 3 x 3 one (DenseNet-B).
-        reduction: Share of the channels that a transition keeps, above 0, at most 1.
+    The stem is 'imagenet' (7 x 7 convolution of stride 2, then pooling), 'deep' (three 3 x 3
+    convolutions, then pooling) or 'cifar' (one 3 x 3 convolution, no stride).
     """
 
-    growth_rate: int
-    layers: tuple[int, ...]
+    growth_rate: int  # channels that each layer adds (k of the paper)
+    layers: tuple[int, ...]  # per block
     stem: str = 'imagenet'
-    stem_channels: int | None = None
-    bottleneck: bool = True
-    reduction: float = 0.5
+    stem_channels: int | None = None  # after the stem; twice the growth rate by default
+    bottleneck: bool = True  # a 1 x 1 convolution to 4k channels before each 3 x 3 one (DenseNet-B)
+    reduction: float = 0.5  # share of the channels that a transition keeps, above 0, at most 1
 
     def __post_init__(self) -> None:
         if not self.layers or min(self.growth_rate, *self.layers, self.inputs()[0]) < 1:

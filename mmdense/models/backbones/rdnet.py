@@ -45,23 +45,14 @@ def _eighths(channels: float) -> int:
 
 @dataclass(frozen=True)
 class Arch:
-    """Shape of an RDNet.
+    """Shape of an RDNet; dense stages count from 0."""
 
-    Attributes:
-        stem: Channels after the 4 x 4 patch stem.
-        growth: Channels that each block adds, one number per dense stage.
-        down: Dense stages (counted from 0) that begin by halving the resolution.
-        blocks: Blocks per dense stage.
-        gate_from: First dense stage (counted from 0) whose blocks end in a squeeze-excite gate.
-        layer_scale: Initial value of the learned scale of each block's output.
-    """
-
-    stem: int
-    growth: tuple[int, ...]
-    down: tuple[int, ...]
-    blocks: int = 3
-    gate_from: int = 2
-    layer_scale: float = 1e-6
+    stem: int  # channels after the 4 x 4 patch stem
+    growth: tuple[int, ...]  # channels that each block adds, one number per dense stage
+    down: tuple[int, ...]  # dense stages that begin by halving the resolution
+    blocks: int = 3  # per dense stage
+    gate_from: int = 2  # first dense stage whose blocks end in a squeeze-excite gate
+    layer_scale: float = 1e-6  # initial value of the learned scale of each block's output
 
     def __post_init__(self) -> None:
         last = len(self.growth) - 1

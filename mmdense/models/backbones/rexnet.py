@@ -36,20 +36,12 @@ TAPS = ('stages', 'unet')
 
 @dataclass(frozen=True)
 class Arch:
-    """Shape of a ReXNet.
+    """Shape of a ReXNet; stem and first block don't fall below the channels of width 1."""
 
-    Attributes:
-        width: Multiplier of the channels; the stem and the first block don't fall below those of
-            width 1.
-        depth: Multiplier of the blocks per group, which are rounded up.
-        first: Channels of the first block at width 1.
-        growth: Channels that all blocks together add to these, at width 1.
-    """
-
-    width: float
-    depth: float = 1.0
-    first: int = 16
-    growth: int = 180
+    width: float  # multiplier of the channels
+    depth: float = 1.0  # multiplier of the blocks per group, which are rounded up
+    first: int = 16  # channels of the first block at width 1
+    growth: int = 180  # channels that all blocks together add to these, at width 1
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) <= 0 or self.first < 1 or self.growth < 0:

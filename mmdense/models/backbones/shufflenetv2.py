@@ -26,19 +26,12 @@ from mmdense.registry import MODELS
 
 @dataclass(frozen=True)
 class Arch:
-    """Shape of a ShuffleNetV2.
+    """Shape of a ShuffleNetV2."""
 
-    Attributes:
-        channels: Channels of the three stages, even.
-        units: Units per stage; the first one halves the resolution.
-        stem: Channels of the first convolution.
-        last: Channels of the last convolution.
-    """
-
-    channels: tuple[int, int, int]
-    units: tuple[int, int, int] = (4, 8, 4)
-    stem: int = 24
-    last: int = 1024
+    channels: tuple[int, int, int]  # of the three stages, even
+    units: tuple[int, int, int] = (4, 8, 4)  # per stage; the first one halves the resolution
+    stem: int = 24  # channels of the first convolution
+    last: int = 1024  # channels of the last convolution
 
     def __post_init__(self) -> None:
         if len(self.channels) != 3 or len(self.units) != 3:

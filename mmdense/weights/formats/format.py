@@ -18,36 +18,22 @@ NORM = r'(?:weight|bias|running_mean|running_var|num_batches_tracked)'
 
 
 class Mapped(NamedTuple):
-    """A state dict with mmdense's keys.
+    """A state dict with mmdense's keys."""
 
-    Attributes:
-        weights: mmdense's keys -> the given tensors.
-        dropped: Source keys that dense prediction doesn't need, such as the classifier's.
-        unknown: Source keys that the format doesn't have. ``weights`` holds them unchanged.
-    """
-
-    weights: dict[str, Any]
-    dropped: list[str]
-    unknown: list[str]
+    weights: dict[str, Any]  # mmdense's keys, and the unknown ones -> the given tensors
+    dropped: list[str]  # source keys that dense prediction doesn't need, such as the classifier's
+    unknown: list[str]  # source keys that the format doesn't have
 
 
 @dataclass(frozen=True)
 class Format:
-    """Published names of weights.
+    """Published names of weights."""
 
-    Attributes:
-        name: Such as 'rdnet'.
-        about: The published weights of this format, in a few words.
-        sign: Pattern of the beginning of a key. Each file of the format has a key that matches, and
-            no file of another format has.
-        rules: The first rule that matches a key decides.
-        values: Changes renamed tensors, if more than names differ; raises ValueError.
-    """
-
-    name: str
-    about: str
-    sign: str
-    rules: tuple[Rule, ...]
+    name: str  # such as 'rdnet'
+    about: str  # the published weights of this format, in a few words
+    sign: str  # pattern of the beginning of a key that is in each file of this format, in no other
+    rules: tuple[Rule, ...]  # the first that matches a key decides
+    # Changes renamed tensors, if more than names differ; raises ValueError.
     values: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 
     @cached_property
