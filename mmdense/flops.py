@@ -86,19 +86,14 @@ def model_costs(
 
     The heads of a two-stage detector run on a fixed number of RoIs in each stage, as in mmdet 2.x.
     An auxiliary head, which runs only in training, has parameters but no MACs. A warning names
-    operators that were not counted.
+    operators that were not counted. The result is such as
+    ``dict(backbone=..., neck=..., rpn_head=..., bbox_head=..., mask_head=...)``.
 
     Args:
-        model: A model of mmdet or mmseg on the meta device, in eval mode.
+        model: A one- or two-stage detector, or a segmentor with a decode head, else ValueError; on
+            the meta device, in eval mode.
         size: Height and width in pixels.
-        num_boxes: RoIs of the box heads.
-        num_masks: RoIs of the mask heads.
-
-    Returns:
-        Such as ``dict(backbone=..., neck=..., rpn_head=..., bbox_head=..., mask_head=...)``.
-
-    Raises:
-        ValueError: Neither a one- or two-stage detector nor a segmentor with a decode head.
+        num_boxes, num_masks: RoIs of the box heads and of the mask heads.
     """
     unknown: Counter[str] = Counter()
     costs = {}
@@ -145,10 +140,8 @@ def count_cost(
 ) -> tuple[Cost, Any]:
     """Return the cost of ``run(x)``, without gradients, and its result.
 
-    Args:
-        run: A network, or a function, whose parameters are not counted.
-        x: Its input, on any device.
-        unknown: Counts the calls of operators that may be products and were not counted.
+    ``run`` is a network on any device, or a function, whose parameters are not counted. ``unknown``
+    counts the calls of operators that may be products and were not counted.
     """
     counter = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     watch = _Watch(counter.flop_registry, unknown)

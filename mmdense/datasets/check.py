@@ -163,10 +163,9 @@ def check_sample(
 
 
 def _decode(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Problems]:
-    """Decode an image by Pillow, which detects truncation, or OpenCV, which has more formats.
+    """Return (width, height) of an image as training reads it, None if it cannot, and the problems.
 
-    Returns:
-        (width, height) as training reads it, or None if it cannot; and the problems.
+    Pillow, which detects truncation, decodes it, or OpenCV, which has more formats.
     """
     if not os.path.isfile(file):
         return None, [('missing file', 'no such image')]

@@ -61,17 +61,11 @@ def iter_dataset_configs(node: Any, where: str) -> Iterator[tuple[str, ConfigDic
 def list_files(
     cfg: Config, loaders: Sequence[str], most: float = math.inf
 ) -> tuple[list[Finding], list[tuple[Sample, ReadOptions]]]:
-    """Check the annotations of a config's datasets, also inside wrappers, and list their files.
+    """Return the findings in the annotations of a config's datasets, and their files, each once.
 
-    Args:
-        loaders: Of 'train', 'val' and 'test'; those that the config hasn't are left out.
-        most: Up to so many images are compared by content, to find those in several loaders.
-
-    Returns:
-        The findings in the annotations and between the data sets, and the files, each once.
-
-    Raises:
-        UserError: A dataset is remote or cannot be built, or there is none.
+    Datasets inside wrappers count too, and loaders that the config hasn't are left out. Up to
+    ``most`` images are compared by content, to find those in several loaders. UserError if a
+    dataset is remote or cannot be built, or there is none.
     """
     findings, files, datasets, known = [], {}, [], []
     for loader in loaders:
@@ -110,10 +104,8 @@ def list_files(
 def check_data(cfg: Config, loaders: Sequence[str]) -> None:
     """Check what can be seen quickly, before anything is built, and log warnings by kind.
 
-    Annotations and names of files are read completely, of images and label maps a few.
-
-    Raises:
-        UserError: The first error.
+    Annotations and names of files are read completely, of images and label maps a few. The first
+    error is a UserError.
     """
     findings, files = _list_known(cfg, loaders, SMALL)
     raise_first(findings)
@@ -158,8 +150,7 @@ def raise_first(findings: Iterable[Finding], error: Exception | None = None) -> 
 def check_trained_labels(cfg: Config, meta: Mapping[str, Any]) -> None:
     """Compare the labels of the test data with those of a checkpoint's metadata.
 
-    Raises:
-        UserError: A class has another label: the metrics would be those of exchanged classes.
+    UserError if a class has another label: the metrics would be those of exchanged classes.
     """
     trained = (meta.get('dataset_meta') or {}).get('classes') or ()
     _, files = _list_known(cfg, ('test',), 0)
@@ -201,8 +192,7 @@ def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> Iterator
 def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
     """Build a dataset without reading its annotations; ``where`` is its place in the config.
 
-    Raises:
-        UserError: It is remote, cannot be built, or is not a dataset of mmengine.
+    UserError if it is remote, cannot be built, or is not a dataset of mmengine.
     """
     readers = [node, *(part for part in node.get('pipeline') or () if isinstance(part, dict))]
     paths = [node.get(key) for key in ('data_root', 'ann_file', 'data_prefix')]
@@ -314,10 +304,8 @@ def check_files(
 ) -> Iterator[list[Finding]]:
     """Decode images and label maps in several processes; yield each one's findings, in order.
 
-    The last are those of all label maps of a data set, for each data set.
-
-    Raises:
-        UserError: A process was killed, usually because memory ran out.
+    The last are those of all label maps of a data set, for each data set. UserError if a process
+    was killed, usually because memory ran out.
     """
     totals, threads = {}, cv2.getNumThreads()
     cv2.setNumThreads(0)  # a forked process hangs on OpenCV's threads, which do not exist there

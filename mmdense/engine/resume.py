@@ -125,8 +125,7 @@ def find_training(work_dir: str | Path) -> tuple[str, dict[str, Any]] | None:
 def compare_settings(runner: Runner, checkpoint: Mapping[str, Any]) -> None:
     """Warn of settings that differ between the checkpoint that a runner resumes and its config.
 
-    Raises:
-        UserError: The checkpoint has another optimizer, or is beyond the end of the training.
+    UserError if the checkpoint has another optimizer, or is beyond the end of the training.
     """
     meta, loop = checkpoint['meta'], runner.cfg.get('train_cfg')
     if not loop:  # a runner without a config

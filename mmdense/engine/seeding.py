@@ -43,10 +43,8 @@ class NumberedBatches:
     SIGTERM from the main process only: schedulers send it to all, but that one goes on a while.
 
     State that a data set keeps between samples, such as the cache of CachedMosaic, is not restored.
-
-    Args:
-        loader: Changed in place. It is empty until :meth:`start` is called.
-        endless: Whether to start over at the end, as training by iterations does.
+    The loader is changed in place, and empty until :meth:`start` is called. If ``endless``, it
+    starts over at the end, as training by iterations does.
     """
 
     def __init__(self, loader: DataLoader, *, endless: bool) -> None:

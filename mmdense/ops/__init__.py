@@ -62,10 +62,8 @@ def install() -> None:
 def backend() -> str:
     """Return which operators mmcv uses, 'compiled' or 'torchvision'; imports them if necessary.
 
-    Raises:
-        ImportError: If there is no mmcv, or no extension that loads with
-            ``MMDENSE_OPS=compiled``.
-        ValueError: If ``MMDENSE_OPS`` has an unknown value.
+    ImportError if there is no mmcv, or no extension that loads with ``MMDENSE_OPS=compiled``;
+    ValueError if ``MMDENSE_OPS`` has an unknown value.
     """
     module = importlib.import_module(NAME)
     return 'torchvision' if getattr(module, '__file__', None) == OURS else 'compiled'

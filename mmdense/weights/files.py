@@ -158,8 +158,7 @@ def _named(module: str, function: Callable) -> Callable:
 def check_target(file: str | Path, *, new: bool = True) -> Path:
     """Return the path of a checkpoint to write; ``new`` refuses a file that exists.
 
-    Raises:
-        UserError: Another suffix than .pth and .safetensors, an existing file, or a missing folder.
+    UserError for another suffix than .pth and .safetensors, an existing file, or a missing folder.
     """
     file = Path(file).expanduser()
     if file.suffix not in SUFFIXES:
@@ -176,8 +175,7 @@ def write_checkpoint(
 ) -> None:
     """Write a new file, completely or not at all. In .safetensors, ``meta`` is stored as JSON.
 
-    Raises:
-        UserError: As :func:`check_target`, :func:`serialize` and :func:`.atomic_write`.
+    UserError as of :func:`check_target`, :func:`serialize` and :func:`.atomic_write`.
     """
     file = check_target(file)
     atomic_write(file, serialize(file, state_dict, meta))
@@ -188,8 +186,7 @@ def serialize(
 ) -> bytes | memoryview:
     """Return the content of a checkpoint file, which depends on weights and ``meta`` alone.
 
-    Raises:
-        UserError: JSON cannot hold ``meta``, and the file is to be .safetensors.
+    UserError if JSON cannot hold ``meta``, and the file is to be .safetensors.
     """
     # Copies: views would drag along the tensors that they are cut from.
     weights = {k: v.detach().cpu().contiguous().clone() for k, v in state_dict.items()}

@@ -127,16 +127,11 @@ def load_into(
 
     Args:
         module: A backbone or a complete model.
-        checkpoint: Content of a checkpoint file.
         prefix: Take the checkpoint's keys with this prefix, without it.
         fix: How to remove a prefix, for the report's hint.
 
-    Returns:
-        The weights with the model's names, unexpected ones included, and the report.
-
-    Raises:
-        UserError: The checkpoint holds no weights, or tensors that cannot be of its format or of
-            the network.
+    Returns the weights with the model's names, unexpected ones included, and the report. UserError
+    if the checkpoint holds no weights, or tensors that cannot be of its format or of the network.
     """
     expected = module.state_dict()
     backbones = {
@@ -285,11 +280,7 @@ def _prefixes(names: Iterable[str]) -> dict[str, None]:
 
 
 def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None) -> float | None:
-    """Return ``min_loaded``, which may be given by its deprecated alias ``min_coverage``.
-
-    Raises:
-        ValueError: It is not a share from 0 to 1.
-    """
+    """Return ``min_loaded``, a share from 0 to 1 or ValueError; ``min_coverage`` is deprecated."""
     if min_coverage is not None:
         print_log('min_coverage is a deprecated alias of min_loaded', 'current', logging.WARNING)
         min_loaded = min_coverage

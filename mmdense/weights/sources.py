@@ -75,10 +75,8 @@ def fetch(url: str) -> Path:
     """Return the file of a URL: from the user's folder, torch's cache, or the network.
 
     The first process of each machine downloads. A checksum in the file's name
-    (``name-1a2b3c4d.pth``) is verified; files without one are cached in a folder per URL.
-
-    Raises:
-        UserError: None of these has the file.
+    (``name-1a2b3c4d.pth``) is verified; files without one are cached in a folder per URL. UserError
+    if none of these has the file.
     """
     file = _place(url)
     checksum = CHECKSUM.search(file.name)
@@ -108,10 +106,8 @@ def _place(url: str) -> Path:
 def locate(filename: str) -> Path | str:
     """Return the existing file, or else the URL, that a config's ``filename`` stands for.
 
-    Nothing is loaded, and the network isn't used.
-
-    Raises:
-        UserError: There is no such file, scheme or name.
+    Nothing is loaded, and the network isn't used. UserError if there is no such file, scheme or
+    name.
     """
     scheme, _, name = filename.partition('://')
     if scheme == 'timm':
@@ -156,8 +152,7 @@ def _resolve(filename: str) -> Path | str:
 def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
     """Return the checkpoint of a file, a URL, or a name in one of mmengine's lists.
 
-    Raises:
-        UserError: There is no such source, or its file cannot be read.
+    UserError if there is no such source, or its file cannot be read.
     """
     source = _resolve(filename)
     checkpoint = read_checkpoint(fetch(source) if isinstance(source, str) else source, map_location)
@@ -171,10 +166,8 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
 
     They come from the folder that ``MMDENSE_WEIGHTS`` names (NAME.safetensors, .pth or .bin, or the
     hub's files in a folder NAME), or else from the Hugging Face hub: its cache, or the network
-    unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely.
-
-    Raises:
-        UserError: timm has no such weights, none of these has them, or they don't fit.
+    unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely. UserError if
+    timm has no such weights, none of these has them, or they don't fit.
     """
     name = filename.removeprefix('timm://')
     published, file = _published_by_timm(name)
@@ -213,9 +206,7 @@ def load_from_condensenetv2(filename: str, map_location: Any = None) -> dict[str
 
     If PATH doesn't exist, the file of that name in the ``MMDENSE_WEIGHTS`` folder is read. Models
     that were converted (A, B, C) are for ``form='condensed'``, trained ones (C) for ``'learned'``.
-
-    Raises:
-        UserError: There is no such file, or it holds no released CondenseNetV2.
+    UserError if there is no such file, or it holds no released CondenseNetV2.
     """
     file = _condensenetv2_file(filename.removeprefix('condensenetv2://'))
     try:

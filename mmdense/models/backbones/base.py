@@ -30,14 +30,9 @@ GRANULARITIES = ('stage', 'layer')
 
 
 def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> ArchT:
-    """Return the architecture of that name, or one built from a dict of its fields.
+    """Return one of a family's known architectures, or one built from a dict of its fields.
 
-    Args:
-        arch: A name in ``known``, or a dict with the fields of the family's ``Arch``.
-        known: The family's named architectures.
-
-    Raises:
-        ValueError: Unknown name, or unknown, missing or impossible field.
+    ValueError if the name, or a field, is unknown, missing or impossible.
     """
     if isinstance(arch, str):
         if arch not in known:
@@ -228,7 +223,6 @@ class Backbone(BaseModule):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return the feature maps at ``out_indices``, [N, C_i, H_i, W_i], for images [N, C, H, W].
 
-        Raises:
-            ValueError: An image smaller than the coarsest stride in either direction.
+        ValueError if an image is smaller than the coarsest stride in either direction.
         """
         raise NotImplementedError

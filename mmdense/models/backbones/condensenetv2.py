@@ -295,13 +295,9 @@ class CondenseNetV2(Backbone):
     def prune_to(self, progress: float) -> None:
         """Prune the connections that are due at this progress of training, in all layers.
 
-        The result depends on weights, masks and stages only. No other function changes masks.
-
-        Args:
-            progress: From 0 to 1; the last stage begins at 0.5, as published.
-
-        Raises:
-            ValueError: Progress outside of 0 to 1, or another form than the learned one.
+        The last stage begins at 0.5, as published. The result depends on weights, masks and stages
+        only. No other function changes masks. ValueError if the progress isn't from 0 to 1, or the
+        form isn't the learned one.
         """
         for layer in self._learned():
             layer.prune_to(progress)
@@ -319,14 +315,8 @@ class CondenseNetV2(Backbone):
         """Convert the network to the condensed form, in place: group convolutions without masks.
 
         Its outputs stay the same. It loads state dicts of ``form='condensed'`` (with ``stage=...``
-        if it was not fully pruned).
-
-        Args:
-            allow_partial: Accept a network that is not fully pruned, with its remaining
-                connections.
-
-        Raises:
-            UserError: The network is not fully pruned.
+        if it was not fully pruned). UserError if the network is not fully pruned, unless
+        ``allow_partial`` accepts it with its remaining connections.
         """
         if self.form != 'learned':
             return
@@ -349,8 +339,7 @@ class CondenseNetV2(Backbone):
     def switch_to_deploy(self) -> None:
         """Switch to the inference form, in place; see :class:`Backbone`. It has no gradients.
 
-        Raises:
-            UserError: The network is not fully pruned: :meth:`condense` it with ``allow_partial``.
+        UserError if the network is not fully pruned: :meth:`condense` it with ``allow_partial``.
         """
         if self.form == 'deployed':
             return

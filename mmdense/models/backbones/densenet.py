@@ -243,8 +243,7 @@ class DenseNet(Backbone):
     def switch_to_deploy(self) -> None:
         """Switch to the channels-last inference form, in place; see :class:`Backbone`.
 
-        Raises:
-            ValueError: Norms without running statistics.
+        ValueError if the norms have no running statistics.
         """
         if self.form == 'deployed':
             return

@@ -130,10 +130,7 @@ class LinearBottleneck(nn.Module):
     """Map [N, C_in, H, W] to [N, C_out, ceil(H / stride), ceil(W / stride)].
 
     Args:
-        in_channels: C_in.
-        out_channels: C_out.
-        stride: Of the depthwise convolution.
-        expansion: Its channels, as a multiple of C_in.
+        expansion: Channels of the depthwise convolution, as a multiple of C_in.
         gated: Squeeze-excite to a twelfth of its channels.
         shortcut: Add the input to the first C_in channels, where stride and channels allow it.
         drop_path: Probability that a sample skips the block; no effect without a shortcut.

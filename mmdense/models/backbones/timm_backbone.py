@@ -119,10 +119,9 @@ class TimmBackbone(Backbone):
                 parameter.requires_grad_(False)
 
     def train(self, mode: bool = True) -> TimmBackbone:
-        """Set training mode, except for frozen stages and, with ``norm_eval``, batch norms.
+        """Set training mode as :class:`Backbone` does.
 
-        Raises:
-            ValueError: A norm with an activation was replaced by one without.
+        ValueError if a norm with an activation was replaced by one without.
         """
         for name in self._activated:
             if not isinstance(self.get_submodule(name), WITH_ACT):

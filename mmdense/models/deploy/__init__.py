@@ -9,24 +9,16 @@ __all__ = ['deploy', 'deployable']
 
 
 def deploy(model: nn.Module) -> None:
-    """Switch the backbone of a trained model to its inference form, in place.
+    """Switch the backbone of a trained model, or a backbone, to its inference form, in place.
 
-    Args:
-        model: A detector, segmentor, classifier or backbone.
-
-    Raises:
-        UserError: No backbone has an inference form, or one isn't ready for it.
+    UserError if no backbone has an inference form, or one isn't ready for it.
     """
     for backbone in deployable(model):
         backbone.switch_to_deploy()
 
 
 def deployable(model: nn.Module) -> list[nn.Module]:
-    """Return the backbones of a model that have an inference form.
-
-    Raises:
-        UserError: There is none.
-    """
+    """Return the backbones of a model that have an inference form; UserError if none has."""
     backbones = [module for module in model.modules() if hasattr(module, 'switch_to_deploy')]
     if not backbones:
         registered = MODELS.module_dict.items()

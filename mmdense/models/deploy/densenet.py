@@ -133,9 +133,7 @@ class DeployedBlock(nn.Sequential):
 class DeployedTransition(nn.Module):
     """Map the output of a block, [N, C, H, W], to [N, C_out, H / 2, W / 2], rounded down.
 
-    Args:
-        norm: Of C channels; None if the input is normalized already.
-        conv: From C channels to others.
+    ``norm`` is None if the input is normalized already.
     """
 
     def __init__(self, norm: _BatchNorm | None, conv: nn.Conv2d) -> None:

@@ -12,8 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 def norm_affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """Return the scale and the shift [C] of a batch norm in evaluation, in float64.
 
-    Raises:
-        ValueError: The norm has no running statistics, so it uses those of the batch in evaluation.
+    ValueError if the norm has no running statistics: it uses those of the batch in evaluation.
     """
     if norm.running_mean is None:
         raise ValueError(f'{norm} has no running statistics: it cannot be folded')
@@ -29,12 +28,8 @@ def fold_norm(conv: nn.Conv2d, norm: _BatchNorm, dtype: torch.dtype | None = Non
     """Return a new convolution that equals ``conv`` followed by ``norm`` in evaluation.
 
     With norm(y) = s * y + t it is norm(W * x + b) = (s W) * x + (s b + t), computed in float64, so
-    that the result is rounded once. Both arguments keep their weights and modes.
-
-    Args:
-        conv: With or without bias, [N, C_in, H, W] to [N, C, H', W'].
-        norm: Of C channels, BatchNorm2d or SyncBatchNorm, with or without weights.
-        dtype: Of the result; the convolution's by default.
+    that the result is rounded once. Bias and the norm's weights are optional, and both arguments
+    keep their weights and modes. ``dtype`` is that of the result; the convolution's by default.
     """
     scale, shift = norm_affine(norm)
     weight = conv.weight.detach().double() * scale[:, None, None, None]

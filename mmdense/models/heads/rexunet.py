@@ -117,14 +117,10 @@ class ReXUNetHead(BaseDecodeHead):
         return outputs
 
     def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the logits of all six scales, finest first.
+        """Return the logits of all six scales for the encoder's feature maps [N, C_k, H_k, W_k].
 
-        Args:
-            inputs: The encoder's feature maps [N, C_k, H_k, W_k].
-
-        Returns:
-            [N, K, 2 H_0, 2 W_0] (the image's size, or a pixel more where that is odd), then
-            [N, K, H_k, W_k] at strides 2, 4, 8, 16 and 32.
+        They are [N, K, 2 H_0, 2 W_0] (the image's size, or a pixel more where that is odd), then
+        [N, K, H_k, W_k] at strides 2, 4, 8, 16 and 32.
         """
         return tuple(self._outputs(inputs, range(6)))
 

@@ -28,14 +28,9 @@ EPSILON = 1e-12  # lower bound of a sum of squares, whose root has no slope at 0
 
 
 def pruning_stage(progress: float, condense_factor: int) -> int:
-    """Return the stage of pruning, 0 to F - 1; the last one begins at half of the training.
+    """Return the stage of pruning, 0 to F - 1, at a progress of the training from 0 to 1.
 
-    Args:
-        progress: Of the training, from 0 to 1.
-        condense_factor: F; each stage prunes 1 / F of the channels.
-
-    Raises:
-        ValueError: Progress outside of 0 to 1.
+    Each stage prunes 1 / F of the channels; the last one begins at half of the training.
     """
     if not 0 <= progress <= 1:
         raise ValueError(f'progress is {progress}, must be from 0 to 1')
@@ -46,16 +41,8 @@ def pruning_stage(progress: float, condense_factor: int) -> int:
 class _Layer(nn.Module):
     """Norm, activation, dropout and a 1x1 convolution, which the subclasses run.
 
-    Args:
-        conv: The convolution, of G groups in the condensed form.
-        groups: G.
-        norm_cfg: mmcv's config of the norm.
-        activation: Class of the activation.
-        drop_rate: Dropout before the convolution.
-        memory: 'lean' saves only the input for backward.
-
-    Raises:
-        ValueError: A norm other than a batch norm with weights.
+    ``norm_cfg`` is mmcv's config of a batch norm with weights, else ValueError; ``memory='lean'``
+    saves only the input for backward.
     """
 
     # The side of the weight, 0 (C_out) or 1 (C_in), that groups select from; the other forms them.
@@ -91,13 +78,7 @@ class _Learned(_Layer):
 
     ``_mask`` [C_out, C_in, 1, 1] has one value per group and channel, repeated over the group's
     members; ``_count`` is the number of channels that each group has lost, ``_stage`` the stage.
-
-    Args:
-        condense_factor: F.
-        **options: See :class:`_Layer`.
-
-    Raises:
-        ValueError: Channels that G or F does not divide.
+    ValueError if G or F does not divide the channels.
     """
 
     def __init__(

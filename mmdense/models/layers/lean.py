@@ -61,8 +61,7 @@ def saves_memory() -> bool:
 def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
     """Return the statistics that ``norm`` uses for a batch [N, C, H, W], without recording them.
 
-    Raises:
-        ValueError: The batch has one value per channel.
+    ValueError if the batch has one value per channel.
     """
     group, count = _group(norm, x), x.numel() // x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -225,9 +224,7 @@ def lean_conv(
     Args:
         chain: Cheap functions that run in sequence. The result must not be a view of an input that
             is written to later.
-        conv: A convolution that pads with zeros.
-        *inputs: Tensors.
-        weight: Replaces the convolution's.
+        conv: A convolution that pads with zeros; ``weight`` replaces its.
     """
     if not (saves_memory() and is_plain(conv)):
         return plain_conv(chain, conv, *inputs, weight=weight)

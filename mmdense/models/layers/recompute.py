@@ -24,11 +24,7 @@ def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
 
     Outputs, gradients, random numbers and running statistics are those of the plain call; torch's
     ``checkpoint`` alone would count each batch twice. Before torch 2.12 compiled graphs contain the
-    plain call.
-
-    Args:
-        module: A module, or several that run in sequence.
-        *inputs: Tensors, or lists of them.
+    plain call. Several modules run in sequence; inputs are tensors, or lists of them.
     """
     modules = [module] if isinstance(module, nn.Module) else module
 

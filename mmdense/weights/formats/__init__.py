@@ -36,10 +36,9 @@ PARALLEL, COMPILED = 'module.', '_orig_mod.'  # added to names by wrappers
 
 
 def recognise(state_dict: Mapping[str, Any], name: str | None = None) -> Format | None:
-    """Return the format of a state dict by its name, or else by its keys; None if it has none.
+    """Return the format of a state dict by its keys, None if it has none, or that of a name.
 
-    Raises:
-        ValueError: No format has this name.
+    ValueError if no format has this name.
     """
     if name is not None:
         if name not in FORMATS:
@@ -51,8 +50,7 @@ def recognise(state_dict: Mapping[str, Any], name: str | None = None) -> Format 
 def convert(checkpoint: Mapping[str, Any], name: str | None = None) -> dict[str, Tensor]:
     """Return a checkpoint's weights with mmdense's keys; the checkpoint stays unchanged.
 
-    Raises:
-        ValueError: No weights, no known format, or keys that the format doesn't have.
+    ValueError if it has no weights, no known format, or keys that the format doesn't have.
     """
     state_dict = state_dict_of(checkpoint)
     known = recognise(state_dict, name)
@@ -66,10 +64,8 @@ def convert(checkpoint: Mapping[str, Any], name: str | None = None) -> dict[str,
 def state_dict_of(checkpoint: Any) -> dict[str, Tensor]:
     """Return the state dict in a checkpoint, without the prefixes of wrappers.
 
-    The first of ``ENTRIES`` is taken, or else the checkpoint is a state dict itself.
-
-    Raises:
-        ValueError: It holds no weights.
+    The first of ``ENTRIES`` is taken, or else the checkpoint is a state dict itself. ValueError if
+    it holds no weights.
     """
     if not isinstance(checkpoint, Mapping):
         raise ValueError(f'a {type(checkpoint).__name__} is not a checkpoint')

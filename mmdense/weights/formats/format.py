@@ -48,9 +48,8 @@ class Format:
     def map(self, state_dict: Mapping[str, Tensor], *, strict: bool = False) -> Mapped:
         """Return a state dict with mmdense's keys; the given one stays unchanged.
 
-        Raises:
-            ValueError: Two keys have the same name in mmdense, tensors cannot be of the format, or
-                ``strict`` and some keys are unknown.
+        ValueError if two keys have the same name in mmdense, tensors cannot be of the format, or
+        ``strict`` and some keys are unknown.
         """
         renamed, sources, dropped, unknown = {}, {}, [], []
         for key, value in state_dict.items():
