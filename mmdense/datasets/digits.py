@@ -72,7 +72,6 @@ def make_digits(
     Args:
         train: Number of training images, as ``val`` is of validation images.
         size: Side of the square images in pixels, at least 64.
-        seed: Seed of everything random.
         progress: Called with (images done, images in total) after each image.
 
     Raises:

@@ -17,11 +17,8 @@ class LabelMapDataset(BaseSegDataset):
     Args:
         values: Pixel value of each class of ``metainfo``, from 0 to 255. A pixel with another
             value that is a class's index is ignored; ``ignore_index`` is, too, unless a class has
-            it.
+            it. ValueError if there are not as many different values as classes.
         options: Of BaseSegDataset.
-
-    Raises:
-        ValueError: If there are not as many different values as classes.
     """
 
     def __init__(self, *, values: Sequence[int], **options: Any) -> None:

@@ -45,9 +45,8 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
     - ``custom_keys`` (dict): As in mmengine, settings for the parameters whose names contain a key;
       the longest key wins. ``lr_mult`` and ``decay_mult`` multiply the values above.
 
-    Raises:
-        ValueError: If a setting is unknown, missing or out of range, if a custom key matches no
-            parameter, or if the backbone has no ``layer_depth``.
+    ValueError if a setting is unknown, missing or out of range, if a custom key matches no
+    parameter, or if the backbone has no ``layer_depth``.
     """
 
     def _validate_cfg(self) -> None:

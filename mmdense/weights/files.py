@@ -43,15 +43,11 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
     """Return the content of a .pth or .safetensors file without executing anything in it.
 
     Besides tensors a file may hold plain Python values, values of numpy and mmengine, and a
-    script's parsed arguments. The content decides which kind of file it is, not the suffix.
-
-    Returns:
-        The checkpoint, without ``meta['config']``; of a safetensors file
-        ``dict(state_dict=..., meta=...)`` with the file's metadata.
-
-    Raises:
-        UserError: The file is missing, empty, damaged or not a checkpoint, or reading it would
-            mean to unpickle objects. The message names torch's way to read those.
+    script's parsed arguments. The content decides which kind of file it is, not the suffix. The
+    result is without ``meta['config']``; that of a safetensors file is
+    ``dict(state_dict=..., meta=...)`` with the file's metadata. UserError if the file is missing,
+    empty, damaged or not a checkpoint, or if reading it would mean to unpickle objects; the message
+    names torch's way to read those.
     """
     file = Path(file).expanduser()
     if not file.is_file():

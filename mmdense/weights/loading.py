@@ -73,17 +73,11 @@ class LoadReport:
         return '\n'.join(lines)
 
     def require(self, min_loaded: float | None, *, source: str, part: str = '') -> None:
-        """Raise an error if too little was loaded.
+        """Raise UserError if less than a share, from 0 to 1, of the tensors was loaded.
 
-        Args:
-            min_loaded: Least share of the tensors, from 0 to 1. None requires all tensors of
-                mmdense's backbones, and at least one of any other model.
-            source: Name of the checkpoint, for the message.
-            part: Prefix of the model's names that count.
-
-        Raises:
-            UserError: Less was loaded. The message has the first names, and the prefix that would
-                let more match.
+        None requires all tensors of mmdense's backbones, and at least one of any other model. Names
+        with the prefix ``part`` count. The message names ``source``, the first names that are
+        missing, and the prefix that would let more match.
         """
         if min_loaded is None:
             for backbone in self.backbones:
@@ -292,8 +286,6 @@ def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None
 class PretrainedInit(MMEnginePretrainedInit):
     """mmengine's ``Pretrained`` for weights of any known format; it logs a load report.
 
-    It raises an error instead of continuing with random weights.
-
     Args:
         checkpoint: A file (.pth, .safetensors), a URL, or a scheme such as ``timm://NAME``.
         prefix, map_location: As in mmengine.
@@ -303,8 +295,7 @@ class PretrainedInit(MMEnginePretrainedInit):
             least one.
         min_coverage: Deprecated alias of ``min_loaded``.
 
-    Raises:
-        UserError: No such weights, or too few: raised when the module is initialised.
+    UserError, when the module is initialised, if there are no such weights, or too few.
     """
 
     def __init__(

@@ -14,8 +14,9 @@ taken before any downsampling that follows them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
+from dataclasses import fields as fields_of
 from typing import Any, TypeVar
 
 import torch
@@ -39,18 +40,13 @@ def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> A
             raise ValueError(f'unknown arch {arch!r}{suggest_name(arch, known)}')
         return known[arch]
     arch_type = type(next(iter(known.values())))
-    fields = {field.name: field for field in dataclasses.fields(arch_type)}
+    fields = {field.name: field.default for field in fields_of(arch_type)}
     if not isinstance(arch, Mapping):
         raise ValueError(f'arch must be one of {list(known)} or a dict of {list(fields)}')
     for key in arch:
         if key not in fields:
             raise ValueError(f'unknown field {key!r} of arch{suggest_name(key, fields)}')
-    missing = [
-        name
-        for name, field in fields.items()
-        if field.default is dataclasses.MISSING and name not in arch
-    ]
-    if missing:
+    if missing := [k for k, default in fields.items() if default is MISSING and k not in arch]:
         raise ValueError(f'arch lacks {missing}; fields: {list(fields)}')
     return arch_type(**arch)
 
@@ -60,7 +56,8 @@ class Backbone(BaseModule):
 
     A family passes the shared arguments to ``super().__init__``, creates its modules, and ends its
     constructor with :meth:`_freeze`. It implements :meth:`_stage_modules`, :meth:`_layer_depths`
-    and ``forward``. Layers after the last returned feature map are neither built nor run.
+    and ``forward``. Layers after the last returned feature map are neither built nor run. A family
+    also has an ``arch``, a name or a dict of its Arch's fields, and ``in_channels`` of the image.
 
     A family may have an inference form, which ``switch_to_deploy()`` builds in place from trained
     weights: its outputs equal those of the trained network in evaluation, it cannot be trained, and
@@ -80,11 +77,10 @@ class Backbone(BaseModule):
             checkpointing; the least memory). Outputs, gradients and running statistics are the
             same.
         with_cp: Deprecated alias of ``memory='recompute'``.
-        init_cfg: mmengine's initialization config.
 
     Raises:
-        ValueError: An index, stage or memory mode that does not exist, or indices that don't
-            increase.
+        ValueError: An argument or a field of ``arch`` that is unknown or impossible, such as an
+            index or a stage that does not exist, or indices that don't increase.
     """
 
     # Arch by name, and the address of the ImageNet weights that recipes start from, by arch. The
@@ -155,15 +151,10 @@ class Backbone(BaseModule):
 
         The stem has depth 0. The last depth is that of layers without pretrained weights (output
         norms here, necks and heads elsewhere), so ``decay ** (number - 1 - depth)`` is 1 for them.
-        Depths are those of the complete network, whichever feature maps are returned.
-
-        Args:
-            name: As in ``named_parameters()`` of the backbone.
-            granularity: Unit of the depth: 'stage' (a dense stage in RDNet, everything between two
-                feature maps in the others) or 'layer' (a block or dense layer).
-
-        Raises:
-            ValueError: The backbone has no such parameter, or there is no such granularity.
+        Depths are those of the complete network, whichever feature maps are returned. Their unit,
+        ``granularity``, is 'stage' (a dense stage in RDNet, everything between two feature maps in
+        the others) or 'layer' (a block or dense layer). ValueError if the backbone has no such
+        parameter, or there is no such granularity.
         """
         if granularity not in GRANULARITIES:
             raise ValueError(f'granularity is {granularity!r}, must be one of {GRANULARITIES}')

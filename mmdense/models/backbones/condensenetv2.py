@@ -194,10 +194,6 @@ class CondenseNetV2(Backbone):
         stage: Stage of pruning at which a condensed network was condensed; the last by default.
         drop_rate: Dropout before each 1x1 convolution.
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
-        in_channels: Channels of the image.
-
-    Raises:
-        ValueError: Unknown arch, field or form, impossible number, index or stage.
     """
 
     archs = ARCHS

@@ -159,10 +159,6 @@ class DenseNet(Backbone):
         drop_rate: Dropout after each convolution but the first, as in the paper (torchvision: after
             3 x 3 convolutions only).
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
-        in_channels: Channels of the image.
-
-    Raises:
-        ValueError: Unknown arch, field, stem or tap, impossible number, index or stage.
     """
 
     archs = ARCHS

@@ -207,10 +207,6 @@ class RDNet(Backbone):
         output_norm: Add one GroupNorm(1) per returned feature map, as the published detectors do
             (the published segmentors don't).
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
-        in_channels: Channels of the image.
-
-    Raises:
-        ValueError: Unknown arch or field, impossible index or stage.
     """
 
     archs = ARCHS

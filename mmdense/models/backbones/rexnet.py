@@ -201,10 +201,6 @@ class ReXNet(Backbone):
             (1280 channels).
         out_indices: None returns strides 4 to 32, (1, 2, 3, 4), of 'stages', and all six of 'unet'.
         drop_path_rate: Stochastic depth of the last block; it rises linearly from 0.
-        in_channels: Channels of the image.
-
-    Raises:
-        ValueError: Unknown arch, field or taps, impossible index or stage.
     """
 
     archs = ARCHS

@@ -77,10 +77,6 @@ class ShuffleNetV2(Backbone):
         arch: '0.5', '1.0', '1.5', '2.0', or a dict of :class:`Arch`'s fields.
         out_indices: 0 is the pooled stem, 1 to 3 are the stages and 4 is the last convolution.
         frozen_stages: Stage 1 is the pooling, which has no parameters.
-        in_channels: Channels of the image.
-
-    Raises:
-        ValueError: Unknown arch or field, impossible number, index or stage.
     """
 
     archs = ARCHS

@@ -44,7 +44,6 @@ class TimmBackbone(Backbone):
     Args:
         model_name: timm's, with or without a tag; the tag has no effect on the network.
         out_indices: Counted as in ``feature_info``. None returns strides 4 to 32.
-        in_channels: Channels of the image.
         model_kwargs: Further arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
     Raises:

@@ -41,9 +41,7 @@ class ReXUNetHead(BaseDecodeHead):
         loss_weights: Weight of the loss of each scale, finest first.
         loss_decode: mmseg's loss config, or several; cross entropy by default, with sigmoids if K
             is 1.
-        ignore_index: Label to ignore.
         align_corners: Of every interpolation. The published network has False.
-        init_cfg: mmengine's initialization config.
 
     Raises:
         ValueError: Not six channels, indices or weights; a negative weight.

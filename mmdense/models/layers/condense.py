@@ -28,7 +28,7 @@ EPSILON = 1e-12  # lower bound of a sum of squares, whose root has no slope at 0
 
 
 def pruning_stage(progress: float, condense_factor: int) -> int:
-    """Return the stage of pruning, 0 to F - 1, at a progress of the training from 0 to 1.
+    """Return the stage of pruning, 0 to F - 1, at a progress from 0 to 1 (else ValueError).
 
     Each stage prunes 1 / F of the channels; the last one begins at half of the training.
     """
