@@ -8,14 +8,17 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 # Two distributions provide the packages mmengine, mmcv, mmdet and mmseg. Installing both breaks
-# them, so neither is a hard dependency: an extra selects one.
+# them, so neither is a hard dependency: an extra selects one. mmdense.runtime needs no torch.
+TORCH = ['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors']
 MM = [
+    *TORCH,
     'onedl-mmengine>=0.10.10',
     'onedl-mmcv>=2.3.2',
     'onedl-mmdetection>=3.4',
     'onedl-mmsegmentation>=1.3',
 ]
 OPENMMLAB = [
+    *TORCH,
     'mmengine>=0.10.4',
     'mmcv-lite>=2.1,<2.2',
     'mmdet>=3.3,<3.4',
@@ -27,6 +30,7 @@ OPENMMLAB = [
 ]
 REPORT = ['matplotlib', 'adjustText>=1.1', 'jinja2', 'tabulate']
 DEMO = [*REPORT, 'scikit-learn>=1.3', 'pillow>=9.1', 'rich']
+RUNTIME = ['numpy', 'onnxruntime>=1.20', 'pillow>=10.1', 'pycocotools']
 ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
 JOBS = ['submitit>=1.5']
 TEST = [*DEMO, *ONNX, *JOBS, 'pytest>=8', 'pytest-xdist>=3.6']
@@ -48,13 +52,14 @@ setup(
         'mmdense': [f'.mim/**/*.{suffix}' for suffix in ('md', 'py', 'sh', 'yml')],
     },
     python_requires='>=3.10',
-    install_requires=['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors'],
     extras_require={
         'mm': MM,
         'openmmlab': OPENMMLAB,
         'demo': DEMO,
         'jobs': JOBS,
         'onnx': ONNX,
+        'runtime': RUNTIME,
+        'openvino': [*RUNTIME, 'openvino'],
         'test': TEST,
         'dev': [*TEST, 'ruff'],
     },

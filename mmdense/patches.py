@@ -9,12 +9,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-from mmengine.config import Config, utils
-from mmengine.logging import MMLogger, logger
 
 # Warnings of libraries that a user can do nothing about, by their beginning.
 SILENCED = (
@@ -51,7 +51,7 @@ def apply_patches() -> None:
       only 1 or 3.
 
     Besides these, ``import mmdense`` provides ``mmcv._ext`` where mmcv's compiled operators are
-    missing (:func:`mmdense.ops.install`) and calls :func:`patch_configs`; the tools run in
+    missing (:func:`mmdense.ops.install`) and calls :func:`install`; the tools run in
     :func:`quiet_terminal`.
     """
     os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', '178956970')  # read when cv2 is imported
@@ -93,6 +93,42 @@ def find_config(path: str) -> Path:
     return Path(spec.origin).parent / '.mim/configs' / name if spec and spec.origin else Path(path)
 
 
+def install() -> None:
+    """Announce mmdense's registries and call :func:`patch_configs` once mmengine is imported.
+
+    Further calls have no effect. Neither torch nor mmengine is imported.
+    """
+    if sys.modules.get('mmengine'):
+        _announce()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _announce() -> None:
+    import mmdense.registry  # noqa: F401
+
+    patch_configs()
+
+
+class _Finder(MetaPathFinder):
+    """Finds mmengine as the other finders do, and makes its loader announce the registries."""
+
+    def find_spec(self, name: str, *args: Any) -> ModuleSpec | None:
+        if name != 'mmengine':
+            return None
+        others = (f.find_spec(name, *args) for f in sys.meta_path if f is not self)
+        spec = next(filter(None, others), None)
+        if spec and spec.loader:
+            load = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                load(module)
+                _announce()
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
 @functools.cache
 def patch_configs() -> None:
     """Let a config's ``_base_`` name those of mmdense, and of mmseg in either distribution.
@@ -100,6 +136,8 @@ def patch_configs() -> None:
     mmengine knows a fixed table of distributions, and reads all metafiles of one for each base. A
     base ``mmdense::...`` sets no scope, since most of its parts are mmdet's or mmseg's.
     """
+    from mmengine.config import Config, utils
+
     original = Config._get_cfg_path
 
     def get_cfg_path(path: str, filename: str) -> tuple[str, str | None]:
@@ -118,6 +156,7 @@ def quiet_terminal() -> Iterator[None]:
     Inside the context, new loggers of mmengine show only those messages of :data:`LIBRARIES` that
     are :data:`SHOWN`, and what pycocotools prints is logged.
     """
+    from mmengine.logging import MMLogger, logger
     from pycocotools import coco, cocoeval
 
     original, printing = MMLogger.__init__, (coco, cocoeval, logger)

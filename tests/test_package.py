@@ -43,13 +43,51 @@ def test_a_folder_of_the_same_name_does_not_hide_the_package(tmp_path):
 
 def test_import_is_cheap():
     status, out, err = python(
-        'import sys, mmdense; from mmengine.registry import MODELS; '
+        'import sys, mmdense, mmdense.runtime; '
+        "print([m for m in ('torch', 'mmengine', 'cv2', 'numpy') if m in sys.modules]); "
+        'from mmengine.registry import MODELS; '
         "print([m for m in ('torch', 'mmcv', 'mmdet', 'mmseg') if m in sys.modules]); "
         "print(MODELS.get('mmdense.RDNet').__name__); "
         "print([m for m in ('mmdet', 'mmseg') if m in sys.modules])"
     )
     assert status == 0, err
-    assert out == '[]\nRDNet\n[]'  # a detector does without mmseg, and the other way round
+    assert out == '[]\n[]\nRDNet\n[]'  # a detector does without mmseg, and the other way round
+
+
+REGISTERED = (
+    'from mmengine.config import Config; from mmengine.registry import HOOKS; '
+    'print(*HOOKS.children, Config._get_cfg_path.__module__)'
+)
+
+
+@pytest.mark.parametrize(
+    'imports',
+    [
+        'import mmengine, mmdense',
+        'import mmdense, importlib.util; importlib.util.find_spec("mmengine")',  # is it installed?
+        'import mmdense.registry',
+        'import mmdense.patches',
+        'from mmengine.utils import import_modules_from_strings as load; load(["mmdense"])',
+    ],
+)
+def test_registries_are_announced_in_any_order_of_imports(imports):
+    status, out, err = python(f'{imports}; {REGISTERED}')
+    assert (status, out) == (0, 'mmdense mmdense.patches'), err
+
+
+@pytest.mark.slow
+def test_a_started_process_finds_what_it_gets(run_tool, tmp_path):
+    code = """
+import multiprocessing, mmdense
+if __name__ == '__main__':
+    from mmengine.registry import HOOKS
+    hook = HOOKS.build(dict(type='mmdense.NaNGuardHook'))
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        print(pool.map(type, [hook])[0].__name__)
+"""
+    (tmp_path / 'x.py').write_text(code)
+    status, output = run_tool(sys.executable, tmp_path / 'x.py')
+    assert (status, output.strip().splitlines()[-1]) == (0, 'NaNGuardHook'), output
 
 
 @pytest.mark.parametrize('module', ['mmdense.models', 'mmdense.engine', 'mmdense.apis'])
