@@ -1,9 +1,8 @@
 """Export a model to ONNX, and check the file against the model with onnxruntime.
 
-Detectors are exported up to the neck, dense one-stage detectors (RetinaNet, SSD) up to their raw
-scores and boxes, and segmentors up to the logits of the complete image, whatever their test_cfg.
-The rest is up to the caller: proposals, anchors, box decoding, NMS, masks, and the preprocessing,
-which the command prints. Batch size, height and width are dynamic if torch can export that.
+The file takes RGB images [N, 3, H, W] from 0 to 255 and returns boxes, scores, labels and masks of
+detectors, or the segmentation of segmentors; channel order, normalization, padding and NMS are
+inside. Batch size, height and width are dynamic if torch can export that.
 """
 
 import argparse
@@ -13,32 +12,43 @@ from rich.console import Console
 from rich.table import Table
 
 from mmdense import cli
-from mmdense.apis.export import PARTS, TOLERANCE, Exported, export_onnx
+from mmdense.apis.export import Exported, export_onnx
 from mmdense.engine.runner import build_runner, load_weights, unwrap
-from mmdense.errors import UserError
+from mmdense.errors import UserError, warn
+from mmdense.export.networks import PARTS
 
-OUTPUTS = dict(
-    backbone='feature maps: necks and heads are not in the file',
-    neck='feature maps: proposals, boxes, NMS and masks are not in the file',
-    model='raw scores and boxes: anchors, box decoding, sigmoid or softmax, and NMS are not in the '
-    'file',
-    logits='logits, before softmax or sigmoid: the largest along axis 1 is the class',
-    logit='logits of class 1: it is predicted where their sigmoid exceeds decode_head.threshold, '
-    'and class 0 elsewhere',
-    depth='depth, in the unit of the labels',
-)
+WHAT = dict(backbone='backbone', neck='neck', model='raw')  # deprecated --what -> --part
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = cli.config_parser(
-        __doc__, 'tools/export_onnx.py CONFIG CHECKPOINT --out model.onnx --deploy'
-    )
+    parser = cli.config_parser(__doc__, 'tools/export_onnx.py CONFIG CHECKPOINT --out model.onnx')
     parser.add_argument(
         'checkpoint', nargs='?', help='checkpoint file or URL; without it, weights are random'
     )
     parser.add_argument('--out', required=True, metavar='FILE', help='.onnx file to write')
     parser.add_argument(
-        '--what', choices=PARTS, help='part of the model (as much as can be exported)'
+        '--part',
+        choices=PARTS,
+        help='model: boxes, masks or a segmentation (default); raw: the outputs of a dense head, '
+        'or logits; neck, backbone: feature maps',
+    )
+    parser.add_argument(
+        '--no-deploy', action='store_true', help="don't export the backbone's inference form"
+    )
+    parser.add_argument(
+        '--dtype', choices=('uint8', 'float32'), default='uint8', help='of images (%(default)s)'
+    )
+    parser.add_argument(
+        '--score', type=cli.share, metavar='S', help="lowest score of boxes (test_cfg's score_thr)"
+    )
+    parser.add_argument(
+        '--iou', type=cli.share, metavar='I', help="IoU threshold of NMS (test_cfg's iou_threshold)"
+    )
+    parser.add_argument(
+        '--max-per-img', type=int, metavar='K', help="most boxes of an image (test_cfg's)"
+    )
+    parser.add_argument(
+        '--fixed', action='store_true', help='fix the batch size at 1, and the image size'
     )
     parser.add_argument(
         '--size',
@@ -46,17 +56,11 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=(512, 512),
         metavar=('HEIGHT', 'WIDTH'),
-        help='image size of the check (512 512)',
+        help='image size of the check, and of the input with --fixed (512 512)',
     )
-    parser.add_argument(
-        '--fixed', action='store_true', help='fix the batch size at 1, and the image size'
-    )
-    parser.add_argument(
-        '--deploy', action='store_true', help="export the backbone's form for deployment"
-    )
-    parser.add_argument(
-        '--normalize', action='store_true', help='subtract mean and divide by std in the file'
-    )
+    for option in ('--deploy', '--normalize'):  # deprecated, always on
+        parser.add_argument(option, action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--what', choices=WHAT, help=argparse.SUPPRESS)
     return parser
 
 
@@ -66,18 +70,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     height, width = args.size
     if min(height, width) < 1:
         raise UserError(f'--size {height} {width}: must be positive')
+    if args.max_per_img is not None and args.max_per_img < 1:
+        raise UserError(f'--max-per-img {args.max_per_img}: must be positive')
+    if args.what:
+        warn(f'--what {args.what} is a deprecated alias of --part {WHAT[args.what]}')
+    for option in ('deploy', 'normalize'):
+        if getattr(args, option):
+            warn(f'--{option} is deprecated: it is the default')
     cfg.load_from = None
     runner = build_runner(cfg, loaders=())
-    if args.checkpoint:
-        load_weights(runner, args.checkpoint)
+    checkpoint = load_weights(runner, args.checkpoint) if args.checkpoint else {}
     exported = export_onnx(
         unwrap(runner.model),
         args.out,
-        part=args.what,
+        part=WHAT[args.what] if args.what else args.part,
+        config=cfg,
+        meta=checkpoint.get('meta'),
         size=(height, width),
-        deploy=args.deploy,
+        deploy=not args.no_deploy,
+        dtype=args.dtype,
         fixed=args.fixed,
-        normalize=args.normalize,
+        score=args.score,
+        iou=args.iou,
+        max_per_img=args.max_per_img,
     )
     table = Table('name', 'shape', 'largest difference')
     for name, shape in exported.shapes.items():
@@ -94,45 +109,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe(exported: Exported) -> list[str]:
-    batches = ', '.join(' x '.join(map(str, batch)) for batch in exported.checks)
-    largest = max(max(check.values()) for check in exported.checks.values())
-    kind = next((name for name in ('logits', 'depth') if name in exported.shapes), exported.part)
-    if kind == 'logits' and exported.shapes[kind][1] == 1:
-        kind = 'logit'
+    metadata = exported.metadata
+    source, resize, settings = (metadata[k] for k in ('input', 'resize', 'postprocessing'))
     lines = []
     if exported.fixed:
-        axes = ', '.join(s for s in exported.shapes['image'] if isinstance(s, str))
+        axes = ', '.join(s for s in exported.shapes['images'] if isinstance(s, str))
         lines.append(f'dynamic axes: {axes or "none"}, because {exported.fixed}')
-    return [
-        *lines,
-        f'checked against the model on batches of {batches}: the largest difference is '
-        f"{largest:.1e} of an output's largest value (allowed: {TOLERANCE:.0e})",
-        f'image: {describe_preprocessing(exported)}',
-        f'outputs: {OUTPUTS[kind]}',
-        f'{exported.file}: {exported.part}, opset {exported.opset}, {exported.bytes / 1e6:.1f} MB',
-    ]
-
-
-def describe_preprocessing(exported: Exported) -> str:
-    preprocessing = exported.preprocessing
-    order = f'{preprocessing.channels} ' if preprocessing.channels else ''
-    if exported.normalized:
-        text = f'{order}pixels from 0 to 255; the file normalizes them'
-    elif preprocessing.mean:
-        mean, std = (
-            ', '.join(f'{v:g}' for v in values)
-            for values in (preprocessing.mean, preprocessing.std)
+    text = f'{source["dtype"]} RGB from 0 to 255; the file normalizes and pads them'
+    if not source['normalized']:
+        text = 'normalized as in training: the model has no data preprocessor'
+    if resize:
+        ratio = ', which keeps the ratio' if resize['keep_ratio'] else ''
+        text += f'; resize them to {resize["scale"][0]} x {resize["scale"][1]}{ratio}'
+    lines.append(f'images: {text}')
+    if exported.unread:
+        lines.append(f'not in the metadata: the resizing of images ({exported.unread})')
+    if 'score_thr' in settings:
+        lines.append(
+            f'detections: score above {settings["score_thr"]:g}, NMS at IoU '
+            f'{settings["nms_iou"]:g}, at most {settings["max_per_img"]} an image'
         )
-        text = f'{order}pixels from 0 to 255, minus ({mean}), divided by ({std})'
-    else:
-        text = f'{order}pixels as in training: the model has no mean and std'
-    if preprocessing.multiple > 1:
-        value = 'the mean' if exported.normalized else 'zeros'
-        text += (
-            f'; padded with {value} at the right and bottom to multiples of '
-            f'{preprocessing.multiple}'
-        )
-    return text
+    size = f'{exported.bytes / 1e6:.1f} MB'
+    return [*lines, f'{exported.file}: {metadata["part"]}, opset {exported.opset}, {size}']
 
 
 if __name__ == '__main__':

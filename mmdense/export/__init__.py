@@ -1,0 +1,1 @@
+"""Modules that torch.onnx exports: complete detectors and segmentors, and their parts."""

@@ -1,0 +1,72 @@
+"""Write a network to an ONNX file of standard operators."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from mmdense.export.nms import translations
+
+AXES = {0: 'batch', 2: 'height', 3: 'width'}
+
+
+def write_graph(
+    network: nn.Module,
+    images: Tensor,
+    file: Path,
+    names: Sequence[str],
+    axes: Mapping[int, str],
+    metadata: Mapping[str, Any],
+) -> tuple[dict[str, tuple[int | str, ...]], int]:
+    """Write a network of one input to a file.
+
+    Args:
+        images: Example of the input [N, C, H, W]; H and W differ where they are dynamic.
+        names: Names of the outputs.
+        axes: Dynamic axes of the input, with their names.
+        metadata: What :func:`.read_metadata` returns later.
+
+    Returns:
+        The shapes of the input and outputs, whose dynamic axes are names, and the opset.
+    """
+    with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
+        stack.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.CRITICAL)  # the exporter either works or raises an error
+        warnings.simplefilter('ignore')
+        # mmdet's coders would import what mmdet 2 had for export.
+        stack.enter_context(mock.patch('torch.onnx.is_in_onnx_export', return_value=False))
+        program = torch.onnx.export(
+            network,
+            (images,),
+            input_names=['images'],
+            output_names=list(names),
+            dynamic_shapes=(axes,) if axes else None,
+            custom_translation_table=translations(),
+            dynamo=True,
+            verbose=False,
+        )
+    graph = program.model.graph
+    for value in graph.outputs:
+        for axis, side in enumerate(value.shape):
+            if not isinstance(side, int) and side.value not in axes.values():  # a long formula
+                detections = axis == 1 and value.name in ('boxes', 'scores', 'labels', 'masks')
+                name = f'{value.name}_{AXES.get(axis, axis)}'
+                value.shape[axis] = 'detections' if detections else name
+    shapes = {
+        value.name: tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
+        for value in (*graph.inputs, *graph.outputs)
+    }
+    for node in graph:  # stack traces of this machine
+        node.metadata_props.clear()
+    program.model.metadata_props['mmdense'] = json.dumps(metadata)
+    program.save(file, external_data=False)
+    return shapes, program.model.opset_imports['']
