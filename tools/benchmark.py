@@ -1,4 +1,4 @@
-"""Train and test a config with one backbone after the other, and report."""
+"""Train and test a config with one backbone after the other, and report; merge such reports."""
 
 import argparse
 import shlex
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress
 
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
 from mmdense.config.edit import set_length
@@ -29,11 +30,12 @@ DEMO_DATA = Path('data/digits')
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    sweep = parser.add_subparsers(required=True).add_parser(
+    commands = parser.add_subparsers(required=True, dest='command')
+    sweep = commands.add_parser(
         'sweep',
         help='train and test a config with one backbone after the other, and report',
         description='Train, test and measure the same head, data and schedule with each backbone,\n'
-        'and write DIR/report.html, report.md, results.json and results.csv. Started again with\n'
+        'and write DIR/report.html, report.md, results.json, .csv and .tex. Started again with\n'
         'the same settings, a sweep continues where it stopped. A CondenseNetV2 that starts from\n'
         'random weights learns its connections during the training.',
         **cli.example(
@@ -91,14 +93,38 @@ def parser() -> argparse.ArgumentParser:
         metavar='KEY=VALUE',
         help="of submitit's executor, such as slurm_partition=gpu timeout_min=1440 mem_gb=64",
     )
+    add_columns(sweep)
     cli.add_cfg_options(sweep)
+    merge = commands.add_parser(
+        'merge',
+        help='make one report of several sweeps',
+        description='Make one report of sweeps with the same task, config, data and schedule.',
+        **cli.example('tools/benchmark.py merge work_dirs/sweep-a work_dirs/sweep-b --out both'),
+    )
+    merge.add_argument('folders', nargs='+', type=Path, metavar='DIR', help='folders of sweeps')
+    merge.add_argument('--out', type=Path, required=True, metavar='DIR', help='folder to write')
+    add_columns(merge)
     return parser
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--columns',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help='columns of the tables, by their names in results.csv, such as box_ap infer_p50_ms',
+    )
 
 
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    if args.command == 'merge':
+        merge_sweeps(args.folders, args.out, columns=args.columns)
+        Console().print(f'report: {args.out / "report.html"}', soft_wrap=True, markup=False)
+        return
     config_options = dict(args.cfg_options or {})
     if args.data_root:
         config_options['data_root'] = args.data_root
@@ -122,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         gpus=args.gpus,
         size=tuple(args.size) if args.size else None,
         seeds=args.seeds,
+        columns=args.columns,
     )
     cluster = args.launcher == 'slurm'
     jobs = None

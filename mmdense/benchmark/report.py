@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from tabulate import tabulate
 
+from mmdense.benchmark.latex import latex_table
 from mmdense.benchmark.plots import (
     Item,
     pareto_front,
@@ -34,7 +35,10 @@ from mmdense.benchmark.plots import (
     swatch,
     write_png,
 )
+from mmdense.visualization.logs import METRIC_NAMES
 
+VERSION = 2  # of results.json; docs/comparing.md describes it
+NAMES = {*METRIC_NAMES.values()}
 MISSING = '–'
 CURVE_POINTS = 150
 LEARNED = 0.05  # a smaller metric, as a share of the largest possible, ranks nothing
@@ -117,10 +121,13 @@ class Plot(NamedTuple):
 
 
 def write_report(folder: Path) -> None:
-    """Write report.html, report.md, results.csv and the plots beside ``results.json``."""
+    """Write report.html, report.md, results.csv, results.tex and the plots for ``results.json``."""
     results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     report = Report(folder, results)
     report.write_csv(folder / 'results.csv')
+    names = [row['backbone'] for row in report.rows]
+    table = latex_table(names, report.columns, report.ranked)
+    (folder / 'results.tex').write_text(table, encoding='utf-8')
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name('templates')),
         autoescape=True,
@@ -147,7 +154,15 @@ class Report:
         self.all_columns = [*self._metrics(), *self._costs()]
         self.metric = self.all_columns[0]
         self.costs = {column.name: column for column in self.all_columns}
-        self.columns = [c for c in self.all_columns if c.known and c.name not in ONLY_IN_CSV]
+        chosen = results['columns'] or [
+            column.name
+            for column in self.all_columns
+            if column.name not in ONLY_IN_CSV
+            and (column.group != 'Accuracy' or column == self.metric or column.full_title in NAMES)
+        ]
+        known = {column.name: column for column in self.all_columns if column.known}
+        self.columns = [known[name] for name in chosen if name in known]
+        self.unknown = [name for name in results['columns'] if name not in known]
         self.parts = [*self._parts()]
         self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
         sign = -1 if self.metric.better == 'max' else 1

@@ -8,6 +8,7 @@ continues where it stopped.
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 import json
 import math
@@ -25,23 +26,25 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import set_random_seed
+from mmengine.utils import get_git_hash
 from PIL import Image
 from torch import nn
 
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
-from mmdense.benchmark.report import write_report
+from mmdense.benchmark.report import VERSION, write_report
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import inference_run, machine, measure, training_run
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
+from mmdense.config.read import load_config
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
 from mmdense.models.deploy import deploy
-from mmdense.visualization.logs import METRICS, NO_METRICS, main_metrics, read_scalars
+from mmdense.visualization.logs import METRIC_NAMES, NO_METRICS, main_metrics, read_scalars
 
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
 DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)')
@@ -60,6 +63,8 @@ class Sweep:
         size: Height and width of the images in pixels that MACs are counted for; by default the
             config's largest.
         seeds: Number of trainings of each backbone, with the config's seed and the next ones.
+        columns: Names of the columns to show, as in the CSV file; by default those of COCO's and
+            mmseg's metrics and of the costs.
 
     Attributes:
         runs: The trainings of each backbone, by its name.
@@ -81,6 +86,7 @@ class Sweep:
         gpus: int = 1,
         size: tuple[int, int] | None = None,
         seeds: int = 1,
+        columns: Sequence[str] = (),
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
@@ -96,6 +102,7 @@ class Sweep:
             )
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
+        self.columns = list(columns)
         self.size = size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
@@ -280,7 +287,8 @@ class Sweep:
                     rows[name][kind] = values
         measured = dict(size=self.size, infer_batch=1, train_batch=train_batch, rounds=rounds)
         measured |= dict(device=device, channels_last=channels_last)
-        parts = dict(rows=rows, truth=truth, legend=legend)
+        data_sets = dict(train=_describe(train_set), test=_describe(test_set))
+        parts = dict(rows=rows, truth=truth, legend=legend, data_sets=data_sets)
         return dict(parts, machine=machine(device), measured=measured)
 
     def _save(self, pictures: Sequence[np.ndarray], name: str) -> list[str]:
@@ -304,13 +312,18 @@ class Sweep:
         loop = self.cfg.train_cfg
         by_epoch = 'max_epochs' in loop
         results = dict(
+            version=VERSION,
             task=task,
             config=str(file.relative_to(here) if file.is_relative_to(here) else file),
             command=self.command,
+            commit=get_git_hash(),
+            changes=_changes(self.cfg),
             schedule=f'{loop.max_epochs} epochs' if by_epoch else f'{loop.max_iters} iterations',
             data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
+            data_sets=measured.get('data_sets', {}),
             pretrained=self.pretrained,
             seeds=[run.seed for run in next(iter(self.runs.values()))],
+            columns=self.columns,
             **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
             measured=measured.get('measured'),
@@ -322,12 +335,13 @@ class Sweep:
         write_report(self.folder)
 
     def _metrics(self, rows: Sequence[Mapping[str, Any]], task: str) -> dict[str, Any]:
-        """Return the metrics to report, the one of the best checkpoint first, and its rule."""
+        """Return the logged metrics, the one of the best checkpoint first, and its rule."""
         hook = self.cfg.default_hooks.get('checkpoint') or {}
         logged = list(dict.fromkeys(name for row in rows for name in row['metrics']))
         best = hook.get('save_best') or ()
         names = [*([best] if isinstance(best, str) else best), *main_metrics(logged)]
-        names = dict.fromkeys(METRICS.get(name, name) for name in names)
+        names += [name for name in METRIC_NAMES.values() if name in logged] + logged
+        names = dict.fromkeys(METRIC_NAMES.get(name, name) for name in names)
         names = [name for name in names if name in logged] or [DEFAULT_METRICS[task]]
         return dict(metrics=names, rule=hook.get('rule'))
 
@@ -393,12 +407,37 @@ def _read_log(run: TrainingRun) -> tuple[list[list[float]], list[dict[str, float
     )
 
 
+def _changes(cfg: Config) -> dict[str, str]:
+    """Return the settings that differ from the config file's, by their places."""
+    before, now = (_flat(c.to_dict(), '') for c in (load_config(cfg.filename), cfg))
+    return {
+        key: now.get(key, 'removed')
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def _flat(node: Any, place: str) -> dict[str, str]:
+    if isinstance(node, dict | list | tuple) and node:
+        items = node.items() if isinstance(node, dict) else enumerate(node)
+        return {k: v for key, value in items for k, v in _flat(value, f'{place}.{key}').items()}
+    return {place.lstrip('.'): str(node)}
+
+
+def _describe(data_set: Any) -> dict[str, Any]:
+    """Return the type and size of a data set, and its annotation file with a checksum."""
+    file = Path(getattr(data_set, 'ann_file', None) or '')
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    kind, name = type(data_set).__name__, str(file) if checksum else None
+    return dict(type=kind, images=len(data_set), annotations=name, sha256=checksum)
+
+
 def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
 
 
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:
-    return {METRICS.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
+    return {METRIC_NAMES.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
 
 
 def _parts(model: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:

@@ -13,6 +13,7 @@ import platform
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -42,6 +43,7 @@ from mmdense.flops import model_costs
 from mmdense.models.deploy import deploy
 
 Progress = Callable[[str], None]
+MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdense')  # whose versions are recorded
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
             torch=torch.__version__,
             torchvision=torchvision.__version__,
             timm=timm.__version__,
+            **{name: sys.modules[name].__version__ for name in MM if name in sys.modules},
         ),
         omp_wait_policy=os.environ.get('OMP_WAIT_POLICY', 'unset'),
     )

@@ -27,6 +27,17 @@ METRICS = {
     'mIoU': 'mIoU (%)',
     'rmse': 'RMSE (m)',
 }
+# The usual names of all metrics that have one.
+METRIC_NAMES = METRICS | {
+    **{
+        f'coco/{kind}_mAP_{part}': f'{title} AP{part}'
+        for kind, title in (('bbox', 'box'), ('segm', 'mask'))
+        for part in ('50', '75', 's', 'm', 'l')
+    },
+    'mAcc': 'mAcc (%)',
+    'aAcc': 'aAcc (%)',
+    'pascal_voc/mAP': 'VOC mAP',
+}
 LOWER_IS_BETTER = ('abs_rel', 'log10', 'rmse', 'rmse_log', 'silog', 'sq_rel')
 COUNTERS = ('epoch', 'iter', 'step', 'validated_at')  # the last in logs of earlier versions
 NO_METRICS = (*COUNTERS, 'data_time', 'time')  # in the record of a validation

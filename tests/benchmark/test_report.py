@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.plots import COLOURS, FAMILIES, Item, pareto_front, plot_scatter
-from mmdense.benchmark.report import write_report
+from mmdense.benchmark.report import VERSION, write_report
+from mmdense.errors import UserError
 
 NAMES = ('RDNet', 'DenseNet', 'CondenseNetV2', 'ReXNet', 'ShuffleNetV2', 'timm', 'torchvision')
 HOSTILE = '<script>alert("1")</script> | `x` $title'
@@ -56,6 +58,14 @@ def make_results(rows, **changes):
         data='data/digits',
         pretrained=False,
         seeds=[0],
+        version=VERSION,
+        rule=None,
+        columns=[],
+        commit='0123456789abcdef',
+        changes={'train_cfg.max_epochs': '2'},
+        data_sets=dict(
+            train=dict(type='CocoDataset', images=9, annotations='a.json', sha256='f' * 64)
+        ),
         metrics=['box AP', 'box AP50'],
         machine=dict(
             date='2026-11-21',
@@ -209,7 +219,9 @@ def test_the_report(report, tmp_path):
         assert '30 rounds on cpu, channels-last' in content
         assert 'Inference in deployed form: net-0 and net-1.' in content
         assert 'Inference as trained: net-2.' in content
-        assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive.' in content
+        assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive; commit 0123' in content
+        assert 'Train data: 9 images (CocoDataset, a.json, SHA-256 ffffffffffff).' in content
+        assert 'Changed in the config: train_cfg.max_epochs=2.' in content
         assert 'python tools/benchmark.py sweep x' in content
 
 
@@ -224,6 +236,65 @@ def test_nothing_is_taken_for_markup(report):
     table = [line for line in markdown.splitlines() if line.startswith('|')]
     assert len({len(re.findall(r'(?<!\\)\|', line)) for line in table}) == 1
     assert all('<script>' not in line for line in markdown.splitlines() if line[:4] != '    ')
+
+
+def test_the_latex_table(report, tmp_path):
+    rows = [
+        make_row(
+            i, backbone=name, metrics={'box AP': ap, 'my_metric': 1.0}, deviations={'box AP': d}
+        )
+        for i, (name, ap, d) in enumerate((('a_b', 0.51, 0.012), ('50% & more~^\\{}#$', 0.6, 0.1)))
+    ]
+    columns = ['box_ap', 'my_metric', 'parameters_m', 'infer_p50_ms', 'nothing']
+    page, _, markdown = report([*rows, fail(3)], columns=columns, metrics=['box AP', 'my_metric'])
+    assert 'asked for, but have no values: nothing.' in ' '.join(page.text.split())
+    assert '0.510 ± 0.012' in markdown
+    text = (tmp_path / 'results.tex').read_text()
+    assert re.findall(r'\\(begin|end){(\w+)}', text) == [('begin', 'tabular'), ('end', 'tabular')]
+    (spec,) = re.findall(r'begin{tabular}{(\w+)}', text)
+    lines = [line for line in text.splitlines() if line.endswith(r'\\')]
+    assert len(lines) == 2 + 3
+    for line in lines:
+        spans = [int(n) for n in re.findall(r'\\multicolumn{(\d+)}', line)]
+        cells = len(re.findall(r'(?<!\\)&', line)) + 1
+        assert cells + sum(spans) - len(spans) == len(spec) == 5
+        assert line.count('{') == line.count('}')
+    assert r'\textbf{0.600 $\pm$ 0.100} & 1.00 & 2.50 & 12.0' in text
+    name = r'50\% \& more\textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\#\$'
+    assert [line.split(' & ')[0] for line in lines[2:4]] == [name.split(' & ')[0], r'a\_b']
+    assert not re.search(r'(?<!\\)[_#]', text.partition('toprule')[2].replace('cmidrule', ''))
+
+
+def test_sweeps_in_one_report(tmp_path):
+    (tmp_path / 'pictures').mkdir()
+    folders = [tmp_path / name for name in 'abcd']
+    for i, folder in enumerate(folders):
+        (folder / 'pictures').mkdir(parents=True)
+        (folder / 'pictures/x.jpg').write_bytes(b'')
+        changes = dict(truth=['pictures/x.jpg'] if i == 0 else [])
+        if i == 2:
+            changes['measured'] = dict(make_results([])['measured'], rounds=3)
+        if i == 3:
+            changes['schedule'] = '9 epochs'
+        row = make_row(i, pictures=['pictures/x.jpg'], metrics={'box AP': 0.1 * i})
+        (folder / 'results.json').write_text(json.dumps(make_results([row], **changes)))
+    a, b, c, d = folders
+    merge_sweeps([a, b], tmp_path / 'ab')
+    merged = json.loads((tmp_path / 'ab/results.json').read_text())
+    assert [row['backbone'] for row in merged['rows']] == ['net-0', 'net-1']
+    assert merged['rows'][1]['infer']['p50'] == 0.012
+    assert (tmp_path / 'ab/pictures/x.jpg').exists()
+    assert '| net-1 | 0.100 |' in re.sub(' +', ' ', (tmp_path / 'ab/report.md').read_text())
+    merge_sweeps([a, c], tmp_path / 'ac')  # measured in other ways
+    merged = json.loads((tmp_path / 'ac/results.json').read_text())
+    assert [row['infer'] for row in merged['rows']] == [None, None]
+    for folders, message in (
+        ([a, d], "its schedule is '9 epochs', not '8 epochs'"),
+        ([a, a], 'net-0 is in two sweeps'),
+        ([a, tmp_path], 'not the folder of a sweep'),
+    ):
+        with pytest.raises(UserError, match=message):
+            merge_sweeps(folders, tmp_path / 'x')
 
 
 UNMEASURED = dict(infer=None, train=None, parts={})

@@ -146,7 +146,8 @@ def test_jobs_that_cannot_run(tmp_path, stand_in, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('best', 'metrics'), [({}, ['voc/AP50']), (dict(save_best='voc/mAP'), ['voc/mAP', 'voc/AP50'])]
+    ('best', 'metrics'),
+    [({}, ['voc/AP50', 'voc/mAP']), (dict(save_best='voc/mAP'), ['voc/mAP', 'voc/AP50'])],
 )
 def test_any_metric_and_the_data_of_the_training(best, metrics, tmp_path):
     options = {f'default_hooks.checkpoint.{key}': value for key, value in best.items()}
