@@ -31,7 +31,7 @@ RAISED = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
 LOG_TAIL = 20_000  # characters
 POLL = 0.5  # seconds
 TRIES = 3  # of a training whose job was killed
-FOREVER = 60 * 24 * 365  # minutes: jobs on this machine have no time limit
+DAY, YEAR = 60 * 24, 60 * 24 * 365  # minutes: time limits on a cluster and on this machine
 DIES_WITH_PARENT = 1  # Linux: PR_SET_PDEATHSIG
 
 Progress = Callable[[str, str, float], None]  # name, state, share
@@ -182,13 +182,14 @@ def train_as_jobs(
     """
     parallel = min(parallel or len(runs), len(runs))
     executor = _executor(folder, cluster, parallel, gpus, options or {})
-    shares = _shares(parallel, gpus) if cluster == 'local' else [{}] * parallel
+    # A cluster has them all at once, and its own queue.
+    shares = _shares(parallel, gpus) if cluster == 'local' else [{}] * len(runs)
     waiting, jobs, tries = list(runs), {}, Counter()
     try:
         while waiting or jobs:
-            free = [share for share in range(parallel) if share not in jobs]
-            if free and waiting:
-                begun = {share: waiting.pop(0) for share in free[: len(waiting)]}
+            free = [share for share in range(len(shares)) if share not in jobs]
+            begun = {share: waiting.pop(0) for share in free[: len(waiting)]}
+            if begun:
                 with executor.batch():
                     submitted = [
                         executor.submit(run, command, shares[share]) for share, run in begun.items()
@@ -238,12 +239,14 @@ def _executor(
     except ModuleNotFoundError as error:
         raise UserError('jobs need another package: pip install submitit') from error
     try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster)
         parameters = dict(name='sweep', tasks_per_node=1)
         if cluster == 'local':
-            parameters |= dict(timeout_min=FOREVER)
-        else:
-            parameters |= dict(gpus_per_node=gpus, slurm_array_parallelism=parallel)
+            executor = submitit.AutoExecutor(folder, cluster)
+            parameters |= dict(timeout_min=YEAR)
+        else:  # a job that reaches its time limit is queued again, and continues
+            executor = submitit.AutoExecutor(folder, cluster, slurm_max_num_timeout=1000)
+            parameters |= dict(timeout_min=DAY, gpus_per_node=gpus)
+            parameters |= dict(slurm_array_parallelism=parallel)
         executor.update_parameters(**parameters | options)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
         raise UserError(f'submitit: {" ".join(str(error).split())}') from error

@@ -108,6 +108,44 @@ def test_seeds(tmp_path, stand_in):
     assert load_config(str(tmp_path / 'configs/timm-resnet18.seed4.py')).randomness.seed == 4
 
 
+# Commands of SLURM: an array's jobs run at once, on this machine.
+SLURM = dict(
+    sbatch=f"""#!{sys.executable}
+import os, pathlib, re, subprocess, sys
+quiet = subprocess.DEVNULL
+text = pathlib.Path(sys.argv[1]).read_text()
+pathlib.Path(__file__).with_name('script').write_text(text)
+for i in range(1 + int(re.search(r'--array=0-(\\d+)', text)[1])):
+    ids = dict(JOB_ID=8 + i, ARRAY_JOB_ID=7, ARRAY_TASK_ID=i, NTASKS=1, NNODES=1)
+    ids |= dict(NODEID=0, PROCID=0, LOCALID=0, JOB_NODELIST='here')
+    env = os.environ | {{f'SLURM_{{k}}': str(v) for k, v in ids.items()}}
+    subprocess.Popen(['bash', '-c', text], env=env, stdout=quiet, stderr=quiet)
+print('Submitted batch job 7')
+""",
+    srun='#!/bin/bash\nshift 5; "$@"',  # --unbuffered --output FILE --error FILE
+    sacct='#!/bin/bash\necho "JobID|State|NodeList"',
+)
+
+
+@pytest.mark.slow
+def test_a_job_array_of_slurm(tmp_path, stand_in, monkeypatch):
+    pytest.importorskip('submitit')
+    commands = tmp_path / 'bin'
+    commands.mkdir()
+    for name, text in SLURM.items():
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv('PATH', str(commands), prepend=':')
+    sweep = sweep_of(tmp_path / 'sweep', NAMES[1:], seeds=2)
+    options = dict(slurm_partition='gpu', mem_gb=64)
+    sweep.train(stand_in, jobs=dict(cluster='slurm', parallel=1, options=options))
+    row = results_of(tmp_path / 'sweep')['timm:resnet18']
+    assert [seed['metrics'] for seed in row['seeds']] == [{'box AP': 0.25}, {'box AP': 1.25}]
+    script = (commands / 'script').read_text()
+    for option in ('array=0-1%1', 'partition=gpu', 'mem=64GB', 'time=1440', 'gpus-per-node=1'):
+        assert f'#SBATCH --{option}\n' in script
+
+
 @pytest.mark.slow
 def test_jobs_give_the_same_rows_and_survive_a_killed_one(tmp_path, stand_in, monkeypatch):
     pytest.importorskip('submitit')
