@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from mmdense.errors import UserError
+from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write
 
 # In mmengine's log: epoch (if it counts them), iteration, their number, time left.
@@ -190,11 +190,15 @@ def train_as_jobs(
             free = [share for share in range(len(shares)) if share not in jobs]
             begun = {share: waiting.pop(0) for share in free[: len(waiting)]}
             if begun:
-                with executor.batch():
-                    submitted = [
-                        executor.submit(run, command, shares[share]) for share, run in begun.items()
-                    ]
-                jobs |= dict(zip(begun, zip(begun.values(), submitted, strict=True), strict=True))
+                try:
+                    with executor.batch():
+                        begun = {
+                            share: (run, executor.submit(run, command, shares[share]))
+                            for share, run in begun.items()
+                        }
+                except RuntimeError as error:  # such as an unknown partition
+                    raise UserError(f'submitit: {one_line(error)}') from error
+                jobs |= begun
             for share, (run, job) in list(jobs.items()):
                 progress(run.name, *run.read_progress())
                 if job.done():
@@ -249,7 +253,7 @@ def _executor(
             parameters |= dict(slurm_array_parallelism=parallel)
         executor.update_parameters(**parameters | options)
     except (RuntimeError, NameError, TypeError, ValueError) as error:
-        raise UserError(f'submitit: {" ".join(str(error).split())}') from error
+        raise UserError(f'submitit: {one_line(error)}') from error
     return executor
 
 

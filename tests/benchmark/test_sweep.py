@@ -142,6 +142,9 @@ def test_a_job_array_of_slurm(tmp_path, stand_in, monkeypatch):
     row = results_of(tmp_path / 'sweep')['timm:resnet18']
     assert [seed['metrics'] for seed in row['seeds']] == [{'box AP': 0.25}, {'box AP': 1.25}]
     script = (commands / 'script').read_text()
+    (commands / 'sbatch').write_text('#!/bin/bash\necho "invalid partition" >&2; exit 1')
+    with pytest.raises(UserError, match='submitit: .*invalid partition'):
+        sweep_of(tmp_path / 'x', NAMES[1:]).train(stand_in, jobs=dict(cluster='slurm'))
     for option in ('array=0-1%1', 'partition=gpu', 'mem=64GB', 'time=1440', 'gpus-per-node=1'):
         assert f'#SBATCH --{option}\n' in script
 
