@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
 from mmdense.benchmark.merge import merge_sweeps
+from mmdense.benchmark.report import FORMS
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
 from mmdense.config.edit import set_length
@@ -68,6 +69,12 @@ def parser() -> argparse.ArgumentParser:
         '--size', nargs=2, type=int, metavar=('H', 'W'), help='to count MACs for (the largest)'
     )
     sweep.add_argument('--rounds', type=int, default=20, help='timed runs of each (%(default)s)')
+    sweep.add_argument(
+        '--form',
+        choices=(*FORMS, 'both'),
+        default='both',
+        help="the backbones' form in inference (%(default)s)",
+    )
     sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
     sweep.add_argument(
         '--device', choices=('cpu', 'cuda'), help="to measure on (the GPU if there's one)"
@@ -113,7 +120,7 @@ def add_columns(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='columns of the tables, by their names in results.csv, such as box_ap infer_p50_ms',
+        help='columns of the tables, by their names in results.csv, such as box_ap trained_p50_ms',
     )
 
 
@@ -184,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.show('measuring', text)
 
         options = dict(rounds=args.rounds, pictures=args.pictures, device=args.device)
+        options['forms'] = FORMS if args.form == 'both' else (args.form,)
         if cluster:
             show_text('in a job')
             job = dict(cluster=args.launcher, gpus=args.gpus, options=args.job_options)

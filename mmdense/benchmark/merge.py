@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmdense.benchmark.report import write_report
+from mmdense.benchmark.report import VERSION, write_report
 from mmdense.errors import UserError, warn
 from mmdense.files import atomic_write, check_writable
 
-SETTINGS = ('version', 'task', 'config', 'schedule', 'data', 'pretrained', 'rule', 'seeds')
+SETTINGS = ('task', 'config', 'schedule', 'data', 'pretrained', 'rule', 'seeds')
 
 
 def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] = ()) -> None:
@@ -56,7 +56,7 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
         folder = row.pop('folder')
         row['pictures'] = [_copy(folder, file, out) for file in row['pictures']]
         if not alike:
-            row |= dict(infer=None, train=None)
+            row |= dict(infer={}, train=None)
     metrics = dict.fromkeys(name for r in results for name in r['metrics'])
     merged = dict(
         first,
@@ -73,9 +73,12 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
 
 def _read(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / 'results.json').read_text(encoding='utf-8'))
+        results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} is not the folder of a sweep: no results.json') from error
+    if results.get('version') != VERSION:
+        raise UserError(f'{folder} is of another version: start its sweep again, which measures')
+    return results
 
 
 def _conditions(results: Mapping[str, Any]) -> list[Any]:

@@ -37,7 +37,7 @@ from mmdense.benchmark.plots import (
 )
 from mmdense.visualization.logs import METRIC_NAMES
 
-VERSION = 2  # of results.json; docs/comparing.md describes it
+VERSION = 3  # of results.json; docs/comparing.md describes it
 NAMES = {*METRIC_NAMES.values()}
 MISSING = '–'
 CURVE_POINTS = 150
@@ -55,8 +55,12 @@ PARTS = (
     ('macs', 'macs_g', 'MACs', 'G', 1e9, 'min'),
     ('activations', 'activations_m', 'activations', 'M', 1e6, 'min'),
 )
+FORMS = ('deployed', 'trained')  # of backbones in inference
+GROUPS = dict(
+    deployed='Inference, deployed', trained='Inference, as trained', train='Training step'
+)
 ONLY_IN_CSV = {'train_p95_ms', 'train_images_per_s', 'train_speed', 'activations_m'}
-PREFIXES = {'Inference': 'inference, ', 'Training step': 'training step, ', 'Training': 'training '}
+PREFIXES = {group: f'{group.lower()}, ' for group in GROUPS.values()} | {'Training': 'training '}
 
 
 @dataclass(frozen=True)
@@ -154,10 +158,17 @@ class Report:
         self.all_columns = [*self._metrics(), *self._costs()]
         self.metric = self.all_columns[0]
         self.costs = {column.name: column for column in self.all_columns}
+        # Backbones are compared in the same form: the first one that all of them have.
+        forms = [{*row['infer']} for row in self.rows if row['infer']] or [{*FORMS}]
+        shared = [form for form in FORMS if form in set.intersection(*forms)]
+        self.form = (shared or [form for form in FORMS if form in set.union(*forms)])[0]
+        hidden = ONLY_IN_CSV | {
+            f'{form}_{slug}' for form in FORMS for _, slug, *_ in COSTS[1:] if form != self.form
+        }
         chosen = results['columns'] or [
             column.name
             for column in self.all_columns
-            if column.name not in ONLY_IN_CSV
+            if column.name not in hidden
             and (column.group != 'Accuracy' or column == self.metric or column.full_title in NAMES)
         ]
         known = {column.name: column for column in self.all_columns if column.known}
@@ -186,9 +197,10 @@ class Report:
             yield Column(_slug(name), 'Accuracy', title, unit, values, better, deviations)
 
     def _costs(self) -> Iterable[Column]:
-        for kind, group in (('infer', 'Inference'), ('train', 'Training step')):
+        for kind, group in GROUPS.items():
+            figures = [(row['infer'] | dict(train=row['train'])).get(kind) for row in self.rows]
             for key, slug, title, unit, size, better in COSTS:
-                values = [_finite((row[kind] or {}).get(key), size) for row in self.rows]
+                values = [_finite((each or {}).get(key), size) for each in figures]
                 yield Column(f'{kind}_{slug}', group, title, unit, values, better)
         for key, slug, title, unit, size, better in PARTS:
             parts = [row['parts'].values() for row in self.rows]
@@ -209,7 +221,7 @@ class Report:
         latency = f'median latency of {_count(measured["infer_batch"], "image")} (ms)'
         memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
         for cost, name, title, axis in (
-            (costs['infer_p50_ms'], 'latency', 'latency', latency),
+            (costs[f'{self.form}_p50_ms'], 'latency', 'latency', latency),
             (costs['macs_g'], 'macs', 'MACs', 'MACs (G)'),
             (costs['train_memory_mb'], 'memory', 'training memory', memory),
             (costs['parameters_m'], 'parameters', 'parameters', 'parameters (M)'),
@@ -258,7 +270,7 @@ class Report:
             )
         for title, column in (
             (f'Best {self.metric.title}', self.metric),
-            ('Fastest inference', self.costs['infer_p50_ms']),
+            ('Fastest inference', self.costs[f'{self.form}_p50_ms']),
             ('Least memory in training', self.costs['train_memory_mb']),
             ('Fewest MACs', self.costs['macs_g']),
         ):
@@ -325,7 +337,7 @@ class Report:
         """Write a line for each backbone; units are in the names of the columns."""
         columns = [*self.all_columns, *self.parts]
         columns += [*filter(None, (column.spread for column in self.all_columns))]
-        words = ('backbone', 'family', 'status', 'error', 'form')
+        words = ('backbone', 'family', 'status', 'error')
         with file.open('w', encoding='utf-8', newline='') as output:
             writer = csv.writer(output, lineterminator='\n')
             writer.writerow([*words, *(column.name for column in columns)])

@@ -32,9 +32,15 @@ from torch import nn
 
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
-from mmdense.benchmark.report import VERSION, write_report
+from mmdense.benchmark.report import FORMS, GROUPS, VERSION, write_report
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
-from mmdense.benchmark.timing import inference_run, machine, measure, training_run
+from mmdense.benchmark.timing import (
+    deployed_copy,
+    inference_run,
+    machine,
+    measure,
+    training_run,
+)
 from mmdense.config.channels import put_backbone
 from mmdense.config.image_size import training_size
 from mmdense.config.read import load_config
@@ -43,9 +49,9 @@ from mmdense.errors import UserError, one_line
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
-from mmdense.models.deploy import deploy
 from mmdense.visualization.logs import METRIC_NAMES, NO_METRICS, main_metrics, read_scalars
 
+MEASURED = 'measurements.json'
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
 DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)')
 SCORE_THRESHOLD = 0.3  # of boxes in pictures
@@ -198,6 +204,7 @@ class Sweep:
         rounds: int = 20,
         pictures: int = 6,
         device: str | None = None,
+        forms: Sequence[str] = FORMS,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Measure all trained models (see :func:`.timing.measure`), draw predictions, and report.
@@ -208,26 +215,31 @@ class Sweep:
             rounds: Timed runs of each.
             pictures: Number of test images to draw.
             device: 'cpu' or 'cuda'; by default the GPU if there is one.
+            forms: Of the backbones, for inference: some of 'deployed' (see :func:`.deployed_copy`)
+                and 'trained'.
             progress: Called with a description of each step.
         """
         device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         done = [name for name in self.configs if self.state(name)['status'] == 'done']
-        settings = dict(rounds=rounds, pictures=pictures, device=device, backbones=done)
-        file = self.folder / 'measured.json'
+        settings = dict(rounds=rounds, device=device, forms=[*forms])
+        of = dict(settings, pictures=pictures, backbones=done)
+        file = self.folder / MEASURED
         old = json.loads(file.read_text()) if file.exists() else dict(of=None, rows={})
-        if done and (old['of'] != settings or any('error' in row for row in old['rows'].values())):
+        if done and (old['of'] != of or any('error' in row for row in old['rows'].values())):
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
-                measured = self._measure(done, rounds, pictures, device, progress)
-            atomic_write(file, json.dumps(dict(measured, of=settings), indent=1).encode())
+                measured = self._measure(done, pictures, progress, **settings)
+            atomic_write(file, json.dumps(dict(measured, of=of), indent=1).encode())
         self.report()
 
     def _measure(
         self,
         names: Sequence[str],
-        rounds: int,
         count: int,
-        device: str,
         progress: Callable[[str], None],
+        *,
+        rounds: int,
+        device: str,
+        forms: Sequence[str],
     ) -> dict[str, Any]:
         """Return the ``rows`` of the measured models, by name, and how they were measured."""
         cfg = self.cfg
@@ -241,17 +253,16 @@ class Sweep:
         batch = pseudo_collate([train_set[i % len(train_set)] for i in range(train_batch)])
         channels_last = any(h['type'] == CHANNELS_LAST for h in cfg.get('custom_hooks') or [])
         rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-        infers, steps, truth, legend = {}, {}, [], {}
+        infers, steps, truth, legend = {form: {} for form in forms}, {}, [], {}
         for name in names:
             progress(f'loading {name}')
             row = rows[name]
             try:
                 checkpoint = (self.runs[name][0].folder / 'last_checkpoint').read_text().strip()
                 predictor = Predictor(self.configs[name], checkpoint, device='cpu')
-                row.update(parts=_parts(predictor.model, self.size), form='trained')
-                if hasattr(predictor.model.backbone, 'switch_to_deploy'):
-                    deploy(predictor.model)
-                    row['form'] = 'deployed'
+                row.update(parts=_parts(predictor.model, self.size), infer={})
+                make = dict(trained=lambda model, _: model, deployed=deployed_copy)
+                models = {form: make[form](predictor.model, self.size) for form in forms}
                 step = training_run(self.configs[name], batch)
                 paths = [sample.img_path for sample in samples]
                 predictions = [predictor(path)[0] for path in paths]
@@ -264,16 +275,16 @@ class Sweep:
             except Exception as error:  # from any library; the other models are still measured
                 row['error'] = f'not measured: {one_line(error)}'
                 continue
-            # A copy, since a deployed network's caches would not count as memory of the run.
-            model = copy.deepcopy(predictor.model)
-            for each in (model, step.model) if channels_last else ():
+            for each in (predictor.model, step.model) if channels_last else ():
                 each.to(memory_format=torch.channels_last)
-            infers[name] = inference_run(model, lambda number: images[number % len(images)])
             steps[name] = step
+            for form, model in models.items():
+                infers[form][name] = inference_run(model, lambda i: images[i % len(images)])
             if not truth and {'gt_sem_seg', 'gt_instances'} & {*items[0]['data_samples'].keys()}:
                 pictures = [predictor.draw(s.img_path, s, truth=True) for s in samples]
                 truth = self._save(pictures, 'truth')
-        for kind, title, runs in (('infer', 'inference', infers), ('train', 'training', steps)):
+        for kind, runs in dict(infers, train=steps).items():
+            title = GROUPS[kind].lower()
             figures = measure(
                 runs,
                 rounds=rounds,
@@ -284,9 +295,9 @@ class Sweep:
                 if 'error' in values:
                     rows[name]['error'] = f'{title} not measured: {values["error"]}'
                 else:
-                    rows[name][kind] = values
+                    (rows[name] if kind == 'train' else rows[name]['infer'])[kind] = values
         measured = dict(size=self.size, infer_batch=1, train_batch=train_batch, rounds=rounds)
-        measured |= dict(device=device, channels_last=channels_last)
+        measured |= dict(device=device, channels_last=channels_last, forms=forms)
         data_sets = dict(train=_describe(train_set), test=_describe(test_set))
         parts = dict(rows=rows, truth=truth, legend=legend, data_sets=data_sets)
         return dict(parts, machine=machine(device), measured=measured)
@@ -301,7 +312,7 @@ class Sweep:
 
     def report(self) -> None:
         """Write ``results.json`` and the reports from all results so far."""
-        file = self.folder / 'measured.json'
+        file = self.folder / MEASURED
         measured = json.loads(file.read_text()) if file.exists() else {}
         rows = [self._row(spec, measured.get('rows', {})) for spec in self.backbones]
         task = 'segmentation' if self.cfg.default_scope == 'mmseg' else 'detection'
@@ -374,7 +385,7 @@ class Sweep:
             losses=losses,
             validations=validations,
         )
-        unmeasured = dict(parts={}, form=None, infer=None, train=None, pictures=[])
+        unmeasured = dict(parts={}, infer={}, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
 
 

@@ -41,6 +41,7 @@ from mmdense.config.image_size import training_size
 from mmdense.errors import one_line
 from mmdense.flops import model_costs
 from mmdense.models.deploy import deploy
+from mmdense.models.deploy.fold import fold_batch_norms
 
 Progress = Callable[[str], None]
 MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdense')  # whose versions are recorded
@@ -72,6 +73,24 @@ def inference_run(model: nn.Module, prepare: Callable[[int], dict]) -> Run:
         return dict(inputs=list(batch['inputs']), data_samples=samples)
 
     return Run(model, unlabelled, torch.no_grad()(model.test_step), 1)
+
+
+def deployed_copy(model: nn.Module, size: tuple[int, int]) -> nn.Module:
+    """Return a copy of a model for inference, with its backbone in deployed form.
+
+    Backbones without a deployed form, such as timm's, get their batch norms folded for images of
+    this size, and channels-last weights.
+    """
+    model = copy.deepcopy(model).eval()
+    net = model.backbone
+    if hasattr(net, 'switch_to_deploy'):
+        deploy(model)
+    else:
+        convs = (module for module in net.modules() if isinstance(module, nn.Conv2d))
+        channels = next((conv.in_channels for conv in convs), 3)
+        fold_batch_norms(net, torch.randn(1, channels, *size))
+        net.to(memory_format=torch.channels_last)
+    return model
 
 
 def training_run(cfg: Config, batch: dict[str, list]) -> Run:
@@ -171,7 +190,7 @@ def measure_configs(
         batch: Images in a training step.
         rounds: As of :func:`measure`, like ``device`` and ``progress``; 0 leaves out times and
             memory.
-        deployed: Run inference with the backbones' deployed form where they have one.
+        deployed: Run inference with the backbones' deployed form, see :func:`deployed_copy`.
 
     Returns:
         For each config its ``config``, ``size``, ``parts`` (name -> parameters, macs, activations),
@@ -182,9 +201,8 @@ def measure_configs(
     infers, steps = {}, {}
     for name, cfg in cfgs.items():
         progress(f'building {name}')
-        row = rows[name] = dict(
-            config=name, size=size, parts={}, form='trained', infer=None, train=None
-        )
+        row = rows[name] = dict(config=name, size=size, parts={}, infer=None, train=None)
+        row['form'] = 'deployed' if deployed else 'trained'
         try:
             row['size'] = shape = size or training_size(cfg)
             model = build_part(cfg.model, cfg.get('default_scope')).to('meta').eval()
@@ -200,9 +218,8 @@ def measure_configs(
             steps[name] = training_run(cfg, data)
             steps[name].model.init_weights()  # heads expect few objects
             model = copy.deepcopy(steps[name].model).eval()
-            if deployed and hasattr(model.backbone, 'switch_to_deploy'):
-                deploy(model)
-                row['form'] = 'deployed'
+            if deployed:
+                model = deployed_copy(model, shape)
             one = {key: values[:1] for key, values in data.items()}
             infers[name] = inference_run(model, lambda number, one=one: one)
         except Exception as error:  # from any library; the other models are still measured

@@ -23,6 +23,7 @@ HOSTILE = '<script>alert("1")</script> | `x` $title'
 def make_row(i=0, **changes):
     rng = random.Random(i)
     seconds = 0.01 * 1.2**i
+    inference = dict(p50=seconds, p95=2 * seconds, throughput=1 / seconds, memory=6e7, ratio=1.0)
     row = dict(
         backbone=f'net-{i}',
         family=NAMES[i % len(NAMES)],
@@ -33,8 +34,7 @@ def make_row(i=0, **changes):
             backbone=dict(parameters=2_000_000 + i, macs=3e9, activations=5e6),
             neck=dict(parameters=500_000, macs=1e9, activations=1e6),
         ),
-        form='deployed',
-        infer=dict(p50=seconds, p95=2 * seconds, throughput=1 / seconds, memory=6e7, ratio=1.0),
+        infer=dict(deployed=inference, trained=dict(inference, p50=3 * seconds)),
         train=dict(p50=0.5, p95=0.6, throughput=16.0, memory=7e8 - 1e6 * i, ratio=1.0),
         losses=[[10 * k, 3.0 / k] for k in range(1, 9)],
         validations=[{'iter': 40, 'box AP': 0.1}, {'iter': 80, 'box AP': 0.3 + 0.01 * i}],
@@ -45,7 +45,7 @@ def make_row(i=0, **changes):
 
 
 def fail(i, error='RuntimeError: no memory'):
-    nothing = dict(metrics={}, parts={}, infer=None, train=None, losses=[], validations=[])
+    nothing = dict(metrics={}, parts={}, infer={}, train=None, losses=[], validations=[])
     return make_row(i, status='failed', error=error, **nothing)
 
 
@@ -80,6 +80,7 @@ def make_results(rows, **changes):
             rounds=30,
             device='cpu',
             channels_last=True,
+            forms=['deployed', 'trained'],
         ),
         rows=rows,
         truth=[],
@@ -146,6 +147,19 @@ def test_no_winner_where_nothing_was_learned(report):
     assert 'Fastest inference: net-0' in page.text
 
 
+def test_plots_compare_backbones_in_the_same_form(report):
+    rows = [make_row(i) for i in range(2)]
+    for median, figures in (('12.0', {}), ('36.0', dict(deployed=None))):
+        rows[0]['infer'] = {k: v for k, v in rows[0]['infer'].items() if k not in figures}
+        page, text, markdown = report(rows)
+        form = 'trained' if figures else 'deployed'
+        assert f'both forms of the backbones; plots show the {form} one' in ' '.join(text.split())
+        assert f'median latency of 1 image (ms) {median}</title>' in text
+        (head,) = [line for line in markdown.splitlines() if line.startswith('| backbone')]
+        assert ('as trained, p95' in head, 'deployed, p95' in head) == (bool(figures), not figures)
+        assert 'deployed, median (ms)' in head
+
+
 def test_the_least_value_is_best_if_the_rule_says_so(report):
     rows = [make_row(i, metrics={'box AP': value}) for i, value in enumerate((0.5, 0.2))]
     for rule, best in (('less', 'net-1'), (None, 'net-0')):
@@ -159,7 +173,6 @@ def test_the_report(report, tmp_path):
     cv2.imwrite(str(tmp_path / 'pictures/a.jpg'), np.full((600, 900, 3), 99, np.uint8))
     rows = [make_row(i, metrics={'box AP': ap}) for i, ap in enumerate((0.5, 0.7, 0.6))]
     rows[0]['pictures'] = ['pictures/a.jpg', 'pictures/gone.jpg']
-    rows[2]['form'] = 'trained'
     truth = dict(truth=['pictures/a.jpg'] * 2, legend={'sky <b>': [9, 8, 7]})
     page, text, markdown = report([*rows, fail(3)], **truth)
     assert 'fill="rgb(9 8 7)"/></svg>sky &lt;b&gt;</li>' in text
@@ -193,7 +206,7 @@ def test_the_report(report, tmp_path):
     headings = text[text.index('<table id="results">') : text.index('<tbody>')]
     assert headings.count('<button type="button">') == len(head) + 1
     best = re.findall(r'<td class="best" data-value="([^"]+)">', text)
-    assert best == ['0.7', '698', '10', '20', '100', '2.5'], 'equal values are not marked'
+    assert best == ['0.7', '698', '10', '20', '100', '30', '2.5'], 'equal values are not marked'
     lines = [re.sub(' +', ' ', line) for line in markdown.splitlines()]
     assert any(line.startswith('| net-1 | 0.700 | 12.0 |') for line in lines)
     assert any(line.startswith('| net-3 (failed: RuntimeError: no memory) | – |') for line in lines)
@@ -217,8 +230,7 @@ def test_the_report(report, tmp_path):
         assert 'one image of 192 x 160 pixels' in content
         assert 'A training step is forward and backward on 8 training images' in content
         assert '30 rounds on cpu, channels-last' in content
-        assert 'Inference in deployed form: net-0 and net-1.' in content
-        assert 'Inference as trained: net-2.' in content
+        assert 'both forms of the backbones; plots show the deployed one.' in content
         assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive; commit 0123' in content
         assert 'Train data: 9 images (CocoDataset, a.json, SHA-256 ffffffffffff).' in content
         assert 'Changed in the config: train_cfg.max_epochs=2.' in content
@@ -245,7 +257,7 @@ def test_the_latex_table(report, tmp_path):
         )
         for i, (name, ap, d) in enumerate((('a_b', 0.51, 0.012), ('50% & more~^\\{}#$', 0.6, 0.1)))
     ]
-    columns = ['box_ap', 'my_metric', 'parameters_m', 'infer_p50_ms', 'nothing']
+    columns = ['box_ap', 'my_metric', 'parameters_m', 'deployed_p50_ms', 'nothing']
     page, _, markdown = report([*rows, fail(3)], columns=columns, metrics=['box AP', 'my_metric'])
     assert 'asked for, but have no values: nothing.' in ' '.join(page.text.split())
     assert '0.510 ± 0.012' in markdown
@@ -267,7 +279,7 @@ def test_the_latex_table(report, tmp_path):
 
 def test_sweeps_in_one_report(tmp_path):
     (tmp_path / 'pictures').mkdir()
-    folders = [tmp_path / name for name in 'abcd']
+    folders = [tmp_path / name for name in 'abcde']
     for i, folder in enumerate(folders):
         (folder / 'pictures').mkdir(parents=True)
         (folder / 'pictures/x.jpg').write_bytes(b'')
@@ -276,28 +288,31 @@ def test_sweeps_in_one_report(tmp_path):
             changes['measured'] = dict(make_results([])['measured'], rounds=3)
         if i == 3:
             changes['schedule'] = '9 epochs'
+        if i == 4:
+            changes['version'] = 1
         row = make_row(i, pictures=['pictures/x.jpg'], metrics={'box AP': 0.1 * i})
         (folder / 'results.json').write_text(json.dumps(make_results([row], **changes)))
-    a, b, c, d = folders
+    a, b, c, d, e = folders
     merge_sweeps([a, b], tmp_path / 'ab')
     merged = json.loads((tmp_path / 'ab/results.json').read_text())
     assert [row['backbone'] for row in merged['rows']] == ['net-0', 'net-1']
-    assert merged['rows'][1]['infer']['p50'] == 0.012
+    assert merged['rows'][1]['infer']['deployed']['p50'] == 0.012
     assert (tmp_path / 'ab/pictures/x.jpg').exists()
     assert '| net-1 | 0.100 |' in re.sub(' +', ' ', (tmp_path / 'ab/report.md').read_text())
     merge_sweeps([a, c], tmp_path / 'ac')  # measured in other ways
     merged = json.loads((tmp_path / 'ac/results.json').read_text())
-    assert [row['infer'] for row in merged['rows']] == [None, None]
+    assert [row['infer'] for row in merged['rows']] == [{}, {}]
     for folders, message in (
         ([a, d], "its schedule is '9 epochs', not '8 epochs'"),
         ([a, a], 'net-0 is in two sweeps'),
         ([a, tmp_path], 'not the folder of a sweep'),
+        ([a, e], 'of another version'),
     ):
         with pytest.raises(UserError, match=message):
             merge_sweeps(folders, tmp_path / 'x')
 
 
-UNMEASURED = dict(infer=None, train=None, parts={})
+UNMEASURED = dict(infer={}, train=None, parts={})
 PERCENT = [make_row(i, metrics={'mIoU (%)': 89.47 - i}, validations=[]) for i in range(2)]
 
 
@@ -306,7 +321,7 @@ PERCENT = [make_row(i, metrics={'mIoU (%)': 89.47 - i}, validations=[]) for i in
     [
         ([fail(0), fail(1)], {}, 'Nothing to plot yet', 0),
         ([make_row(**UNMEASURED)], dict(measured=None), 'Times and memory were not measured', 2),
-        ([make_row(0, train=None), make_row(1, infer=None)], {}, 'Best box AP', 6),
+        ([make_row(0, train=None), make_row(1, infer={})], {}, 'Best box AP', 6),
         ([make_row(metrics={'box AP': float('nan')}), make_row(1)], {}, '2 done', 6),
         ([make_row(losses=[[10, float('nan')], [20, None]])], {}, '1 backbone: 1 done.', 5),
         ([make_row(status='waiting'), make_row(1, status='training')], {}, 'Nothing to plot', 2),
@@ -333,8 +348,8 @@ def test_the_csv_file(report, tmp_path):
         status='done',
         box_ap='0.5',
         box_ap50='',
-        infer_p50_ms='10',
-        infer_memory_mb='60',
+        deployed_p50_ms='10',
+        deployed_memory_mb='60',
         train_memory_mb='700',
         parameters_m='2.5',
         macs_g='4',
@@ -342,7 +357,7 @@ def test_the_csv_file(report, tmp_path):
         training_min='2',
     )
     assert {name: good[name] for name in expected} == expected
-    assert (bad['status'], bad['error'], bad['infer_p50_ms']) == ('failed', 'no, really', '')
+    assert (bad['status'], bad['error'], bad['deployed_p50_ms']) == ('failed', 'no, really', '')
 
 
 @pytest.mark.parametrize('seed', range(2))
