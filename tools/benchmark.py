@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.markup import escape
@@ -16,9 +17,9 @@ from rich.progress import BarColumn, Progress
 from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone
 from mmdense.benchmark.merge import merge_sweeps
-from mmdense.benchmark.report import FORMS
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
+from mmdense.benchmark.timing import FORMS, PRECISIONS, Conditions
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.datasets import make_digits
@@ -74,6 +75,18 @@ def parser() -> argparse.ArgumentParser:
         choices=(*FORMS, 'both'),
         default='both',
         help="the backbones' form in inference (%(default)s)",
+    )
+    sweep.add_argument(
+        '--batch', type=int, default=8, help='images at once, for throughput (%(default)s)'
+    )
+    sweep.add_argument(
+        '--precision', choices=PRECISIONS, default='fp32', help='of inference (%(default)s)'
+    )
+    sweep.add_argument('--compile', action='store_true', help='compile backbones for inference')
+    sweep.add_argument(
+        '--memory-format',
+        choices=('contiguous', 'channels_last'),
+        help="of backbones as trained, in inference (the config's)",
     )
     sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
     sweep.add_argument(
@@ -143,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbones = [
         find_backbone(name, pretrained=pretrained, detection=detection) for name in args.backbones
     ]
-    if min(args.seeds, args.parallel or 1) < 1:
-        raise UserError('--seeds and --parallel must be 1 or more')
+    if min(args.seeds, args.parallel or 1, args.batch) < 1:
+        raise UserError('--seeds, --parallel and --batch must be 1 or more')
     folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')
     sweep = Sweep(
         cfg,
@@ -190,8 +203,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             status.update(text)
             lines.show('measuring', text)
 
-        options = dict(rounds=args.rounds, pictures=args.pictures, device=args.device)
-        options['forms'] = FORMS if args.form == 'both' else (args.form,)
+        conditions = Conditions(
+            device=args.device or ('cuda' if torch.cuda.is_available() else 'cpu'),
+            rounds=args.rounds,
+            forms=[*FORMS] if args.form == 'both' else [args.form],
+            batch=args.batch,
+            precision=args.precision,
+            compiled=args.compile,
+            channels_last=args.memory_format and args.memory_format == 'channels_last',
+        )
+        options = dict(conditions=conditions, pictures=args.pictures)
         if cluster:
             show_text('in a job')
             job = dict(cluster=args.launcher, gpus=args.gpus, options=args.job_options)

@@ -35,6 +35,7 @@ from mmdense.benchmark.plots import (
     swatch,
     write_png,
 )
+from mmdense.benchmark.timing import FORMS
 from mmdense.visualization.logs import METRIC_NAMES
 
 VERSION = 3  # of results.json; docs/comparing.md describes it
@@ -55,11 +56,10 @@ PARTS = (
     ('macs', 'macs_g', 'MACs', 'G', 1e9, 'min'),
     ('activations', 'activations_m', 'activations', 'M', 1e6, 'min'),
 )
-FORMS = ('deployed', 'trained')  # of backbones in inference
 GROUPS = dict(
     deployed='Inference, deployed', trained='Inference, as trained', train='Training step'
 )
-ONLY_IN_CSV = {'train_p95_ms', 'train_images_per_s', 'train_speed', 'activations_m'}
+ONLY_IN_CSV = {'train_p95_ms', 'train_speed', 'activations_m'}
 PREFIXES = {group: f'{group.lower()}, ' for group in GROUPS.values()} | {'Training': 'training '}
 
 
@@ -218,7 +218,7 @@ class Report:
     def _plots(self) -> Iterable[Plot]:
         """Draw the plots of which at least one backbone has both figures."""
         measured, metric, costs = self.results['measured'], self.metric, self.costs
-        latency = f'median latency of {_count(measured["infer_batch"], "image")} (ms)'
+        latency = 'median latency of 1 image (ms)'
         memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
         for cost, name, title, axis in (
             (costs[f'{self.form}_p50_ms'], 'latency', 'latency', latency),

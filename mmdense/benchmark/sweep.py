@@ -14,9 +14,11 @@ import json
 import math
 import re
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +34,10 @@ from torch import nn
 
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
-from mmdense.benchmark.report import FORMS, GROUPS, VERSION, write_report
+from mmdense.benchmark.report import GROUPS, VERSION, write_report
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import (
+    Conditions,
     deployed_copy,
     inference_run,
     machine,
@@ -200,11 +203,9 @@ class Sweep:
 
     def measure(
         self,
+        conditions: Conditions,
         *,
-        rounds: int = 20,
         pictures: int = 6,
-        device: str | None = None,
-        forms: Sequence[str] = FORMS,
         progress: Callable[[str], None] = lambda text: None,
     ) -> None:
         """Measure all trained models (see :func:`.timing.measure`), draw predictions, and report.
@@ -212,48 +213,42 @@ class Sweep:
         Nothing is measured again if all of it was, with the same arguments.
 
         Args:
-            rounds: Timed runs of each.
+            conditions: Of the measurement.
             pictures: Number of test images to draw.
-            device: 'cpu' or 'cuda'; by default the GPU if there is one.
-            forms: Of the backbones, for inference: some of 'deployed' (see :func:`.deployed_copy`)
-                and 'trained'.
             progress: Called with a description of each step.
         """
-        device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
         done = [name for name in self.configs if self.state(name)['status'] == 'done']
-        settings = dict(rounds=rounds, device=device, forms=[*forms])
-        of = dict(settings, pictures=pictures, backbones=done)
+        of = dict(asdict(conditions), pictures=pictures, backbones=done)
         file = self.folder / MEASURED
         old = json.loads(file.read_text()) if file.exists() else dict(of=None, rows={})
         if done and (old['of'] != of or any('error' in row for row in old['rows'].values())):
             with DefaultScope.overwrite_default_scope(self.cfg.default_scope):
-                measured = self._measure(done, pictures, progress, **settings)
+                measured = self._measure(done, conditions, pictures, progress)
             atomic_write(file, json.dumps(dict(measured, of=of), indent=1).encode())
         self.report()
 
     def _measure(
         self,
         names: Sequence[str],
+        conditions: Conditions,
         count: int,
         progress: Callable[[str], None],
-        *,
-        rounds: int,
-        device: str,
-        forms: Sequence[str],
     ) -> dict[str, Any]:
         """Return the ``rows`` of the measured models, by name, and how they were measured."""
         cfg = self.cfg
         test_set = DATASETS.build(cfg.test_dataloader.dataset)
-        items = [test_set[i] for i in range(min(max(count, 1), len(test_set)))]
-        images = [pseudo_collate([item]) for item in items]
+        number = min(max(count, conditions.batch), len(test_set))
+        items = [test_set[i] for i in range(number)]
         samples = [item['data_samples'] for item in items[:count]]
         set_random_seed(0)  # the same augmentations in every sweep
         train_set = DATASETS.build(cfg.train_dataloader.dataset)
         train_batch = cfg.train_dataloader.batch_size
         batch = pseudo_collate([train_set[i % len(train_set)] for i in range(train_batch)])
-        channels_last = any(h['type'] == CHANNELS_LAST for h in cfg.get('custom_hooks') or [])
         rows: dict[str, dict[str, Any]] = {name: {} for name in names}
-        infers, steps, truth, legend = {form: {} for form in forms}, {}, [], {}
+        channels_last = any(h['type'] == CHANNELS_LAST for h in cfg.get('custom_hooks') or [])
+        if conditions.channels_last is None:
+            conditions = replace(conditions, channels_last=channels_last)
+        runs, truth, legend = defaultdict(dict), [], {}
         for name in names:
             progress(f'loading {name}')
             row = rows[name]
@@ -262,7 +257,7 @@ class Sweep:
                 predictor = Predictor(self.configs[name], checkpoint, device='cpu')
                 row.update(parts=_parts(predictor.model, self.size), infer={})
                 make = dict(trained=lambda model, _: model, deployed=deployed_copy)
-                models = {form: make[form](predictor.model, self.size) for form in forms}
+                models = {form: make[form](predictor.model, self.size) for form in conditions.forms}
                 step = training_run(self.configs[name], batch)
                 paths = [sample.img_path for sample in samples]
                 predictions = [predictor(path)[0] for path in paths]
@@ -275,32 +270,41 @@ class Sweep:
             except Exception as error:  # from any library; the other models are still measured
                 row['error'] = f'not measured: {one_line(error)}'
                 continue
-            for each in (predictor.model, step.model) if channels_last else ():
-                each.to(memory_format=torch.channels_last)
-            steps[name] = step
             for form, model in models.items():
-                infers[form][name] = inference_run(model, lambda i: images[i % len(images)])
+                conditions.prepare(model, form)
+                for number in (1, conditions.batch):
+                    batch_of = partial(_batch, items, number)
+                    run = inference_run(model, batch_of, number, conditions.precision)
+                    runs[form, number][name] = run
+            if channels_last:
+                step.model.to(memory_format=torch.channels_last)
+            runs['train', 1][name] = step
             if not truth and {'gt_sem_seg', 'gt_instances'} & {*items[0]['data_samples'].keys()}:
                 pictures = [predictor.draw(s.img_path, s, truth=True) for s in samples]
                 truth = self._save(pictures, 'truth')
-        for kind, runs in dict(infers, train=steps).items():
+        for (kind, number), group in runs.items():
             title = GROUPS[kind].lower()
             figures = measure(
-                runs,
-                rounds=rounds,
-                device=device,
+                group,
+                rounds=-(-conditions.rounds // number),  # about as many images
+                device=conditions.device,
                 progress=lambda text, title=title: progress(f'{title}: {text}'),
             )
             for name, values in figures.items():
+                row = rows[name]
                 if 'error' in values:
-                    rows[name]['error'] = f'{title} not measured: {values["error"]}'
-                else:
-                    (rows[name] if kind == 'train' else rows[name]['infer'])[kind] = values
-        measured = dict(size=self.size, infer_batch=1, train_batch=train_batch, rounds=rounds)
-        measured |= dict(device=device, channels_last=channels_last, forms=forms)
+                    row['error'] = f'{title} not measured: {values["error"]}'
+                elif kind == 'train':
+                    row['train'] = values
+                elif number == 1:
+                    row['infer'][kind] = conditions.record(kind) | values
+                elif kind in row['infer']:
+                    row['infer'][kind]['throughput'] = values.get('throughput')
+        measured = dict(asdict(conditions), size=self.size, train_batch=train_batch)
+        measured['test_size'] = [*items[0]['inputs'].shape[-2:]]
         data_sets = dict(train=_describe(train_set), test=_describe(test_set))
         parts = dict(rows=rows, truth=truth, legend=legend, data_sets=data_sets)
-        return dict(parts, machine=machine(device), measured=measured)
+        return dict(parts, machine=machine(conditions.device), measured=measured)
 
     def _save(self, pictures: Sequence[np.ndarray], name: str) -> list[str]:
         """Write RGB pictures and return their files, relative to the folder."""
@@ -441,6 +445,11 @@ def _describe(data_set: Any) -> dict[str, Any]:
     checksum = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
     kind, name = type(data_set).__name__, str(file) if checksum else None
     return dict(type=kind, images=len(data_set), annotations=name, sha256=checksum)
+
+
+def _batch(items: Sequence[dict], size: int, number: int) -> dict[str, list]:
+    """Return the batch of that number; after the last item comes the first one again."""
+    return pseudo_collate([items[(number * size + i) % len(items)] for i in range(size)])
 
 
 def _slug(name: str) -> str:

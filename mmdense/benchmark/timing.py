@@ -15,7 +15,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,43 @@ from mmdense.models.deploy import deploy
 from mmdense.models.deploy.fold import fold_batch_norms
 
 Progress = Callable[[str], None]
+FORMS = ('deployed', 'trained')  # of backbones in inference
+# The type of autocast in inference, and but for 'amp' of the weights as well.
+PRECISIONS = dict(fp32=None, amp=torch.float16, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How models are measured; all but device and rounds are about inference."""
+
+    device: str = 'cpu'  # or 'cuda'
+    rounds: int = 20  # timed runs of each
+    forms: Sequence[str] = FORMS
+    batch: int = 8  # images at once for the throughput; latency and memory are those of one
+    precision: str = 'fp32'  # a key of PRECISIONS; training steps have that of their config
+    compiled: bool = False  # the backbones, by torch.compile
+    channels_last: bool | None = None  # weights of the trained form; None as in training
+
+    def prepare(self, model: nn.Module, form: str) -> None:
+        """Convert and compile a model in one of the forms, in place."""
+        if self.precision != 'amp':
+            model.to(PRECISIONS[self.precision])
+        if self.channels_last and form == 'trained':
+            model.to(memory_format=torch.channels_last)
+        if self.compiled:
+            model.backbone.compile()
+
+    def record(self, form: str) -> dict[str, Any]:
+        """Return what a row records of the conditions."""
+        layout = ('contiguous', 'channels_last')[bool(self.channels_last)]
+        return dict(
+            batch=self.batch,
+            precision=self.precision,
+            compiled=self.compiled,
+            memory_format=layout if form == 'trained' else 'channels_last',
+        )
+
+
 MM = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdense')  # whose versions are recorded
 
 
@@ -61,18 +98,27 @@ class Run:
         return partial(self.run, self.prepare(number))
 
 
-def inference_run(model: nn.Module, prepare: Callable[[int], dict]) -> Run:
+def inference_run(
+    model: nn.Module, prepare: Callable[[int], dict], images: int = 1, precision: str = 'fp32'
+) -> Run:
     """Return the inference of a detector or segmentor in evaluation mode, with post-processing.
 
-    ``prepare`` returns a batch of one image, by the number of the round.
+    ``prepare`` returns a batch of so many images, by the number of the round.
     """
+    dtype = PRECISIONS[precision]
 
     def unlabelled(number: int) -> dict[str, list]:
         batch = prepare(number)
         samples = [type(sample)(metainfo=sample.metainfo) for sample in batch['data_samples']]
         return dict(inputs=list(batch['inputs']), data_samples=samples)
 
-    return Run(model, unlabelled, torch.no_grad()(model.test_step), 1)
+    @torch.no_grad()
+    def run(batch: dict[str, list]) -> Any:
+        device = next(model.parameters()).device.type
+        with torch.autocast(device, dtype, enabled=dtype is not None):
+            return model.test_step(batch)
+
+    return Run(model, unlabelled, run, images)
 
 
 def deployed_copy(model: nn.Module, size: tuple[int, int]) -> nn.Module:

@@ -75,7 +75,10 @@ def make_results(rows, **changes):
         ),
         measured=dict(
             size=[192, 160],
-            infer_batch=1,
+            test_size=[192, 160],
+            batch=4,
+            precision='fp32',
+            compiled=True,
             train_batch=8,
             rounds=30,
             device='cpu',
@@ -228,8 +231,14 @@ def test_the_report(report, tmp_path):
     assert '4 backbones: 3 done, 1 failed.' in page.text
     for content in (' '.join(page.text.split()), markdown):
         assert 'one image of 192 x 160 pixels' in content
+        assert 'in fp32, the backbone compiled. Latency' in content
+        assert 'those of one test image (the first has 192 x 160 pixels), images' in content
+        assert 'images per second those of 4 images at a time' in content
         assert 'A training step is forward and backward on 8 training images' in content
-        assert '30 rounds on cpu, channels-last' in content
+        assert (
+            '30 rounds on cpu (of several images, as many images), weights as trained channels-last'
+            in content
+        )
         assert 'both forms of the backbones; plots show the deployed one.' in content
         assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive; commit 0123' in content
         assert 'Train data: 9 images (CocoDataset, a.json, SHA-256 ffffffffffff).' in content

@@ -330,7 +330,7 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     length = dict(detection=['--epochs', '2'], segmentation=['--iters', '4'])[task]
     command = [sys.executable, TOOL, 'sweep', '--config', DEMOS[task], '--out', folder, *length]
     command += ['--backbones', CONDENSED, 'timm:test_resnet', '--rounds', '2', '--pictures', '2']
-    command += ['--device', 'cpu']
+    command += ['--device', 'cpu', '--batch', '2', '--precision', 'bf16']
     with subprocess.Popen(
         [*map(str, command)], cwd=project, stdout=subprocess.DEVNULL, start_new_session=True
     ) as first:
@@ -355,6 +355,12 @@ def test_a_killed_sweep_continues(project, run_tool, task):
         assert {*row['infer']} == {'deployed', 'trained'}
         for figures in row['infer'].values():
             assert figures['p50'] > 0
+            assert figures['throughput'] != 1 / figures['p50']
+            assert (figures['batch'], figures['precision'], figures['compiled']) == (
+                2,
+                'bf16',
+                False,
+            )
             assert row['train']['memory'] > figures['memory'] > 0
         assert [(folder / picture).stat().st_size > 0 for picture in row['pictures']] == [True] * 2
     learned = load_config(str(folder / 'configs/condensenetv2-nano.py'))

@@ -8,11 +8,21 @@ import pytest
 import torch
 from torch import nn
 
-from mmdense.benchmark.timing import Run, measure, measure_configs, seconds_of
+from mmdense.benchmark.memory import build_training, random_batch
+from mmdense.benchmark.timing import (
+    Conditions,
+    Run,
+    deployed_copy,
+    inference_run,
+    measure,
+    measure_configs,
+    seconds_of,
+)
 from mmdense.config.channels import build_part
 from mmdense.config.edit import use_amp
 from mmdense.config.read import load_config
 from mmdense.flops import count_parameters
+from mmdense.models import TimmBackbone
 from support import DEMOS, ROOT
 
 WITHOUT = ROOT / 'configs/detection/rexnet/retinanet_rexnet-1.0_fpn_1x_coco.py'
@@ -100,6 +110,38 @@ def test_complete_models(task):
     for kind, images in (('infer', 1), ('train', 2)):
         assert plain[kind]['throughput'] == pytest.approx(images / plain[kind]['p50'])
     assert plain['train']['memory'] > plain['infer']['memory'] > 4 * total
+
+
+@pytest.mark.parametrize(
+    ('precision', 'weights', 'outputs'),
+    [
+        ('fp32', torch.float32, torch.float32),
+        ('amp', torch.float32, torch.float16),
+        ('bf16', torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_precision_and_memory_format(precision, weights, outputs):
+    model = build_training(load_config(str(DEMOS['segmentation'])), 'cpu')[0].eval()
+    conditions = Conditions(precision=precision, channels_last=True)
+    conditions.prepare(model, 'trained')
+    seen = []
+    model.backbone.register_forward_hook(lambda module, args, maps: seen.append(maps[0]))
+    batch = random_batch(2, (64, 96), segmentation=True)
+    assert len(inference_run(model, lambda number: batch, 2, precision)(0)()) == 2
+    assert (len(seen[0]), seen[0].dtype) == (2, outputs)
+    weight = model.backbone.stem[0].weight
+    assert weight.dtype == weights
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    formats = [c.record('trained')['memory_format'] for c in (conditions, Conditions())]
+    assert formats == ['channels_last', 'contiguous']
+
+
+def test_other_backbones_deploy_too():
+    model = nn.Module()
+    model.backbone = TimmBackbone(model_name='test_resnet')
+    deployed = deployed_copy(model, (64, 64))
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in deployed.modules())
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
 def test_counts_alone_need_no_weights_and_no_size():
