@@ -1,4 +1,4 @@
-"""Draw predictions and ground truth on images, with NumPy, OpenCV and Pillow only.
+"""Draw predictions and ground truth on images, with NumPy and Pillow only.
 
 Images and drawings are uint8 arrays [H, W, 3] in RGB; images are not modified. A palette holds one
 colour per class: (R, G, B), each from 0 to 255.
@@ -6,18 +6,20 @@ colour per class: (R, G, B), each from 0 to 255.
 
 from __future__ import annotations
 
+import colorsys
+import functools
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 
-import cv2
 import numpy as np
-from matplotlib import get_data_path
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, ...]
 
 LUMA = (0.299, 0.587, 0.114)  # perceived brightness of red, green and blue
 MASK_ALPHA, LABEL_MAP_ALPHA = 0.45, 0.55  # opacity of the classes' colours
-MIN_LABELLED_AREA = 0.005  # smallest segment that gets a label, as a share of the image
+GRID = 128  # the widest part of a segment is looked for at this resolution
 
 
 def draw_instances(
@@ -37,24 +39,29 @@ def draw_instances(
             ``scores`` [N]; optionally ``masks`` [N, H, W].
     """
     image = image.copy()
-    line_width = max(1, round(min(image.shape[:2]) / 250))
+    width = 1 + round(min(image.shape[:2]) / 250)
     boxes, labels, scores = (instances.get(key) for key in ('bboxes', 'labels', 'scores'))
-    boxes = boxes.round().astype(np.int32)
-    dashed = scores is None
+    boxes = boxes.round().astype(int)
+    dash = 4 * width if scores is None else 0
     order = range(len(labels)) if scores is None else np.argsort(scores, kind='stable')
     for i in order if 'masks' in instances else ():
         mask, colour = instances['masks'][i].astype(bool), palette[labels[i]]
-        blend = image[mask] * (1 - MASK_ALPHA) + np.array(colour) * MASK_ALPHA
-        image[mask] = blend.astype(np.uint8)
-        contours, _ = cv2.findContours(
-            mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
-        )
-        for contour in contours:
-            _draw_outline(image, contour[:, 0], colour, line_width, dashed)
+        rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
+        if len(rows):
+            part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            view = image[part]
+            inside = mask = mask[part]
+            view[mask] = view[mask] * (1 - MASK_ALPHA) + np.array(colour) * MASK_ALPHA
+            for _ in range(width):
+                inside = _erode(inside)
+            _draw_outline(view, mask & ~inside, colour, dash)
+    limits = np.tile(image.shape[1::-1], 2) - 1
     for i in order:
-        x1, y1, x2, y2 = boxes[i]
-        corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)])
-        _draw_outline(image, corners, palette[labels[i]], line_width, dashed)
+        x1, y1, x2, y2 = (boxes[i] + np.array([-1, -1, 1, 1]) * (width // 2)).clip(0, limits)
+        view = image[y1 : y2 + 1, x1 : x2 + 1]
+        outline = np.ones(view.shape[:2], bool)
+        outline[width:-width, width:-width] = False
+        _draw_outline(view, outline, palette[labels[i]], dash)
     writer = _LabelWriter(image)
     for i in order:
         text = classes[labels[i]] if scores is None else f'{classes[labels[i]]} {scores[i]:.2f}'
@@ -62,7 +69,7 @@ def draw_instances(
         top = y1 - writer.height
         if top < 0 and y2 - y1 < 2 * writer.height:  # it would hide a small object
             top = y2 + 1
-        writer.write(text, x1 - line_width // 2, top, palette[labels[i]])
+        writer.write(text, x1 - width // 2, top, palette[labels[i]])
     return writer.image()
 
 
@@ -78,55 +85,66 @@ def draw_label_map(
     """
     known = label_map < len(classes)
     colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]
-    blend = cv2.addWeighted(image, 1 - LABEL_MAP_ALPHA, colours, LABEL_MAP_ALPHA, 0)
-    writer = _LabelWriter(np.where(known[..., None], blend, image))
-    for label in np.unique(label_map[known]).tolist():
-        mask = (label_map == label).astype(np.uint8)
-        _, segments, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-        largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-        if stats[largest, cv2.CC_STAT_AREA] < MIN_LABELLED_AREA * label_map.size:
-            continue
+    layers = (Image.fromarray(x) for x in (image, np.where(known[..., None], colours, image)))
+    writer = _LabelWriter(np.asarray(Image.blend(*layers, LABEL_MAP_ALPHA)))
+    step = -(-max(label_map.shape) // GRID)
+    reduced = label_map[step // 2 :: step, step // 2 :: step]
+    for label in np.unique(reduced[reduced < len(classes)]).tolist():
         # The label goes where the segment is widest, to cover as little else as possible.
-        inside = np.pad((segments == largest).astype(np.uint8), 1)
-        distance = cv2.distanceTransform(inside, cv2.DIST_L2, 3)
-        y, x = np.unravel_index(distance.argmax(), distance.shape)
-        left = int(x) - 1 - writer.width(classes[label]) // 2
-        writer.write(classes[label], left, int(y) - 1 - writer.height // 2, palette[label])
+        inside, depth = reduced == label, 0
+        while (smaller := _erode(inside)).any():
+            inside, depth = smaller, depth + 1
+        if depth * step >= writer.height:
+            centres = np.argwhere(inside)
+            y, x = (centres[len(centres) // 2] * step).tolist()
+            left = x - writer.width(classes[label]) // 2
+            writer.write(classes[label], left, y - writer.height // 2, palette[label])
     return writer.image()
 
 
 def make_palette(count: int) -> list[Colour]:
     """Return distinct colours: hues in steps of the golden ratio, in three brightnesses."""
-    hues = np.arange(count) * 0.618034 % 1 * 180
-    values = np.take([255, 200, 150], np.arange(count) % 3)
-    hsv = np.stack([hues, np.full(count, 200), values], -1).astype(np.uint8)
-    colours = cv2.cvtColor(hsv[None], cv2.COLOR_HSV2RGB)[0] if count else []
-    return [tuple(map(int, colour)) for colour in colours]
+    values = (255, 200, 150)
+    colours = (colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.78, values[i % 3]) for i in range(count))
+    return [tuple(map(round, colour)) for colour in colours]
 
 
-def _draw_outline(
-    image: np.ndarray, corners: np.ndarray, colour: Colour, width: int, dashed: bool
-) -> None:
-    """Draw a closed polygon, given by its corners [K, 2] as x, y."""
-    lines = [corners]
-    if dashed:
-        closed = np.concatenate([corners, corners[:1]])
-        position = np.concatenate([[0], np.abs(np.diff(closed, axis=0)).max(1).cumsum()])
-        pixels = np.arange(position[-1] + 1)
-        x, y = (np.interp(pixels, position, side).round().astype(np.int32) for side in closed.T)
-        dash = 4 * width
-        lines = np.split(np.stack([x, y], 1), range(dash, len(pixels), dash))[::2]
-    cv2.polylines(image, lines, not dashed, colour, width)
+def _erode(mask: np.ndarray) -> np.ndarray:
+    """Return the pixels whose four neighbours are in the mask too; outside the image none is."""
+    padded = np.pad(mask, 1)
+    rows = padded[:-2, 1:-1] & padded[2:, 1:-1]
+    return mask & rows & padded[1:-1, :-2] & padded[1:-1, 2:]
+
+
+def _draw_outline(view: np.ndarray, outline: np.ndarray, colour: Colour, dash: int) -> None:
+    """Colour the pixels of an outline in a part of the image, in dashes of this length if any."""
+    if dash:
+        y, x = np.ogrid[: view.shape[0], : view.shape[1]]
+        outline = outline & ((x + y) // dash % 2 == 0)
+    view[outline] = colour
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return DejaVu Sans, of matplotlib or the system, or else Pillow's font of few letters."""
+    matplotlib = find_spec('matplotlib')
+    folder = Path(matplotlib.origin).parent if matplotlib else Path()
+    for file in (folder / 'mpl-data/fonts/ttf/DejaVuSans.ttf', 'DejaVuSans.ttf'):
+        try:
+            return ImageFont.truetype(str(file), size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
 
 
 class _LabelWriter:
-    """Text on coloured labels, in matplotlib's font: OpenCV's has ASCII letters only."""
+    """Text on coloured labels."""
 
     def __init__(self, image: np.ndarray) -> None:
         self._image = Image.fromarray(image)
         self._draw = ImageDraw.Draw(self._image)
         size = max(9, round(min(image.shape[:2]) / 40))
-        self._font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/DejaVuSans.ttf', size)
+        self._font = _font(size)
         self._padding = max(1, size // 8)
         self.height = sum(self._font.getmetrics()) + self._padding
 
