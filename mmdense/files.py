@@ -14,6 +14,7 @@ from typing import Any
 
 from mmdense.errors import UserError
 
+IMAGE_FORMATS = ('BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # never EPS
 PART_SUFFIX = '.part'  # of a file that is being written
 # The disk is full, over quota or read-only, or the process has reached its limit of file size.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -117,3 +118,10 @@ def sha256_of(file: str | Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def ends_in_zeros(file: str | Path) -> bool:
+    """Whether a JPEG ends in zeros, as after a crash or an aborted download."""
+    content = Path(file).read_bytes()
+    end_of_image, start_of_scan = content.rfind(b'\xff\xd9'), content.rfind(b'\xff\xda')
+    return content.endswith(b'\0') and end_of_image < start_of_scan

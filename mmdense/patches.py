@@ -13,7 +13,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 # Warnings of libraries that a user can do nothing about, by their beginning.
@@ -120,12 +119,7 @@ class _Finder(MetaPathFinder):
         spec = next(filter(None, others), None)
         if spec and spec.loader:
             load = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                load(module)
-                _announce()
-
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = lambda module: (load(module), _announce())
         return spec
 
 

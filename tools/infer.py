@@ -16,9 +16,9 @@ from rich.progress import Progress
 
 from mmdense import cli
 from mmdense.apis import Predictor, find_images, save_predictions
-from mmdense.apis.predict import LABEL_MAPS, PICTURES, PREDICTIONS
 from mmdense.config.read import load_config
 from mmdense.files import check_writable
+from mmdense.runtime.results import PREDICTIONS, describe_files
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,12 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 progress.console.print(
                     f'skipped: {failure}', markup=False, highlight=False, soft_wrap=True
                 )
-    count = f'{len(images) - skipped} images' + (f', {skipped} skipped' if skipped else '')
-    files = dict(pictures=PICTURES, predictions=PREDICTIONS)
-    if predictor.segments:
-        files['label maps'] = LABEL_MAPS
-    written = '; '.join(f'{name}: {args.out}/{file}' for name, file in files.items())
-    Console().print(f'{count}; {written}', markup=False, soft_wrap=True)
+    line = describe_files(predictor, len(images), skipped, args.out)
+    Console().print(line, markup=False, soft_wrap=True)
     sys.exit(1 if skipped else 0)
 
 

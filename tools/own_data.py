@@ -25,11 +25,11 @@ from PIL import Image
 from rich.console import Console
 
 from mmdense import cli
-from mmdense.apis.predict import IMAGE_SUFFIXES
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, first_of, one_line
 from mmdense.patches import find_config
+from mmdense.runtime.images import IMAGE_SUFFIXES
 from mmdense.visualization.draw import make_palette
 
 ROOT = Path(__file__).parents[1]

@@ -7,12 +7,12 @@ from mmdense import registry  # noqa: F401  (raises if the MM packages are missi
 
 # Name -> module, imported on first use: together they import every network.
 MODULES = dict(
-    Predictor='predict',
-    convert_weights='convert',
-    deploy='deployment',
-    export_onnx='export',
-    find_images='predict',
-    save_predictions='predict',
+    Predictor='apis.predict',
+    convert_weights='apis.convert',
+    deploy='apis.deployment',
+    export_onnx='apis.export',
+    find_images='runtime.images',
+    save_predictions='runtime.results',
 )
 __all__ = list(MODULES)
 
@@ -21,4 +21,4 @@ def __getattr__(name: str) -> Any:
     """Import what :data:`MODULES` names."""
     if name not in MODULES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'{__name__}.{MODULES[name]}'), name)
+    return getattr(import_module(f'mmdense.{MODULES[name]}'), name)

@@ -19,11 +19,11 @@ import numpy as np
 from PIL import Image
 
 from mmdense.errors import first_of, one_line, printable
+from mmdense.files import IMAGE_FORMATS, ends_in_zeros
 
 ERROR, WARNING = 'error', 'warning'
 MAX_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's limit; mmdense.patches sets OpenCV's to the same
 PIXELS_VARIABLE = 'OPENCV_IO_MAX_IMAGE_PIXELS'
-FORMATS = ('BMP', 'DIB', 'GIF', 'JPEG', 'JPEG2000', 'PNG', 'PPM', 'TIFF', 'WEBP')  # never EPS
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: the values that exchange width and height
 MIN_SIDE, MAX_RATIO = 16, 20  # of an ordinary image, in pixels and as long over short side
 REPLACE = 'get the file again'
@@ -174,7 +174,7 @@ def _decode(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Pr
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about large images and odd metadata
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=IMAGE_FORMATS)
         except Exception as error:  # each of Pillow's formats raises its own
             limit = os.environ.get(PIXELS_VARIABLE, str(MAX_PIXELS))
             if isinstance(error, Image.DecompressionBombError) and limit == str(MAX_PIXELS):
@@ -198,7 +198,7 @@ def _decode_by_pillow(
         image.load()
     except Exception as error:  # each of Pillow's formats raises its own
         return None, [('damaged file', f'damaged ({one_line(error)})')]
-    if image.format == 'JPEG' and _ends_in_zeros(file):
+    if image.format == 'JPEG' and ends_in_zeros(file):
         return None, [('damaged file', 'damaged (zeros in place of its end)')]
     problems = []
     if mode in ('I', 'F') or '16' in depth:
@@ -223,13 +223,6 @@ def _decode_by_opencv(file: str, options: ReadOptions) -> tuple[tuple[int, int] 
     if pixels is None:
         return None, [('not an image', 'not an image that can be read')]
     return pixels.shape[1::-1], []
-
-
-def _ends_in_zeros(file: str) -> bool:
-    """Whether a JPEG ends in zeros, as after a crash or an aborted download."""
-    content = Path(file).read_bytes()
-    end_of_image, start_of_scan = content.rfind(b'\xff\xd9'), content.rfind(b'\xff\xda')
-    return content.endswith(b'\0') and end_of_image < start_of_scan
 
 
 def _check_label_map(

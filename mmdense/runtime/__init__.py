@@ -1,1 +1,6 @@
-"""Trained models from an ONNX file, without torch: NumPy, Pillow, pycocotools and onnxruntime."""
+"""Exported models without torch: NumPy, Pillow, pycocotools and onnxruntime."""
+
+from mmdense.runtime.models import Detector, Segmentor, open_model
+from mmdense.runtime.session import Session
+
+__all__ = ['Detector', 'Segmentor', 'Session', 'open_model']

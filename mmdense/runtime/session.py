@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from mmdense.errors import UserError, one_line, suggest_file, suggest_name
 
 SCHEMA = 1  # of the metadata
 PACKAGES = dict(cpu='onnxruntime', cuda='onnxruntime', openvino='openvino')  # by provider
-
-Run = Callable[[Sequence[str] | None, dict[str, np.ndarray]], dict[str, np.ndarray]]
-Loaded = tuple[str, str, Sequence[int | None], Run]  # metadata; dtype and shape of the images
+NO_CUDA = (
+    'this onnxruntime has no CUDA: pip uninstall onnxruntime, then '
+    "pip install 'onnxruntime-gpu[cuda,cudnn]'"
+)
 
 
 class Session:
@@ -24,8 +25,7 @@ class Session:
 
     Args:
         file: The .onnx file.
-        provider: Who runs it: 'cpu' or 'cuda' (onnxruntime's), or 'openvino' (the package, on the
-            CPU, in float32).
+        provider: 'cpu' or 'cuda' of onnxruntime, or 'openvino' on the CPU in float32.
         threads: Threads of one operator on the CPU; by default as many as there are cores.
 
     Attributes:
@@ -48,14 +48,14 @@ class Session:
             raise ValueError(f'no provider {provider!r}{suggest_name(provider, PACKAGES)}')
         if not find_spec(PACKAGES[provider]):
             raise UserError(f'{PACKAGES[provider]} is missing: pip install {PACKAGES[provider]}')
-        load = _load_openvino if provider == 'openvino' else _load_onnxruntime
+        load = self._load_openvino if provider == 'openvino' else self._load_onnxruntime
         try:
-            text, dtype, shape, self._run = load(str(file), provider, threads or 0)
+            text, dtype = load(provider, threads or 0)
         except UserError:
             raise
         except Exception as error:  # onnxruntime and OpenVINO have several of their own
             raise UserError(f'{file}: cannot be loaded ({one_line(error)})') from error
-        self.dtype, self.shape = np.dtype(dtype), tuple(shape)
+        self.dtype = np.dtype('uint8' if 'uint8' in dtype else 'float32')
         self.metadata: dict[str, Any] = json.loads(text or '{}')
         schema, part = self.metadata.get('schema', 0), self.metadata.get('part')
         if schema > SCHEMA:
@@ -63,6 +63,37 @@ class Session:
         if not schema or part != 'model':
             kind = f"only the model's part {part!r}" if part else 'no model of mmdense'
             raise UserError(f'{file} is {kind}: export it by tools/export_onnx.py, without --part')
+
+    def _load_onnxruntime(self, provider: str, threads: int) -> tuple[str, str]:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        name = f'{provider.upper()}ExecutionProvider'
+        if name not in onnxruntime.get_available_providers():
+            raise UserError(NO_CUDA)
+        if provider == 'cuda' and hasattr(onnxruntime, 'preload_dlls'):
+            onnxruntime.preload_dlls()  # CUDA's libraries from pip's packages
+        session = onnxruntime.InferenceSession(self.file, options, [name])
+        if name not in session.get_providers():  # it falls back to the CPU
+            raise UserError("onnxruntime cannot use the GPU: check the driver, and CUDA's version")
+        self._run, (images,) = session.run, session.get_inputs()
+        self._names = [output.name for output in session.get_outputs()]
+        self.shape = tuple(n if isinstance(n, int) else None for n in images.shape)
+        return session.get_modelmeta().custom_metadata_map.get('mmdense', ''), images.type
+
+    def _load_openvino(self, provider: str, threads: int) -> tuple[str, str]:
+        import openvino
+
+        core, path = openvino.Core(), ['framework', 'mmdense']
+        model = core.read_model(self.file)
+        options = dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=threads)
+        compiled = core.compile_model(model, 'CPU', options)
+        self._run = lambda names, feed: [*map(compiled(feed).__getitem__, names)]
+        self._names, (images,) = [o.any_name for o in compiled.outputs], compiled.inputs
+        self.shape = tuple(n.get_length() if n.is_static else None for n in images.partial_shape)
+        text = model.get_rt_info(path).astype(str) if model.has_rt_info(path) else ''
+        return text, str(images.element_type)
 
     def run(
         self, images: np.ndarray, outputs: Sequence[str] | None = None
@@ -72,62 +103,14 @@ class Session:
         Raises:
             UserError: if the model does not take images of this size or number.
         """
+        names = self._names if outputs is None else outputs
         try:
-            return self._run(outputs, dict(images=np.ascontiguousarray(images, self.dtype)))
+            values = self._run(names, dict(images=np.ascontiguousarray(images, self.dtype)))
         except Exception as error:  # onnxruntime and OpenVINO have several of their own
             given, taken = (
-                ' x '.join(str(n or 'any') for n in s) for s in (images.shape, self.shape)
+                ' x '.join(str(n or 'any') for n in shape) for shape in (images.shape, self.shape)
             )
             raise UserError(
                 f'{self.file} fails on images {given}, it takes {taken} ({one_line(error)})'
             ) from error
-
-
-def _load_onnxruntime(file: str, provider: str, threads: int) -> Loaded:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    name, providers = f'{provider.upper()}ExecutionProvider', ['CPUExecutionProvider']
-    if provider == 'cuda':
-        providers.insert(0, name)
-        if name in onnxruntime.get_available_providers() and hasattr(onnxruntime, 'preload_dlls'):
-            onnxruntime.preload_dlls()  # CUDA's libraries from pip's packages
-    if name not in onnxruntime.get_available_providers():
-        raise UserError(
-            'this onnxruntime has no CUDA: pip uninstall onnxruntime, then '
-            "pip install 'onnxruntime-gpu[cuda,cudnn]'"
-        )
-    session = onnxruntime.InferenceSession(file, options, providers)
-    if name not in session.get_providers():  # it falls back to the CPU
-        raise UserError("onnxruntime cannot use the GPU: check the driver, and CUDA's version")
-    names = [output.name for output in session.get_outputs()]
-    images = session.get_inputs()[0]
-    dtype = 'uint8' if 'uint8' in images.type else 'float32'
-    shape = [n if isinstance(n, int) else None for n in images.shape]
-
-    def run(outputs: Sequence[str] | None, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        outputs = names if outputs is None else outputs
-        return dict(zip(outputs, session.run(outputs, feed), strict=True))
-
-    return session.get_modelmeta().custom_metadata_map.get('mmdense', ''), dtype, shape, run
-
-
-def _load_openvino(file: str, provider: str, threads: int) -> Loaded:
-    import openvino
-
-    core = openvino.Core()
-    model = core.read_model(file)
-    path = ['framework', 'mmdense']
-    text = model.get_rt_info(path).astype(str) if model.has_rt_info(path) else ''
-    options = dict(INFERENCE_PRECISION_HINT='f32', INFERENCE_NUM_THREADS=threads)
-    compiled = core.compile_model(model, 'CPU', options)
-    names = [output.any_name for output in compiled.outputs]
-
-    def run(outputs: Sequence[str] | None, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        results = compiled(feed)
-        return {name: results[name] for name in (names if outputs is None else outputs)}
-
-    images = compiled.input(0)
-    shape = [n.get_length() if n.is_static else None for n in images.partial_shape]
-    return text, images.element_type.to_dtype(), shape, run
+        return dict(zip(names, values, strict=True))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import colorsys
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -62,15 +63,15 @@ def draw_instances(
         outline = np.ones(view.shape[:2], bool)
         outline[width:-width, width:-width] = False
         _draw_outline(view, outline, palette[labels[i]], dash)
-    writer = _LabelWriter(image)
+    labelled = _Labels(image)
     for i in order:
         text = classes[labels[i]] if scores is None else f'{classes[labels[i]]} {scores[i]:.2f}'
         x1, y1, _, y2 = boxes[i].tolist()
-        top = y1 - writer.height
-        if top < 0 and y2 - y1 < 2 * writer.height:  # it would hide a small object
+        top = y1 - labelled.height
+        if top < 0 and y2 - y1 < 2 * labelled.height:  # it would hide a small object
             top = y2 + 1
-        writer.write(text, x1 - width // 2, top, palette[labels[i]])
-    return writer.image()
+        labelled.write(text, (x1 - width // 2, top), palette[labels[i]])
+    return np.array(labelled.image)
 
 
 def draw_label_map(
@@ -86,7 +87,7 @@ def draw_label_map(
     known = label_map < len(classes)
     colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]
     layers = (Image.fromarray(x) for x in (image, np.where(known[..., None], colours, image)))
-    writer = _LabelWriter(np.asarray(Image.blend(*layers, LABEL_MAP_ALPHA)))
+    labelled = _Labels(np.asarray(Image.blend(*layers, LABEL_MAP_ALPHA)))
     step = -(-max(label_map.shape) // GRID)
     reduced = label_map[step // 2 :: step, step // 2 :: step]
     for label in np.unique(reduced[reduced < len(classes)]).tolist():
@@ -94,12 +95,11 @@ def draw_label_map(
         inside, depth = reduced == label, 0
         while (smaller := _erode(inside)).any():
             inside, depth = smaller, depth + 1
-        if depth * step >= writer.height:
-            centres = np.argwhere(inside)
-            y, x = (centres[len(centres) // 2] * step).tolist()
-            left = x - writer.width(classes[label]) // 2
-            writer.write(classes[label], left, y - writer.height // 2, palette[label])
-    return writer.image()
+        if depth * step >= labelled.height:
+            centres = np.argwhere(inside)[:, ::-1] * step
+            centre = centres[len(centres) // 2]
+            labelled.write(classes[label], centre, palette[label], shift=-0.5)
+    return np.array(labelled.image)
 
 
 def make_palette(count: int) -> list[Colour]:
@@ -111,9 +111,8 @@ def make_palette(count: int) -> list[Colour]:
 
 def _erode(mask: np.ndarray) -> np.ndarray:
     """Return the pixels whose four neighbours are in the mask too; outside the image none is."""
-    padded = np.pad(mask, 1)
-    rows = padded[:-2, 1:-1] & padded[2:, 1:-1]
-    return mask & rows & padded[1:-1, :-2] & padded[1:-1, 2:]
+    wide, high = np.pad(mask, ((0, 0), (1, 1))), np.pad(mask, ((1, 1), (0, 0)))
+    return mask & high[:-2] & high[2:] & wide[:, :-2] & wide[:, 2:]
 
 
 def _draw_outline(view: np.ndarray, outline: np.ndarray, colour: Colour, dash: int) -> None:
@@ -125,42 +124,33 @@ def _draw_outline(view: np.ndarray, outline: np.ndarray, colour: Colour, dash: i
 
 
 @functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Return DejaVu Sans, of matplotlib or the system, or else Pillow's font of few letters."""
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """Return DejaVu Sans of matplotlib or the system, or else Pillow's font of few letters."""
     matplotlib = find_spec('matplotlib')
-    folder = Path(matplotlib.origin).parent if matplotlib else Path()
-    for file in (folder / 'mpl-data/fonts/ttf/DejaVuSans.ttf', 'DejaVuSans.ttf'):
-        try:
-            return ImageFont.truetype(str(file), size)
-        except OSError:
-            continue
+    folder = Path(matplotlib.origin).parent / 'mpl-data/fonts/ttf' if matplotlib else Path()
+    with suppress(OSError):
+        return ImageFont.truetype(str(folder / 'DejaVuSans.ttf'), size)
     return ImageFont.load_default(size)
 
 
-class _LabelWriter:
-    """Text on coloured labels."""
+class _Labels:
+    """Writes text on coloured labels into an image."""
 
     def __init__(self, image: np.ndarray) -> None:
-        self._image = Image.fromarray(image)
-        self._draw = ImageDraw.Draw(self._image)
-        size = max(9, round(min(image.shape[:2]) / 40))
-        self._font = _font(size)
+        self.image = Image.fromarray(image)
+        size = max(9, round(min(self.image.size) / 40))
+        self._draw, self._font = ImageDraw.Draw(self.image), _font(size)
         self._padding = max(1, size // 8)
         self.height = sum(self._font.getmetrics()) + self._padding
 
-    def width(self, text: str) -> int:
-        return int(self._font.getlength(text)) + 2 * self._padding
+    def write(self, text: str, position: Sequence[int], colour: Colour, shift: float = 0) -> None:
+        """Write a label of this colour, moved into the image where it would stick out.
 
-    def write(self, text: str, left: int, top: int, colour: Colour) -> None:
-        """Write a label of this colour, moved into the image where it would stick out."""
-        width, height = self._image.size
-        left = max(0, min(left, width - self.width(text)))
-        top = max(0, min(top, height - self.height))
-        corner = (left + self.width(text) - 1, top + self.height - 1)
-        self._draw.rectangle(((left, top), corner), fill=colour)
-        bright = np.dot(colour, LUMA) > 0.4 * 255
-        ink = (0, 0, 0) if bright else (255, 255, 255)
-        self._draw.text((left + self._padding, top), text, fill=ink, font=self._font)
-
-    def image(self) -> np.ndarray:
-        return np.array(self._image)
+        ``position`` is x, y of the upper left corner, plus a ``shift`` in sizes of the label.
+        """
+        size = np.array([int(self._font.getlength(text)) + 2 * self._padding, self.height])
+        corner = np.add(position, size * shift).astype(int)
+        corner = corner.clip(0, np.maximum(0, self.image.size - size))
+        self._draw.rectangle([*corner, *(corner + size - 1)], fill=colour)
+        ink = (0, 0, 0) if np.dot(colour, LUMA) > 0.4 * 255 else (255, 255, 255)
+        self._draw.text((corner[0] + self._padding, corner[1]), text, fill=ink, font=self._font)
