@@ -45,14 +45,10 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
 
     Args:
         name: One of :func:`known_backbones`, ``timm:`` and a network of timm, or a config file to
-            take the backbone from.
-        pretrained: Start from the recipes' ImageNet weights. A CondenseNetV2 without them learns
-            its connections.
+            take the backbone from; UserError if it is unknown or cannot be read.
+        pretrained: Start from the recipes' ImageNet weights, else UserError. A CondenseNetV2
+            without them learns its connections.
         detection: For a detector, else for a segmentor.
-
-    Raises:
-        UserError: If the name is unknown, the backbone has no published weights, or the config
-            cannot be read.
     """
     if name.endswith('.py'):
         return _from_file(name, pretrained)

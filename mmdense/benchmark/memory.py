@@ -75,15 +75,9 @@ def plan(
     CPU they are an estimate from the sizes of tensors, without the workspaces of a GPU's libraries.
     Neither includes moving averages of weights or the buckets of distributed training.
 
-    Args:
-        cfg: Of a detector or segmentor. It is not changed.
-        size: Height and width of the images in pixels.
-        modes: Some of the backbone's ``memory_modes``; all by default.
-        device: 'cpu' or 'cuda'.
-        progress: Called with a description of each step.
-
-    Raises:
-        UserError: If the model has no backbone or no such mode, or the config no optimizer.
+    The config is not changed. Height and width are in pixels; ``modes`` are some of the backbone's
+    ``memory_modes``. UserError if the model has no backbone or no such mode, or the config no
+    optimizer.
     """
     if 'backbone' not in cfg.model:
         raise UserError(f'{cfg.model.type} has no backbone in its config to plan for')

@@ -156,18 +156,12 @@ def measure(
     device: str,
     progress: Progress = lambda text: None,
 ) -> dict[str, dict[str, Any]]:
-    """Return times and memory of each run.
+    """Return times and memory of each run, by name, after so many timed rounds.
 
-    Args:
-        runs: By name.
-        rounds: Timed runs of each.
-        device: 'cpu' or 'cuda'.
-        progress: Called with a description of each step.
-
-    Returns:
-        By name ``p50`` and ``p95`` (seconds), ``throughput`` (images per second, at the median),
-        ``ratio`` (speed relative to the fastest: the median over the rounds), ``memory`` (bytes of
-        weights and everything else, at the peak); or ``error``, one line.
+    These are ``p50`` and ``p95`` (seconds), ``throughput`` (images per second, at the median),
+    ``ratio`` (speed relative to the fastest: the median over the rounds), ``memory`` (bytes of
+    weights and everything else, at the peak); or ``error``, one line. ``progress`` gets a
+    description of each step.
     """
     results: dict[str, dict[str, Any]] = {}
     seconds: dict[str, list[float]] = {}
@@ -230,18 +224,16 @@ def measure_configs(
 ) -> list[dict[str, Any]]:
     """Return the costs of complete models with random weights on random images.
 
+    For each config these are its ``config`` (name), ``size``, ``parts`` (name -> parameters, macs,
+    activations), ``form`` ('deployed' or 'trained'), ``infer`` and ``train`` (as :func:`measure`
+    returns them, or None); ``error`` if it failed.
+
     Args:
         cfgs: By name. They are not changed.
         size: Height and width of the images in pixels; by default each config's largest.
         batch: Images in a training step.
-        rounds: As of :func:`measure`, like ``device`` and ``progress``; 0 leaves out times and
-            memory.
+        rounds: As of :func:`measure`; 0 leaves out times and memory.
         deployed: Run inference with the backbones' deployed form, see :func:`deployed_copy`.
-
-    Returns:
-        For each config its ``config``, ``size``, ``parts`` (name -> parameters, macs, activations),
-        ``form`` ('deployed' or 'trained'), ``infer`` and ``train`` (as :func:`measure` returns
-        them, or None); ``error`` if it failed.
     """
     rows: dict[str, dict[str, Any]] = {}
     infers, steps = {}, {}

@@ -74,10 +74,8 @@ def make_digits(
         size: Side of the square images in pixels, at least 64.
         progress: Called with (images done, images in total) after each image.
 
-    Raises:
-        ValueError: An argument is out of range.
-        FileExistsError: ``out`` holds files that this function did not write.
-        ModuleNotFoundError: scikit-learn is missing.
+    ValueError if an argument is out of range, FileExistsError if ``out`` holds files that this
+    function did not write, ModuleNotFoundError if scikit-learn is missing.
     """
     arguments = dict(train=train, val=val, size=size, seed=seed)
     for name, least in dict(train=1, val=1, size=MIN_SIZE, seed=0).items():
@@ -107,7 +105,7 @@ def make_digits(
             for i in range(counts[split]):
                 key = np.random.SeedSequence(seed, spawn_key=(split_index, i))
                 scene = _draw_scene(sources, parts[split], size, np.random.default_rng(key))
-                _write_scene(new, split, i, scene, coco)
+                _write_scene(new, split, i, *scene, coco)
                 done += 1
                 progress(done, train + val)
             (new / f'annotations/instances_{split}.json').write_text(json.dumps(coco))
@@ -171,15 +169,13 @@ def _split_scans(digits: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     return {split: np.concatenate(indices) for split, indices in parts.items()}
 
 
-class _Scene(NamedTuple):
-    image: np.ndarray  # [S, S, 3] uint8
-    objects: list[tuple[int, int, np.ndarray]]  # digit, index of the scan, mask [S, S] uint8
-
-
 def _draw_scene(
     sources: _Sources, scans: np.ndarray, size: int, rng: np.random.Generator
-) -> _Scene:
-    """Draw an image with some of the given scans, which are indices."""
+) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
+    """Draw some scans, given by their indices.
+
+    Returns the image [S, S, 3] uint8 and of each object digit, scan and mask [S, S] uint8.
+    """
     image = _crop_background(sources.photos, size, rng)
     occupied = np.zeros((size, size), dtype=bool)
     objects = []
@@ -204,7 +200,7 @@ def _draw_scene(
         mask = np.zeros((size, size), dtype=np.uint8)
         mask[window] = alpha >= 0.5
         objects.append((int(sources.digits[scan]), int(scan), mask))
-    return _Scene(image, objects)
+    return image, objects
 
 
 def _crop_background(photos: list[np.ndarray], size: int, rng: np.random.Generator) -> np.ndarray:
@@ -266,11 +262,13 @@ def _pick_colour(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return colours[0, enough[0] if len(enough) else contrast.argmax()] * 255
 
 
-def _write_scene(root: Path, split: str, index: int, scene: _Scene, coco: dict) -> None:
+def _write_scene(
+    root: Path, split: str, index: int, image: np.ndarray, objects: list[tuple], coco: dict
+) -> None:
     """Write an image and its label maps, and append it to COCO's lists."""
-    name, size = f'{index:06d}', len(scene.image)
+    name, size = f'{index:06d}', len(image)
     labels = np.zeros((size, size), dtype=np.uint8)
-    for digit, scan, mask in scene.objects:
+    for digit, scan, mask in objects:
         labels[mask > 0] = digit + 1
         rle = coco_mask.encode(np.asfortranarray(mask))  # polygons cannot have holes
         coco['annotations'].append(
@@ -287,7 +285,7 @@ def _write_scene(root: Path, split: str, index: int, scene: _Scene, coco: dict) 
         )
     coco['images'].append(dict(id=index, file_name=f'{name}.jpg', width=size, height=size))
     for folder, suffix, pixels in (
-        (split, '.jpg', cv2.cvtColor(scene.image, cv2.COLOR_RGB2BGR)),
+        (split, '.jpg', cv2.cvtColor(image, cv2.COLOR_RGB2BGR)),
         (f'semantic/{split}', '.png', labels),
         (f'foreground/{split}', '.png', np.minimum(labels, 1)),
     ):

@@ -38,10 +38,8 @@ class CondenseScheduleHook(Hook):
     Pruning happens before the iteration, so that hooks that average or save weights after it see
     the new masks. They are copied to averaged models, since EMAHook ignores buffers of integers.
 
-    Args:
-        group_lasso: Weight of the group lasso, a loss that drives whole groups of weights to zero.
-            It is reported as ``loss_group_lasso`` until the last stage. Finite, from 0 up; 0 as
-            published.
+    ``group_lasso`` is the weight of a loss that drives whole groups of weights to zero, reported as
+    ``loss_group_lasso`` until the last stage: finite, from 0 up; 0 as published.
     """
 
     def __init__(self, *, group_lasso: float = 0.0) -> None:

@@ -42,16 +42,14 @@ class NaNGuardHook(Hook):
 
     If the loss is not finite and the model's weights or statistics are not finite either, the run
     stops at once, since it cannot recover. If the weights are finite, it stops after ``patience``
-    such iterations in a row: the loss of an empty batch or a step skipped by a gradient scaler may
-    be harmless. The UserError names the first such iteration, its images, learning rate and losses.
+    (from 1) such iterations in a row: the loss of an empty batch or a step skipped by a gradient
+    scaler may be harmless. The UserError names the first such iteration, its images, learning rate
+    and losses.
 
     The hook reads the numbers that mmengine has fetched for the log anyway, so it never waits for
     the GPU. In distributed training all processes must stop together: they exchange their numbers
     every ``patience`` iterations, so the run stops up to that much later. A checkpoint that is due
     before then is not written if its weights are not finite.
-
-    Args:
-        patience: Number of consecutive iterations without a finite loss that stops the run; from 1.
     """
 
     # After averaging and logging, before the learning rate changes and checkpoints are written.
@@ -78,7 +76,9 @@ class NaNGuardHook(Hook):
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
         """Check the losses of an iteration."""
-        bad = _bad_losses(runner, outputs or {})
+        hub = runner.message_hub  # mmengine's log, of Python numbers
+        values = {n: hub.get_scalar(f'train/{n}').current() for n in outputs or () if 'loss' in n}
+        bad = tuple(f'{n} {value}' for n, value in values.items() if not math.isfinite(value))
         self._streak = self._streak + 1 if bad else 0
         if self._streak == 1:
             lr = max(chain.from_iterable(runner.optim_wrapper.get_lr().values()))
@@ -109,13 +109,6 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
     for name, tensor in tensors:
         if not tensor.isfinite().all():
             yield name
-
-
-def _bad_losses(runner: Runner, outputs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the losses that are not finite, read from mmengine's log as Python numbers."""
-    hub = runner.message_hub
-    values = {n: hub.get_scalar(f'train/{n}').current() for n in outputs if 'loss' in n}
-    return tuple(f'{name} {value}' for name, value in values.items() if not math.isfinite(value))
 
 
 def _message(runner: Runner, firsts: Sequence[_BadIteration], broken: bool) -> str:

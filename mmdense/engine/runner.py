@@ -51,11 +51,9 @@ def build_runner(
         min_loaded: Least share, from 0 to 1, of the model's tensors that a checkpoint must fill; of
             the backbone's, if training starts from it (``load_from``).
 
-    Raises:
-        UserError: A file of data or metrics is missing, of other data or has an error that
-            :func:`.check_data` finds, a part of the config is misspelt, channels, classes or
-            ignored labels differ, FSDP is used with an option that it breaks, or the work dir
-            cannot be written.
+    UserError if a file of data or metrics is missing, of other data or has an error that
+    :func:`.check_data` finds, a part of the config is misspelt, channels, classes or ignored labels
+    differ, FSDP is used with an option that it breaks, or the work dir cannot be written.
     """
     check_data_files(cfg, loaders)
     check_metric_files(cfg, loaders)

@@ -49,9 +49,8 @@ def publish(
         half: Store tensors of two and more dimensions as float16. Vectors, scalars and integers
             keep their type, as do tensors with a value that float16 cannot hold.
 
-    Raises:
-        UserError: The source cannot be read, holds no weights, or holds an average that is not
-            EMAHook's; there is no average to leave out; or the target cannot be written.
+    UserError if the source cannot be read, holds no weights, or holds an average that is not
+    EMAHook's; if there is no average to leave out; or the target cannot be written.
     """
     source, target = Path(source).expanduser(), check_target(target, new=False)
     checkpoint = read_checkpoint(source)

@@ -46,10 +46,9 @@ class TimmBackbone(Backbone):
         out_indices: Counted as in ``feature_info``. None returns strides 4 to 32.
         model_kwargs: Further arguments of ``timm.create_model``, such as ``drop_path_rate``.
 
-    Raises:
-        ValueError: timm has no such network or tag, the network has no feature maps of several
-            strides or no group matcher, ``model_kwargs`` repeats an argument, or an index or stage
-            is impossible.
+    ValueError if timm has no such network or tag, the network has no feature maps of several
+    strides or no group matcher, ``model_kwargs`` repeats an argument, or an index or stage is
+    impossible.
     """
 
     memory_modes = ('plain', 'recompute')

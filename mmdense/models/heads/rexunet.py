@@ -33,8 +33,6 @@ class ReXUNetHead(BaseDecodeHead):
     Args:
         in_channels: Channels of the encoder's feature maps at strides 2, 4, 8, 16, 32, and of the
             last one.
-        in_index: Indices of these feature maps.
-        num_classes: Number of classes.
         out_channels: K: ``num_classes`` by default; or 1 for two classes with a ``threshold``.
         threshold: Sigmoid above which a pixel of a one-channel output is of class 1; mmseg's 0.3
             by default.
@@ -43,8 +41,8 @@ class ReXUNetHead(BaseDecodeHead):
             is 1.
         align_corners: Of every interpolation. The published network has False.
 
-    Raises:
-        ValueError: Not six channels, indices or weights; a negative weight.
+    Other arguments are BaseDecodeHead's. ValueError for other than six channels, indices or
+    weights, or a negative weight.
     """
 
     def __init__(
@@ -163,8 +161,7 @@ class ReXUNetDepthHead(ReXUNetHead):
         scales: Outputs that :meth:`disparities` returns: 0 is full resolution, k is stride 2^k.
         loss_decode: mmseg's loss config, or several; SiLogLoss by default.
 
-    Raises:
-        ValueError: As :class:`ReXUNetHead`; a depth that is not positive, impossible scales.
+    ValueError as of :class:`ReXUNetHead`, for a depth that is not positive or impossible scales.
     """
 
     def __init__(
