@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,8 +46,8 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
     """Return the backbone of a name, with the recipes' settings except stochastic depth.
 
     Args:
-        name: One of :func:`known_backbones`, ``timm:`` and a network of timm, or a config file to
-            take the backbone from; UserError if it is unknown or cannot be read.
+        name: One of :func:`known_backbones`, a network of timm as ``timm:NAME`` or with arguments
+            ``timm:NAME?drop_path_rate=0.1&...``, or a config file; UserError if it is unknown.
         pretrained: Start from the recipes' ImageNet weights, else UserError. A CondenseNetV2
             without them learns its connections.
         detection: For a detector, else for a segmentor.
@@ -76,18 +78,28 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
 
 
 def _from_timm(name: str, pretrained: bool) -> BackboneSpec:
-    model = name.removeprefix(TIMM)
+    model, _, query = name.removeprefix(TIMM).partition('?')
     if not timm.is_model(model):
         close = difflib.get_close_matches(model, timm.list_models(), n=3)
         hint = f'; close: {", ".join(close)}' if close else ''
         raise UserError(f'timm has no network {model!r}{hint}')
     config, preprocessor = dict(type='mmdense.TimmBackbone', model_name=model), {}
+    if query:
+        pairs = (pair.partition('=') for pair in query.split('&'))
+        config['model_kwargs'] = {key: _value(text) for key, _, text in pairs}
     if pretrained:
         cfg = timm.models.get_pretrained_cfg(model)
         mean, std = ([255 * value for value in values] for values in (cfg.mean, cfg.std))
         preprocessor = dict(mean=mean, std=std, bgr_to_rgb=True)
         config['init_cfg'] = dict(type='Pretrained', checkpoint=f'timm://{model}')
     return BackboneSpec(name, 'timm', config, preprocessor=preprocessor)
+
+
+def _value(text: str) -> Any:
+    """Return the Python value of a text, such as False or 0.1, or else the text."""
+    with suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def _from_file(path: str, pretrained: bool) -> BackboneSpec:

@@ -47,6 +47,12 @@ def test_timm():
     assert spec.config['init_cfg']['checkpoint'] == 'timm://resnet18'
     assert build_part(spec.config, 'mmdet').out_strides == (4, 8, 16, 32)
     assert spec.preprocessor['mean'] == pytest.approx([123.675, 116.28, 103.53])
+    arguments = '?drop_path_rate=0.1&act_layer=silu&global_pool='
+    spec = find_backbone(f'timm:resnet18{arguments}', pretrained=True)
+    assert spec.name == f'timm:resnet18{arguments}'
+    values = dict(drop_path_rate=0.1, act_layer='silu', global_pool='')
+    assert spec.config['model_kwargs'] == values
+    assert spec.config['init_cfg']['checkpoint'] == 'timm://resnet18'
     name = 'timm:tf_efficientnetv2_s.in1k'
     halves = find_backbone(name, pretrained=True).preprocessor
     assert halves == dict(mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True)

@@ -8,15 +8,18 @@ pruned. Parameter names are timm's.
 from __future__ import annotations
 
 import difflib
+import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
 import timm
-from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, PatchEmbed, SyncBatchNormAct
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmdense.models.backbones.base import GRANULARITIES, Backbone
 from mmdense.models.layers import recompute
@@ -24,6 +27,7 @@ from mmdense.registry import MODELS
 
 RESERVED = ('pretrained', 'num_classes', 'in_chans', 'features_only')
 STATE = ('_modules', '_parameters', '_buffers', '_non_persistent_buffers_set')
+FLEXIBLE = 'strict_img_size'  # False takes images of any size
 PRUNE = 'prune_intermediate_layers'  # comes with forward_intermediates
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 HEAD = 'head.fc.weight'  # no group_matcher matches it, so it gets the depth of heads
@@ -35,6 +39,8 @@ class TimmBackbone(Backbone):
 
     ``init_cfg=dict(type='Pretrained', checkpoint='timm://NAME')`` loads timm's weights. Stage 1 is
     empty in networks whose first feature map is the stem's (``resnet18``: ``act1``, stride 2).
+    Images may have any size: Swin is built with ``strict_img_size=False``, and images are padded
+    with zeros to whole patches or, for MaxViT, windows of the coarsest feature map.
 
     timm's norms often contain the activation. mmengine's ``sync_bn`` would drop it, so ``train()``
     raises an error; ``timm.layers.convert_sync_batchnorm`` keeps it.
@@ -80,6 +86,10 @@ class TimmBackbone(Backbone):
             with_cp=with_cp,
             init_cfg=init_cfg,
         )
+        sides = [side for m in net.modules() for side in getattr(m, 'partition_size', ())]
+        self._multiple = math.lcm(*sides) * self._coarsest if sides else 1
+        if isinstance(patches := getattr(net, 'patch_embed', None), PatchEmbed):
+            self._multiple = patches.patch_size[0]
         self._depths = {granularity: _depths(net, granularity) for granularity in GRANULARITIES}
         _prune(net, self.out_indices)
         self._stage_of = _stages(net, self.out_indices[-1] + 1)
@@ -134,11 +144,15 @@ class TimmBackbone(Backbone):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Return feature maps [N, C_i, ~H / s_i, ~W / s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
-        return tuple(
-            self._net.forward_intermediates(
-                x, indices=list(self.out_indices), intermediates_only=True, output_fmt='NCHW'
-            )
+        height, width = x.shape[-2:]
+        x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+        maps = self._net.forward_intermediates(
+            x, indices=list(self.out_indices), intermediates_only=True, output_fmt='NCHW'
         )
+        if self._multiple == 1:
+            return tuple(maps)
+        pairs = zip(maps, self.out_strides, strict=True)
+        return tuple(y[..., : -(-height // s), : -(-width // s)] for y, s in pairs)
 
 
 def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) -> nn.Module:
@@ -153,9 +167,10 @@ def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) 
         timm.models.get_pretrained_cfg(model_name)
     except RuntimeError as error:
         raise ValueError(f'timm has no tag of {model_name!r}') from error
-    net = timm.create_model(
-        model_name, pretrained=False, num_classes=0, in_chans=in_channels, **model_kwargs
-    )
+    create = partial(timm.create_model, model_name, num_classes=0, in_chans=in_channels)
+    net = create(**model_kwargs)
+    if FLEXIBLE in inspect.signature(type(net)).parameters and FLEXIBLE not in model_kwargs:
+        net = create(**model_kwargs, **{FLEXIBLE: False})
     strides = [info['reduction'] for info in getattr(net, 'feature_info', ())]
     if len({*strides}) < 2 or strides != sorted(strides) or not hasattr(net, PRUNE):
         raise ValueError(

@@ -50,6 +50,32 @@ def test_a_checkpoint_of_the_classifier_loads(name, tmp_path):
         assert torch.equal(value, theirs[key]), key
 
 
+@pytest.mark.parametrize(
+    ('name', 'size'),
+    [
+        ('swin_tiny_patch4_window7_224', 224),
+        ('swinv2_tiny_window8_256', 256),
+        ('maxvit_pico_rw_256', 256),
+    ],
+)
+def test_transformers_take_images_of_any_size(name, size):
+    """At the size that timm builds the network for, the feature maps are timm's."""
+    net = TimmBackbone(model_name=name).eval()
+    with torch.no_grad():
+        sizes = [x.shape[2:] for x in net(torch.randn(1, 3, 97, 130))]
+        assert sizes == [(25, 33), (13, 17), (7, 9), (4, 5)]
+        plain = timm.create_model(name, num_classes=0).eval()
+        plain.load_state_dict(net.state_dict(), strict=False)
+        x = torch.randn(1, 3, size, size)
+        options = dict(intermediates_only=True, indices=list(net.out_indices))
+        for a, b in zip(net(x), plain.forward_intermediates(x, **options), strict=True):
+            torch.testing.assert_close(a, b)
+    if 'swin' in name:
+        strict = TimmBackbone(model_name=name, model_kwargs=dict(strict_img_size=True))
+        with pytest.raises(AssertionError, match='size'):
+            strict(torch.randn(1, 3, 96, 128))
+
+
 def test_names_have_no_prefix_inside_a_detector():
     detector = nn.ModuleDict(dict(backbone=TimmBackbone(model_name=SMALL)))
     assert 'backbone.conv_stem.weight' in detector.state_dict()
