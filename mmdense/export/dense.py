@@ -12,27 +12,35 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmdet.models.dense_heads import RPNHead
+from mmdet.models.dense_heads import GFLHead, RPNHead
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
-from mmdet.models.task_modules.coders import DeltaXYWHBBoxCoder
+from mmdet.models.task_modules.coders import (
+    DeltaXYWHBBoxCoder,
+    DistancePointBBoxCoder,
+    TBLRBBoxCoder,
+)
 from torch import Tensor, nn
 
 from mmdense.errors import UserError
 from mmdense.export.nms import best, rows, suppress
 
+READ = 'ATSSHead, FCOSHead, GFLHead, RetinaHead, RTMDetHead or SSDHead'
 METHODS = ('predict_by_feat', '_predict_by_feat_single', '_bbox_post_process')
-CODERS = (DeltaXYWHBBoxCoder,)
+CODERS = (DeltaXYWHBBoxCoder, DistancePointBBoxCoder, TBLRBBoxCoder)
 
 
 def check_dense_head(head: nn.Module | None, *, rpn: bool = False) -> None:
     """Raise a UserError if :func:`decode_dense` does not do what the head's prediction does."""
-    base = RPNHead if rpn else BaseDenseHead
+    base = RPNHead if rpn else GFLHead if isinstance(head, GFLHead) else BaseDenseHead
     refuse = 'export its parts instead (part neck or backbone)'
     name = type(head).__name__
     if not isinstance(head, base) or any(
         getattr(type(head), method) is not getattr(base, method) for method in METHODS
     ):
-        raise UserError(f'ONNX export does not know how {name} predicts boxes: {refuse}')
+        raise UserError(
+            f'ONNX export does not know how {name} predicts boxes: it reads heads that do so as '
+            f'{READ}; {refuse}'
+        )
     coder = type(head.bbox_coder)
     if coder not in CODERS:
         names = ', '.join(known.__name__ for known in CODERS)
@@ -64,20 +72,21 @@ def decode_dense(
     """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
 
     Args:
-        head: Anchor head of mmdet.
+        head: Anchor head or anchor-free head that :func:`check_dense_head` accepts.
         maps: The neck's feature maps, [N, C_i, H_i, W_i].
         size: Height and width of the images in pixels, without padding.
         cfg: The head's ``test_cfg``.
         rpn: Whether the boxes are proposals, whose scores have no threshold and which are
             suppressed by feature map instead of by class. Their labels are those of the maps.
     """
-    cls_scores, bbox_preds, *_ = head(maps)
+    cls_scores, bbox_preds, *rest = head(maps)
+    factors = rest[0] if rest else [None] * len(cls_scores)  # centerness or the like
     sizes = [x.shape[2:] for x in cls_scores]
     priors = head.prior_generator.grid_priors(sizes, device=maps[0].device)
     classes = head.cls_out_channels if head.use_sigmoid_cls else head.cls_out_channels - 1
     levels = []
-    for level, (cls_score, bbox_pred, prior) in enumerate(
-        zip(cls_scores, bbox_preds, priors, strict=True)
+    for level, (cls_score, bbox_pred, factor, prior) in enumerate(
+        zip(cls_scores, bbox_preds, factors, priors, strict=True)
     ):
         scores = to_rows(cls_score, head.cls_out_channels)
         scores = scores.sigmoid() if head.use_sigmoid_cls else scores.softmax(-1)[..., :-1]
@@ -85,8 +94,17 @@ def decode_dense(
             scores = torch.where(scores > cfg.get('score_thr', 0), scores, -1.0)
         scores, index = best(scores.flatten(1), cfg.get('nms_pre', -1))
         place = index // classes
-        deltas = rows(to_rows(bbox_pred, head.bbox_coder.encode_size), place)
-        boxes = decode(head.bbox_coder, prior[place], deltas, size)
+        if factor is not None:
+            factor = to_rows(factor, 1).flatten(1).sigmoid().gather(1, place)
+            scores = torch.where(scores > 0, scores * factor, scores)
+        anchors = cls_score.shape[1] // head.cls_out_channels
+        deltas = rows(to_rows(bbox_pred, bbox_pred.shape[1] // anchors), place)
+        prior = prior[place]
+        if isinstance(head, GFLHead):  # distributions of distances, in strides
+            prior = head.anchor_center(prior)
+            deltas = head.integral(deltas).view(*place.shape, 4)
+            deltas = deltas * head.prior_generator.strides[level][0]
+        boxes = decode(head.bbox_coder, prior, deltas, size)
         levels.append((boxes, scores, torch.full_like(index, level) if rpn else index % classes))
     boxes, scores, labels = (torch.cat(x, 1) for x in zip(*levels, strict=True))
     if cfg.get('min_bbox_size', -1) >= 0:

@@ -65,8 +65,11 @@ def write_graph(
         value.name: tuple(s if isinstance(s, int) else str(s.value) for s in value.shape)
         for value in (*graph.inputs, *graph.outputs)
     }
-    for node in graph:  # stack traces of this machine
-        node.metadata_props.clear()
+    for node in graph:
+        node.metadata_props.clear()  # stack traces of this machine
+        for value in node.inputs:  # onnxscript forgets constants of fused Clips with one name
+            if value is not None and value.const_value is not None and value.producer() is None:
+                graph.initializers.setdefault(value.name, value)
     program.model.metadata_props['mmdense'] = json.dumps(metadata)
     program.save(file, external_data=False)
     return shapes, program.model.opset_imports['']

@@ -12,11 +12,13 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
+from mmdet.models.detectors.base_detr import DetectionTransformer
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from mmdense.errors import UserError, one_line
 from mmdense.export.dense import check_dense_head, decode_dense
+from mmdense.export.detr import decode_detr, prepare_detr
 from mmdense.export.two_stage import check_roi_head, decode_masks, decode_rois, mask_size
 
 PARTS = ('model', 'raw', 'neck', 'backbone')
@@ -57,9 +59,12 @@ class Preprocessing(nn.Module):
         if self.mean is not None:
             x = (x - self.mean) / self.std
         if self.divisor > 1:
-            height, width = x.shape[2:]
-            padding = (0, -width % self.divisor, 0, -height % self.divisor)
-            x = nn.functional.pad(x, padding, value=self.value)
+            # Written so that torch.export divides the padded sides without a remainder.
+            height, width = (
+                (side + self.divisor - 1) // self.divisor * self.divisor - side
+                for side in x.shape[2:]
+            )
+            x = nn.functional.pad(x, (0, width, 0, height), value=self.value)
         return x
 
 
@@ -108,13 +113,13 @@ class Network(nn.Module):
         """
         original = self.preprocess.divisor
         height, width = (side // DIVISORS[-1] * DIVISORS[-1] + DIVISORS[-1] for side in size)
-        images = self.random_images(1, height + 1, width - 1, torch.float32)
         for divisor in DIVISORS:
-            self.preprocess.divisor = math.lcm(original, divisor)
+            step = self.preprocess.divisor = math.lcm(original, divisor)
+            sizes = (height + step, max(width - step, step)), size
             try:
                 with torch.no_grad():
-                    self.probe(images)
-                    self.probe(images[..., : size[0], : size[1]])
+                    for sides in sizes:
+                        self.probe(self.random_images(1, *sides, torch.float32))
             except ValueError as error:  # the image is too small
                 raise UserError(str(error)) from error
             except (AssertionError, RuntimeError) as error:
@@ -137,12 +142,14 @@ class Detector(Network):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.head = roi_head = getattr(model, 'roi_head', None)
+        if hasattr(model, 'panoptic_fusion_head'):
+            raise UserError(f'ONNX export has no panoptic outputs of {type(model).__name__}')
         if roi_head is not None:
             check_dense_head(getattr(model, 'rpn_head', None), rpn=True)
             check_roi_head(roi_head)
         else:
             self.head = getattr(model, 'bbox_head', None)
-            check_dense_head(self.head)
+            check_dense_head(self.head or model)
         self.masks = bool(getattr(roi_head, 'with_mask', False))
         self.names = ('boxes', 'scores', 'labels', *(['masks'] if self.masks else []))
         self.task = 'instance segmentation' if self.masks else 'detection'
@@ -183,6 +190,39 @@ class Detector(Network):
             settings['mask_thr'] = float(cfg.mask_thr_binary)
             settings['mask_size'] = list(mask_size(self.head))
         return settings
+
+
+class Detr(Detector):
+    """Images to boxes, scores and labels as :class:`Detector` returns them, without NMS."""
+
+    names = ('boxes', 'scores', 'labels')
+    task = 'detection'
+    masks = False
+    threshold = 0.0  # mmdet's has none
+
+    def __init__(self, model: nn.Module) -> None:
+        Network.__init__(self, model)
+        prepare_detr(model)
+        self.head = model.bbox_head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        x = self.preprocess(images)
+        padded = x.shape[2:] if self.preprocess.divisor > 1 else None
+        maps = self.model.extract_feat(x)
+        boxes, scores, labels = decode_detr(self.model, maps, images.shape[2:], padded)
+        if self.threshold:
+            scores = torch.where(scores > self.threshold, scores, -1.0)
+        return boxes, scores, labels
+
+    def override(self, score: float | None, iou: float | None, max_per_img: int | None) -> None:
+        if iou is not None:
+            raise UserError(f'{type(self.model).__name__} has no NMS, and so no IoU threshold')
+        super().override(None, None, max_per_img)
+        self.threshold = score or 0.0
+
+    def postprocessing(self) -> dict[str, Any]:
+        count = self.head.test_cfg.get('max_per_img', self.model.num_queries)
+        return dict(score_thr=float(self.threshold), nms_iou=None, max_per_img=int(count))
 
 
 class Segmentor(Network):
@@ -277,8 +317,8 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         UserError: if the model does not have the part, or it cannot be exported.
     """
     kind = type(model).__name__
+    detr, two_stage = isinstance(model, DetectionTransformer), hasattr(model, 'roi_head')
     segments, detects = hasattr(model, 'decode_head'), hasattr(model, 'bbox_head')
-    two_stage = hasattr(model, 'roi_head')
     has_neck = getattr(model, 'neck', None) is not None
     if part is None:
         whole = segments or detects or two_stage
@@ -287,7 +327,7 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         raise ValueError(f'part is {part!r}, must be one of {PARTS}')
     if part == 'neck' and not has_neck:
         raise UserError(f'{kind} has no neck: export its backbone')
-    if part == 'raw' and not (segments or detects):
+    if part == 'raw' and (detr or not (segments or detects)):
         raise UserError(f'{kind} has no dense head with raw outputs: export the model or the neck')
     if part == 'model' and not (segments or detects or two_stage):
         raise UserError(f'{kind} has no head: export its backbone')
@@ -303,7 +343,9 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         if part == 'raw':
             network.part, network.names = part, network.names[-1:]
         return network
-    return Detector(model) if part == 'model' else Part(model, part)
+    if part != 'model':
+        return Part(model, part)
+    return Detr(model) if detr else Detector(model)
 
 
 class AdaptivePool(nn.AdaptiveAvgPool2d):

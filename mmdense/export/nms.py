@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 UNLIMITED = 2**31 - 1
+CONSTANT = 3840  # TensorRT's limit of TopK
 THRESHOLD = -0.5  # between -1, for boxes that are left out, and the lowest score
 
 
@@ -65,9 +66,16 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, count: int) ->
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` best of scores [B, P], in order, and their places; all if it is <= 0."""
+    """Return the ``count`` best of scores [B, P], in order, and their places; all if it is <= 0.
+
+    If there are fewer, -1 and place 0 fill the rest: lengths that do not depend on the image's size
+    export in less time, and TensorRT needs them. A large ``count`` is the most that is returned.
+    """
     total = scores.shape[1]
-    return scores.topk(torch.sym_min(count, total) if count > 0 else total)
+    if not 0 < count <= CONSTANT:
+        return scores.topk(torch.sym_min(count, total) if count > 0 else total)
+    scores, index = nn.functional.pad(scores, (0, count), value=-1.0).topk(count)
+    return scores, torch.where(scores > THRESHOLD, index, 0)
 
 
 def rows(x: Tensor, index: Tensor) -> Tensor:

@@ -1,0 +1,194 @@
+"""Boxes of Deformable DETR, with box refinement and two stages, and of DINO, without NMS.
+
+mmdet passes the sizes of feature maps as a tensor and reads it back, which torch.export cannot
+follow. Here they are a list of ints through the same layers, and what reads them is replaced.
+
+Shapes: N images, L feature maps of H_i x W_i, P pixels of all of them, Q queries, D channels,
+M heads, K = ``test_cfg.max_per_img`` boxes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from mmcv.ops.multi_scale_deform_attn import (
+    MultiScaleDeformableAttention,
+    multi_scale_deformable_attn_pytorch,
+)
+from mmdet.models.dense_heads import DeformableDETRHead, DINOHead
+from mmdet.models.detectors import DINO, DeformableDETR
+from mmdet.models.layers import DeformableDetrTransformerDecoder, DinoTransformerDecoder
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
+from torch import Tensor, nn
+
+from mmdense.errors import UserError
+from mmdense.export.nms import rows
+
+Sizes = Sequence[Sequence[int]]  # (H_i, W_i) of the feature maps
+PARTS = {
+    DeformableDETR: (DeformableDetrTransformerDecoder, DeformableDETRHead),
+    DINO: (DinoTransformerDecoder, DINOHead),
+}
+
+
+def prepare_detr(model: nn.Module) -> None:
+    """Replace what reads the sizes of feature maps, in a copy of a model, for :func:`decode_detr`.
+
+    Raises:
+        UserError: if the model is another one, or has other parts.
+    """
+    if PARTS.get(type(model)) != (type(model.decoder), type(model.bbox_head)):
+        raise UserError(
+            f'ONNX export reads {" and ".join(x.__name__ for x in PARTS)} of the DETRs, with the '
+            f'decoder and head of mmdet, not this {type(model).__name__}: export its parts instead '
+            '(part neck or backbone)'
+        )
+    for layer in (*model.encoder.layers, *model.decoder.layers):
+        for name, child in layer.named_children():
+            if isinstance(child, MultiScaleDeformableAttention):
+                setattr(layer, name, _Attention(child))
+    model.gen_encoder_output_proposals = partial(_propose, model)
+
+
+def decode_detr(
+    model: nn.Module, maps: Sequence[Tensor], size: Sequence[int], padded: Sequence[int] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
+
+    Args:
+        model: Prepared by :func:`prepare_detr`.
+        maps: The neck's feature maps, [N, D, H_i, W_i].
+        size: Height and width of the images in pixels, without padding.
+        padded: Height and width with padding; None if images are never padded.
+    """
+    sizes = [x.shape[2:] for x in maps]
+    if padded is None:
+        mask, ratios = None, maps[0].new_ones(maps[0].shape[0], len(maps), 2)
+        positions = [model.positional_encoding(None, input=x) for x in maps]
+    else:
+        masks = [_padding(x, size, padded) for x in maps]
+        mask = torch.cat([x.flatten(1) for x in masks], 1)
+        ratios = torch.stack([model.get_valid_ratio(x) for x in masks], 1)
+        positions = [model.positional_encoding(x) for x in masks]
+    positions = [_flatten(x) + e for x, e in zip(positions, model.level_embed, strict=True)]
+    shared = dict(
+        key_padding_mask=mask, spatial_shapes=sizes, valid_ratios=ratios, level_start_index=None
+    )
+    query, position = torch.cat([_flatten(x) for x in maps], 1), torch.cat(positions, 1)
+    centers = _centers(sizes, ratios)
+    points = torch.cat(centers, 1)[:, :, None] * ratios[:, None]
+    for layer in model.encoder.layers:
+        query = layer(query=query, query_pos=position, reference_points=points, **shared)
+    inputs, _ = model.pre_decoder(query, mask, centers)
+    head = model.bbox_head
+    states, references = model.decoder(
+        value=inputs.pop('memory'),
+        self_attn_mask=inputs.pop('dn_mask', None),
+        reg_branches=head.reg_branches if model.with_box_refine else None,
+        **shared,
+        **inputs,
+    )
+    references = [inputs['reference_points'], *references][-len(states) - 1 :]
+    scores, boxes = (layers[-1] for layers in head(states, references))
+    return _select(head, scores, boxes, size)
+
+
+def _select(
+    head: nn.Module, scores: Tensor, boxes: Tensor, size: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`decode_detr` does for outputs [N, Q, C] and [N, Q, 4] of a head."""
+    count = head.test_cfg.get('max_per_img', boxes.shape[1])
+    if head.loss_cls.use_sigmoid:
+        scores, index = scores.sigmoid().flatten(1).topk(count)
+        labels, index = index % head.num_classes, index // head.num_classes
+    else:
+        scores, labels = scores.softmax(-1)[..., :-1].max(-1)
+        scores, index = scores.topk(count)
+        labels = labels.gather(1, index)
+    height, width = size
+    limit = torch.stack([boxes.new_full((), x) for x in (width, height, width, height)])
+    boxes = bbox_cxcywh_to_xyxy(rows(boxes, index)) * limit
+    return torch.minimum(boxes.clamp(min=0), limit), scores, labels
+
+
+def _flatten(x: Tensor) -> Tensor:
+    """Return feature maps [N, D, H, W] by pixel, [N, H * W, D]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _padding(x: Tensor, size: Sequence[int], padded: Sequence[int]) -> Tensor:
+    """Return which pixels of feature maps are padding, [N, H_i, W_i], as nearest sampling does."""
+    outside = [
+        torch.arange(count) * full // count >= side
+        for count, side, full in zip(x.shape[2:], size, padded, strict=True)
+    ]
+    mask = outside[0][:, None] | outside[1]
+    return mask.expand(x.shape[0], -1, -1)
+
+
+def _centers(sizes: Sizes, ratios: Tensor) -> list[Tensor]:
+    """Return (x, y) of pixels by feature map, [N, P_i, 2], as a share of images without padding.
+
+    ``ratios`` [N, L, 2] are the shares of width and height that are no padding.
+    """
+    centers = []
+    for level, (height, width) in enumerate(sizes):
+        y, x = ((torch.arange(side) + 0.5) / side for side in (height, width))
+        center = torch.stack([x.expand(height, -1), y[:, None].expand(-1, width)], -1)
+        centers.append(center.flatten(0, 1) / ratios[:, None, level])
+    return centers
+
+
+def _propose(
+    model: nn.Module, memory: Tensor, mask: Tensor | None, centers: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return features [N, P, D] and logits of boxes [N, P, 4] by pixel, for the first stage."""
+    sides = [torch.full_like(x, 0.05 * 2**level) for level, x in enumerate(centers)]
+    boxes = torch.cat([torch.cat(centers, 1), torch.cat(sides, 1)], 2)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    if mask is not None:
+        valid = valid & ~mask[..., None]
+    memory = model.memory_trans_norm(model.memory_trans_fc(torch.where(valid, memory, 0.0)))
+    return memory, torch.where(valid, (boxes / (1 - boxes)).log(), torch.inf)
+
+
+class _Attention(nn.Module):
+    """mmcv's multi-scale deformable attention [N, Q, D], with sizes that are ints."""
+
+    def __init__(self, layer: MultiScaleDeformableAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        reference_points: Tensor,
+        spatial_shapes: Sizes,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        **_: object,
+    ) -> Tensor:
+        layer, identity = self.layer, query
+        query = query if query_pos is None else query + query_pos
+        value = layer.value_proj(value)
+        if key_padding_mask is not None:
+            value = value.masked_fill(key_padding_mask[..., None], 0.0)
+        shape = (layer.num_heads, layer.num_levels, layer.num_points)
+        weights = layer.attention_weights(query).unflatten(2, (layer.num_heads, -1)).softmax(-1)
+        offsets = layer.sampling_offsets(query).unflatten(2, (*shape, 2))
+        points = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
+        if reference_points.shape[-1] == 2:
+            sides = torch.stack([query.new_full((), x) for size in spatial_shapes for x in size])
+            offsets = offsets / sides.view(-1, 1, 2).flip(-1)
+        else:
+            offsets = offsets * points[..., 2:] * (0.5 / layer.num_points)
+        sampled = multi_scale_deformable_attn_pytorch(
+            value.unflatten(2, (layer.num_heads, -1)),
+            spatial_shapes,
+            points[..., :2] + offsets,
+            weights.unflatten(3, shape[1:]),
+        )
+        return layer.output_proj(sampled) + identity
