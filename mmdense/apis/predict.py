@@ -30,6 +30,7 @@ from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
 from mmdense.errors import UserError, one_line
+from mmdense.export.metadata import test_dataset
 from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.runtime.images import ImageSource, check_pixels
 from mmdense.runtime.results import BasePredictor
@@ -107,9 +108,7 @@ class Predictor(BasePredictor):
         self.classes = tuple(category['name'] for category in self.categories)
 
     def _predict(self, read: Sequence[dict[str, Any]]) -> list[BaseDataElement]:
-        return [self._predict_one(results) for results in read]
-
-    def _predict_one(self, results: dict[str, Any]) -> BaseDataElement:
+        (results,) = read
         name = results['img_path'] or 'the image'
         with DefaultScope.overwrite_default_scope(self._scope), torch.no_grad():
             try:
@@ -122,7 +121,7 @@ class Predictor(BasePredictor):
                 raise UserError(f'{name}: {error}') from error
         if not self.segments and 'pred_instances' not in sample:
             raise UserError(f'{type(self.model).__name__} predicts no boxes')
-        return sample
+        return [sample]
 
     def _read(self, image: ImageSource) -> dict[str, Any]:
         """Return what the config's LoadImageFromFile puts into the pipeline."""
@@ -217,9 +216,7 @@ def _build_pipeline(cfg: Config, name: str) -> tuple[ConfigDict, LoadImageFromFi
     """Return the test data set's config, and its pipeline: the image loader, and the rest."""
     if not cfg.get('test_dataloader'):
         raise UserError(f'{name} has no test_dataloader, whose pipeline preprocesses images')
-    dataset = cfg.test_dataloader.dataset
-    while 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):  # wrappers
-        dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
+    dataset = test_dataset(cfg)
     transforms = list(dataset.get('pipeline') or [])
     loader = TRANSFORMS.build(transforms[0]) if transforms else None
     if not isinstance(loader, LoadImageFromFile):

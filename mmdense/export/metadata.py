@@ -14,8 +14,8 @@ from typing import Any
 from mmengine.config import Config, ConfigDict
 
 from mmdense.export.networks import Network
+from mmdense.runtime.session import SCHEMA
 
-SCHEMA = 1
 LIBRARIES = ('mmdense', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'onnx')
 PASSIVE = ('Load', 'Pack', 'Collect')  # transforms that leave the pixels alone, by their beginning
 

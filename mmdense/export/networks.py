@@ -259,7 +259,8 @@ class Segmentor(Network):
         if cfg.get('mode') == 'slide':
             slide = {name: list(_pair(cfg[name])) for name in ('crop_size', 'stride')}
         threshold = getattr(self.head, 'threshold', None)
-        return dict(threshold=threshold, slide=slide)
+        align = bool(self.model.align_corners)
+        return dict(threshold=threshold, slide=slide, align_corners=align)
 
 
 class Part(Network):

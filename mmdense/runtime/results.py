@@ -72,7 +72,7 @@ class BasePredictor:
         for start in range(0, len(images), self.batch):
             results = [_attempt(self._read, x) for x in images[start : start + self.batch]]
             read = [x for x in results if not isinstance(x, UserError)]
-            found = _attempt(self._predict, read)
+            found = _attempt(self._predict, read) if read else []
             if isinstance(found, UserError):  # of one of them
                 found = [_attempt(lambda x: self._predict([x])[0], x) for x in read]
             pairs = zip(read, found, strict=True)
