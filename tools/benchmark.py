@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         '--precision', choices=PRECISIONS, default='fp32', help='of inference (%(default)s)'
     )
+    sweep.add_argument(
+        '--onnx', action='store_true', help='export the models, and time the files as well'
+    )
     sweep.add_argument('--compile', action='store_true', help='compile backbones for inference')
     sweep.add_argument(
         '--memory-format',
@@ -210,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             batch=args.batch,
             precision=args.precision,
             compiled=args.compile,
+            onnx=args.onnx,
             channels_last=args.memory_format and args.memory_format == 'channels_last',
         )
         options = dict(conditions=conditions, pictures=args.pictures)

@@ -2,20 +2,29 @@
 
 The file takes RGB images [N, 3, H, W] from 0 to 255 and returns boxes, scores, labels and masks of
 detectors, or the segmentation of segmentors; channel order, normalization, padding and NMS are
-inside. Batch size, height and width are dynamic if torch can export that.
+inside. Batch size, height and width are dynamic if torch can export that. It is compared with the
+model's predictions on images of the test data, if there are some.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from mmengine.dataset import pseudo_collate
+from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from mmdense import cli
 from mmdense.apis.export import Exported, export_onnx
+from mmdense.benchmark.timing import inference_run, measure
 from mmdense.engine.runner import build_runner, load_weights, unwrap
 from mmdense.errors import UserError, warn
+from mmdense.export.check import check_file, find_images
 from mmdense.export.networks import PARTS
+from mmdense.export.onnx_model import OnnxModel
+from mmdense.visualization.logs import METRIC_NAMES, main_metrics
 
 WHAT = dict(backbone='backbone', neck='neck', model='raw')  # deprecated --what -> --part
 
@@ -58,6 +67,18 @@ def parser() -> argparse.ArgumentParser:
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the check, and of the input with --fixed (512 512)',
     )
+    parser.add_argument(
+        '--half', action='store_true', help='also write NAME-half.onnx, which computes in float16'
+    )
+    parser.add_argument(
+        '--int8',
+        type=int,
+        metavar='N',
+        help='also write NAME-int8.onnx, calibrated on N test images',
+    )
+    parser.add_argument(
+        '--rounds', type=int, default=20, help='timed runs with --half and --int8 (%(default)s)'
+    )
     for option in ('--deploy', '--normalize'):  # deprecated, always on
         parser.add_argument(option, action='store_true', help=argparse.SUPPRESS)
     parser.add_argument('--what', choices=WHAT, help=argparse.SUPPRESS)
@@ -78,12 +99,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(args, option):
             warn(f'--{option} is deprecated: it is the default')
     cfg.load_from = None
-    runner = build_runner(cfg, loaders=())
+    part = WHAT[args.what] if args.what else args.part
+    lower = args.half or args.int8 is not None
+    if lower and part not in (None, 'model'):
+        raise UserError(f'--half and --int8 are of complete models, not of --part {part}')
+    images = find_images(cfg, max(3, args.int8 or 0)) if lower else []
+    if args.int8 is not None and not 1 <= args.int8 <= len(images):
+        raise UserError(f'--int8 {args.int8}: the test data have {len(images)} images')
+    runner = build_runner(cfg, loaders=('test',) if images else ())
     checkpoint = load_weights(runner, args.checkpoint) if args.checkpoint else {}
     exported = export_onnx(
         unwrap(runner.model),
         args.out,
-        part=WHAT[args.what] if args.what else args.part,
+        part=part,
         config=cfg,
         meta=checkpoint.get('meta'),
         size=(height, width),
@@ -96,16 +124,72 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     table = Table('name', 'shape', 'largest difference')
     for name, shape in exported.shapes.items():
-        differences = [check[name] for check in exported.checks.values() if name in check]
-        table.add_row(
-            name, ' x '.join(map(str, shape)), f'{max(differences):.1e}' if differences else ''
-        )
+        value = exported.differences.get(name)
+        table.add_row(name, ' x '.join(map(str, shape)), '' if value is None else f'{value:.1e}')
     console = Console()
     console.print(table)
     if not args.checkpoint:
         console.print('weights: random, for measurements only; pass a CHECKPOINT to use the model')
+    options = dict(soft_wrap=True, markup=False, highlight=False, emoji=False)
     for line in describe(exported):
-        console.print(line, soft_wrap=True, markup=False, highlight=False, emoji=False)
+        console.print(line, **options)
+    if lower:
+        files = dict(float32=exported.file)
+        for name, wanted in (('half', args.half), ('int8', args.int8)):
+            if wanted:
+                file = files[name] = exported.file.with_stem(f'{exported.file.stem}-{name}')
+                found = convert(exported, file, images, args.int8 if name == 'int8' else None)
+                console.print(f'{file}: {describe_differences(found)}', **options)
+        console.print(compare(files, runner, args.rounds if images else 0))
+
+
+def convert(
+    exported: Exported, file: Path, images: Sequence[Tensor], int8: int | None
+) -> Mapping[str, float]:
+    """Write a file of lower precision, and return its differences from the model."""
+    from mmdense.export.quantize import to_half, to_int8  # imports onnx
+
+    if int8:
+        to_int8(exported.file, file, images[:int8])
+    else:
+        to_half(exported.file, file)
+    try:
+        return check_file(file, exported.network, exported.batches, images)
+    except UserError as error:
+        file.unlink()
+        raise UserError(f'{file} was not written: {error}') from error
+
+
+def compare(files: dict[str, Path], runner: Runner, rounds: int) -> Table:
+    """Return a table of the files' sizes, metrics and times; without rounds, of their sizes."""
+    cli.silence_libraries()
+    models = {name: OnnxModel(file) for name, file in files.items()}
+    metrics, times = {}, {}
+    if rounds:
+        for name, model in models.items():
+            runner.model = model
+            metrics[name] = {METRIC_NAMES.get(k, k): v for k, v in runner.test().items()}
+        data = runner.test_dataloader.dataset
+        batches = [pseudo_collate([data[i]]) for i in range(min(rounds, len(data)))]
+        runs = {
+            name: inference_run(model, lambda number: batches[number % len(batches)])
+            for name, model in models.items()
+        }
+        times = measure(runs, rounds=rounds, device='cpu')
+    columns = main_metrics(metrics.get('float32', {}))
+    table = Table('', 'MB', *columns, *(['ms an image', 'speed (fastest: 1)'] if rounds else []))
+    for name, file in files.items():
+        cells = [f'{file.stat().st_size / 1e6:.1f}']
+        cells += [f'{metrics[name][column]:.3f}' for column in columns]
+        if rounds:
+            cells += [f'{1e3 * times[name]["p50"]:.1f}', f'{times[name]["ratio"]:.2f}']
+        table.add_row(name, *cells)
+    return table
+
+
+def describe_differences(differences: Mapping[str, float]) -> str:
+    values = (f'{name} {value:.1g}' for name, value in differences.items())
+    return f'largest differences from the model: {", ".join(values)}'
 
 
 def describe(exported: Exported) -> list[str]:
@@ -129,6 +213,9 @@ def describe(exported: Exported) -> list[str]:
             f'detections: score above {settings["score_thr"]:g}, NMS at IoU '
             f'{settings["nms_iou"]:g}, at most {settings["max_per_img"]} an image'
         )
+    differences = describe_differences(exported.differences)
+    batches = ', '.join(' x '.join(map(str, batch)) for batch in exported.batches)
+    lines.append(f'{differences}, on batches of {batches}')
     size = f'{exported.bytes / 1e6:.1f} MB'
     return [*lines, f'{exported.file}: {metadata["part"]}, opset {exported.opset}, {size}']
 

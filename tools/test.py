@@ -1,4 +1,4 @@
-"""Test a trained detector or segmentor."""
+"""Test a trained detector or segmentor, or its exported file."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from mmdense.config import edit
 from mmdense.datasets.files import check_trained_labels
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.engine.runner import build_runner, load_weights, unwrap
+from mmdense.errors import UserError
+from mmdense.export.onnx_model import OnnxModel
 from mmdense.visualization.logs import is_empty
 
 
@@ -22,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.config_parser(
         __doc__, 'tools/test.py CONFIG CHECKPOINT --deploy --show-dir pictures'
     )
-    parser.add_argument('checkpoint', help='checkpoint file or URL')
+    parser.add_argument('checkpoint', help='checkpoint file or URL, or .onnx file')
     cli.add_min_loaded(parser, of="model's")
     parser.add_argument(
         '--tta', action='store_true', help="test-time augmentation, the config's tta_pipeline"
@@ -42,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args, cfg = cli.parse_config(parser(), argv)
+    exported = args.checkpoint.endswith('.onnx')
+    if exported and (args.tta or args.deploy):
+        raise UserError(f'{args.checkpoint} runs as it is: leave out --tta and --deploy')
     if args.tta:
         edit.use_tta(cfg)
     if args.out:
@@ -50,8 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         edit.use_show_dir(cfg, args.show_dir)
     cfg.load_from = None
     runner = build_runner(cfg, loaders=('test',), min_loaded=args.min_loaded)
-    checkpoint = load_weights(runner, args.checkpoint)
-    check_trained_labels(cfg, checkpoint.get('meta') or {})
+    if exported:
+        runner.model = OnnxModel(args.checkpoint)
+        meta = dict(dataset_meta=runner.model.session.metadata)  # has the classes
+    else:
+        meta = load_weights(runner, args.checkpoint).get('meta') or {}
+    check_trained_labels(cfg, meta)
     if args.deploy:
         deploy(unwrap(runner.model))
     with explain_out_of_memory(cfg, 'test'):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,11 +17,11 @@ from mmengine.config import Config
 from torch import nn
 
 from mmdense.apis.classes import class_names, coco_categories, num_classes_of
-from mmdense.apis.deployment import TOLERANCE, relative_difference
 from mmdense.errors import UserError, one_line
+from mmdense.export.check import check_file, find_images
 from mmdense.export.graph import AXES, write_graph
 from mmdense.export.metadata import build_metadata, test_dataset
-from mmdense.export.networks import Detector, Network, Part, build_network
+from mmdense.export.networks import Detector, Network, Part, Preprocessing, build_network
 from mmdense.files import check_writable
 from mmdense.models.deploy import deploy as deploy_backbone
 
@@ -37,15 +38,11 @@ class Exported:
     opset: int  # version of the ONNX operators
     shapes: Mapping[str, tuple[int | str, ...]]  # of ``images`` and outputs; dynamic axes are names
     fixed: str  # why axes are fixed that were to be dynamic; '' if none is
-    # (N, H, W) of each batch -> output -> largest difference from the model, as a share of the
-    # output's largest value.
-    checks: Mapping[tuple[int, int, int], Mapping[str, float]]
+    batches: Sequence[tuple[int, int, int]]  # N, H, W of those that were compared with the model
+    differences: Mapping[str, float]  # from the model, the largest by output
+    network: Network  # the model, with preprocessing, before deployment
     metadata: Mapping[str, Any]  # see mmdense.export.metadata
     unread: str  # what the file doesn't say about resizing images, and why; '' if it says all
-
-
-class _ExportError(Exception):
-    """The model cannot be exported with these dynamic axes, or the file differs from it."""
 
 
 def export_onnx(
@@ -70,8 +67,8 @@ def export_onnx(
     Batch size, height and width are dynamic if torch can export that; otherwise the batch size is,
     or nothing. :mod:`.metadata` describes what the file says about itself.
 
-    onnxruntime then runs the file on several batches. If an output differs from the model's, no
-    file is written.
+    onnxruntime then runs the file on several batches of the config's validation images, if there
+    are some. If its outputs differ from the model's predictions, no file is written.
 
     Args:
         model: A detector, segmentor or backbone with its weights; it is not modified.
@@ -127,17 +124,19 @@ def export_onnx(
         for axes in DYNAMIC_AXES[-1:] if fixed else DYNAMIC_AXES:
             try:
                 shapes, opset = _write(network, draft, size, axes, metadata)
-                checks = _check(draft, expected, size, axes, dtype)
+                batches, differences = _check(draft, expected, axes, size, config)
                 break
-            except _ExportError as error:
+            except UserError as error:
                 if not axes:
                     raise UserError(f'{file} was not written: {error}') from error
                 reason = reason or str(error)
-        written = list(Path(folder).iterdir())  # the draft, and external weights
+        written = list(Path(folder).glob(f'{file.name}*'))  # the draft, and external weights
         total = sum(path.stat().st_size for path in written)
         for path in written:
             path.replace(file.parent / path.name)
-    return Exported(file, total, opset, shapes, reason, checks, metadata, unread)
+    return Exported(
+        file, total, opset, shapes, reason, batches, differences, expected, metadata, unread
+    )
 
 
 def _names(model: nn.Module, config: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,46 +172,21 @@ def _write(
         return write_graph(network, images, file, network.names, axes, metadata)
     except Exception as error:  # torch and onnxscript raise many; the cause says most
         reason = one_line(error.__cause__ or error)
-        raise _ExportError(f'torch cannot export it ({reason})') from error
+        raise UserError(f'torch cannot export it ({reason})') from error
 
 
 def _check(
-    file: Path, expected: Network, size: tuple[int, int], axes: Mapping[int, str], dtype: str
-) -> dict[tuple[int, int, int], dict[str, float]]:
-    """Compare a file's outputs with a network's on batches of random images."""
-    import onnxruntime
-
-    height, width = size
+    file: Path, network: Network, axes: Mapping[int, str], size: tuple[int, int], config: Any
+) -> tuple[list[tuple[int, int, int]], dict[str, float]]:
+    """Compare a file with its network on several batches, and return them."""
+    divisor = network.preprocess.divisor
+    pads = network.part != 'model' or Preprocessing(network.model).divisor == divisor
+    height, width = size if pads else (math.ceil(side / divisor) * divisor for side in size)
     batches = [(1, height, width)]
     if 0 in axes:
         batches.append((3, height, width))
     if 2 in axes:
-        batches += [(1, height + 32, width + 64), (1, height + 1, width + 31)]
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = torch.get_num_threads()
-    images = [expected.random_images(*batch, getattr(torch, dtype)) for batch in batches]
-    try:
-        session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-        outputs = [session.run(list(expected.names), dict(images=x.numpy())) for x in images]
-    except Exception as error:  # onnxruntime has a dozen classes of errors
-        raise _ExportError(f'onnxruntime cannot run it ({one_line(error)})') from error
-    checks = {}
-    for batch, x, arrays in zip(batches, images, outputs, strict=True):
-        text = f'images of {" x ".join(map(str, batch))}'
-        checks[batch] = {}
-        with torch.no_grad():
-            results = expected(x)
-        for name, a, b in zip(expected.names, arrays, results, strict=True):
-            if a.shape != tuple(b.shape):
-                raise _ExportError(f'{name} is {a.shape} for {text}, must be {tuple(b.shape)}')
-            if name in ('boxes', 'labels', 'masks', 'segmentation'):
-                continue  # their order and values depend on ties
-            difference = relative_difference(torch.from_numpy(a), b)
-            checks[batch][name] = difference
-            if not difference <= TOLERANCE:  # NaN too
-                raise _ExportError(
-                    f'{name} differs from the model by {difference:.1e} of its largest value '
-                    f'for {text} (allowed: {TOLERANCE:.0e})'
-                )
-    return checks
+        step = math.lcm(32, divisor)
+        odd = (1, height + 1, width + 31)  # where the model pads itself
+        batches += [(2, height + step, width + 2 * step), *([odd] if pads else [])]
+    return batches, check_file(file, network, batches, find_images(config))

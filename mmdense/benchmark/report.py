@@ -56,9 +56,8 @@ PARTS = (
     ('macs', 'macs_g', 'MACs', 'G', 1e9, 'min'),
     ('activations', 'activations_m', 'activations', 'M', 1e6, 'min'),
 )
-GROUPS = dict(
-    deployed='Inference, deployed', trained='Inference, as trained', train='Training step'
-)
+GROUPS = dict(deployed='Inference, deployed', onnx='Inference, ONNX')
+GROUPS |= dict(trained='Inference, as trained', train='Training step')
 ONLY_IN_CSV = {'train_p95_ms', 'train_speed', 'activations_m'}
 PREFIXES = {group: f'{group.lower()}, ' for group in GROUPS.values()} | {'Training': 'training '}
 
@@ -163,7 +162,9 @@ class Report:
         shared = [form for form in FORMS if form in set.intersection(*forms)]
         self.form = (shared or [form for form in FORMS if form in set.union(*forms)])[0]
         hidden = ONLY_IN_CSV | {
-            f'{form}_{slug}' for form in FORMS for _, slug, *_ in COSTS[1:] if form != self.form
+            f'{form}_{slug}'
+            for form in {*GROUPS} - {self.form, 'train'}
+            for _, slug, *_ in COSTS[1:]
         }
         chosen = results['columns'] or [
             column.name

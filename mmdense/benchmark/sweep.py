@@ -32,6 +32,7 @@ from mmengine.utils import get_git_hash
 from PIL import Image
 from torch import nn
 
+from mmdense.apis.export import export_onnx
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
 from mmdense.benchmark.report import GROUPS, VERSION, write_report
@@ -49,6 +50,7 @@ from mmdense.config.image_size import training_size
 from mmdense.config.read import load_config
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, one_line
+from mmdense.export.onnx_model import OnnxModel
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
@@ -258,6 +260,11 @@ class Sweep:
                 row.update(parts=_parts(predictor.model, self.size), infer={})
                 make = dict(trained=lambda model, _: model, deployed=deployed_copy)
                 models = {form: make[form](predictor.model, self.size) for form in conditions.forms}
+                if conditions.onnx:
+                    progress(f'exporting {name}')
+                    file = self.folder / f'onnx/{_slug(name)}.onnx'
+                    export_onnx(predictor.model, file, config=self.configs[name])
+                    models['onnx'] = OnnxModel(file, provider=conditions.device)
                 step = training_run(self.configs[name], batch)
                 paths = [sample.img_path for sample in samples]
                 predictions = [predictor(path)[0] for path in paths]
@@ -275,10 +282,10 @@ class Sweep:
                 for number in (1, conditions.batch):
                     batch_of = partial(_batch, items, number)
                     run = inference_run(model, batch_of, number, conditions.precision)
-                    runs[form, number][name] = run
+                    runs['deployed' if form == 'onnx' else form, number][f'{form} {name}'] = run
             if channels_last:
                 step.model.to(memory_format=torch.channels_last)
-            runs['train', 1][name] = step
+            runs['train', 1][f'train {name}'] = step
             if not truth and {'gt_sem_seg', 'gt_instances'} & {*items[0]['data_samples'].keys()}:
                 pictures = [predictor.draw(s.img_path, s, truth=True) for s in samples]
                 truth = self._save(pictures, 'truth')
@@ -290,16 +297,17 @@ class Sweep:
                 device=conditions.device,
                 progress=lambda text, title=title: progress(f'{title}: {text}'),
             )
-            for name, values in figures.items():
+            for key, values in figures.items():
+                form, _, name = key.partition(' ')
                 row = rows[name]
                 if 'error' in values:
                     row['error'] = f'{title} not measured: {values["error"]}'
-                elif kind == 'train':
+                elif form == 'train':
                     row['train'] = values
                 elif number == 1:
-                    row['infer'][kind] = conditions.record(kind) | values
-                elif kind in row['infer']:
-                    row['infer'][kind]['throughput'] = values.get('throughput')
+                    row['infer'][form] = values | conditions.record(form)
+                elif form in row['infer']:
+                    row['infer'][form]['throughput'] = values.get('throughput')
         measured = dict(asdict(conditions), size=self.size, train_batch=train_batch)
         measured['test_size'] = [*items[0]['inputs'].shape[-2:]]
         data_sets = dict(train=_describe(train_set), test=_describe(test_set))

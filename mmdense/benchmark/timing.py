@@ -60,6 +60,7 @@ class Conditions:
     precision: str = 'fp32'  # a key of PRECISIONS; training steps have that of their config
     compiled: bool = False  # the backbones, by torch.compile
     channels_last: bool | None = None  # weights of the trained form; None as in training
+    onnx: bool = False  # exported files too, in the rounds of the deployed form
 
     def prepare(self, model: nn.Module, form: str) -> None:
         """Convert and compile a model in one of the forms, in place."""
@@ -67,11 +68,13 @@ class Conditions:
             model.to(PRECISIONS[self.precision])
         if self.channels_last and form == 'trained':
             model.to(memory_format=torch.channels_last)
-        if self.compiled:
+        if self.compiled and form != 'onnx':
             model.backbone.compile()
 
     def record(self, form: str) -> dict[str, Any]:
         """Return what a row records of the conditions."""
+        if form == 'onnx':
+            return dict(batch=self.batch, precision='fp32', compiled=False, memory=None)
         layout = ('contiguous', 'channels_last')[bool(self.channels_last)]
         return dict(
             batch=self.batch,
@@ -114,7 +117,7 @@ def inference_run(
 
     @torch.no_grad()
     def run(batch: dict[str, list]) -> Any:
-        device = next(model.parameters()).device.type
+        device = next((p.device.type for p in model.parameters()), 'cpu')  # files have none
         with torch.autocast(device, dtype, enabled=dtype is not None):
             return model.test_step(batch)
 

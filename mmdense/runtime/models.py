@@ -64,10 +64,10 @@ class OnnxPredictor(BasePredictor):
             groups.setdefault(image.shape, []).append(i)
         for members in groups.values():
             images = np.stack([self._pad(inputs[i]) for i in members]).transpose(0, 3, 1, 2)
-            outputs = self._run(images)
+            outputs = self.run(images)
             for n, i in enumerate(members):
                 output = {name: values[n] for name, values in outputs.items()}
-                results[i] = self._finish(output, inputs[i].shape[:2], read[i].shape[:2])
+                results[i] = self.finish(output, inputs[i].shape[:2], read[i].shape[:2])
         return [results[i] for i in range(len(read))]
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
@@ -84,10 +84,10 @@ class OnnxPredictor(BasePredictor):
         sides = np.subtract(rule['size'][::-1], image.shape[:2]).clip(0)
         return np.pad(image, [(0, n) for n in (*sides, 0)], constant_values=round(rule['value']))
 
-    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         return self.session.run(images)
 
-    def _finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
+    def finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
         """Return the prediction in the original size from an image's outputs in the resized one."""
         raise NotImplementedError
 
@@ -97,7 +97,7 @@ class Detector(OnnxPredictor):
 
     tasks, segments = ('detection', 'instance segmentation'), False
 
-    def _finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
+    def finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
         found = {name: values[output['scores'] > 0] for name, values in output.items()}
         boxes = found.pop('boxes') / np.float32(np.divide(size, original)[[1, 0, 1, 0]])
         if 'masks' in found:
@@ -111,7 +111,7 @@ class Segmentor(OnnxPredictor):
 
     tasks, segments = ('semantic segmentation',), True
 
-    def _run(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def run(self, images: np.ndarray) -> dict[str, np.ndarray]:
         slide = self.settings.get('slide')
         if not slide:
             return self.session.run(images, ['logits'])
@@ -129,7 +129,7 @@ class Segmentor(OnnxPredictor):
             count[window] += 1
         return dict(logits=total / count)
 
-    def _finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
+    def finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
         logits = output['logits'][:, : size[0], : size[1]]  # without padding
         align = [self.settings.get('align_corners', False)] * 2
         y, x = map(positions, size, original, align)
