@@ -86,13 +86,14 @@ def export_onnx(
         max_per_img: Most boxes of an image, instead of ``test_cfg.max_per_img``.
 
     Raises:
-        UserError: if packages are missing, torch is older than 2.5, the file cannot be written, the
+        UserError: if packages are missing, torch is older than 2.6, the file cannot be written, the
             model does not have the part, it cannot be exported, or the outputs differ.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:
         raise UserError(f'ONNX export needs more packages: pip install {" ".join(missing)}')
-    if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters:  # before 2.5
+    parameters = inspect.signature(torch.onnx.export).parameters
+    if 'custom_translation_table' not in parameters:  # before 2.6
         raise UserError(
             f'torch {torch.__version__} is too old for ONNX: pip install -U torch torchvision'
         )

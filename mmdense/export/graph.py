@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ def write_graph(
         images: Example of the input [N, C, H, W]; H and W differ where they are dynamic.
         names: Names of the outputs.
         axes: Dynamic axes of the input, with their names.
-        metadata: What :func:`.read_metadata` returns later.
+        metadata: JSON for the file's metadata, under ``mmdense``.
 
     Returns:
         The shapes of the input and outputs, whose dynamic axes are names, and the opset.
@@ -42,11 +41,12 @@ def write_graph(
         stack.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.CRITICAL)  # the exporter either works or raises an error
         warnings.simplefilter('ignore')
-        # mmdet's coders would import what mmdet 2 had for export.
-        stack.enter_context(mock.patch('torch.onnx.is_in_onnx_export', return_value=False))
+        dynamic = (dict.fromkeys(axes, torch.export.Dim.DYNAMIC),) if axes else None
+        # First, as inside torch.onnx.export mmdet's coders would import what mmdet 2 had for it.
+        traced = torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
+        _make_functional(traced)
         program = torch.onnx.export(
-            network,
-            (images,),
+            traced,
             input_names=['images'],
             output_names=list(names),
             dynamic_shapes=(axes,) if axes else None,
@@ -73,3 +73,23 @@ def write_graph(
     program.model.metadata_props['mmdense'] = json.dumps(metadata)
     program.save(file, external_data=False)
     return shapes, program.model.opset_imports['']
+
+
+def _make_functional(program: torch.export.ExportedProgram) -> None:
+    """Replace operators in place where nothing else reads what they overwrite.
+
+    torch.onnx decomposes activations in place, which takes minutes for CondenseNetV2.
+    """
+    for module in program.graph_module.modules():  # autocast regions are modules of their own
+        for node in getattr(module, 'graph', torch.fx.Graph()).nodes:
+            schema = getattr(node.target, '_schema', None)
+            name = schema.name.removeprefix('aten::') if schema else ''
+            if not name.endswith('_') or [*node.args[0].users] != [node]:
+                continue
+            made = getattr(node.args[0].target, '_schema', None)
+            fresh = made and not any(x.alias_info for x in made.returns)
+            operator = getattr(torch.ops.aten, name[:-1], None)
+            if fresh and 'dropout' not in made.name and operator:  # dropout may return its input
+                node.target = getattr(operator, schema.overload_name or 'default')
+        if isinstance(module, torch.fx.GraphModule):
+            module.recompile()
