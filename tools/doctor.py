@@ -150,6 +150,16 @@ def check_requirements() -> Iterator[Finding]:
             # Other packages often accept less than what works: their import decides.
             level = 'error' if pair or owner == 'mmdense' else 'warning'
             yield Finding('requirements', level, line, fix)
+    # pip check leaves out extras.
+    pattern = r'(torch|timm)>=([\d.]+); extra == "mm"'
+    lines = metadata.requires('mmdense') if installed(['mmdense']) else None
+    for name, least in re.findall(pattern, '\n'.join(lines or ())):
+        version = installed([name]).get(name, least)
+        have, need = ([*map(int, re.findall(r'\d+', v)[:3])] for v in (version, least))
+        if have < need:
+            message = f'mmdense requires {name}>={least}, but {version} is installed'
+            fix = f'{PIP} install {shlex.quote(f"{name}>={least}")}'
+            yield Finding('requirements', 'error', message, fix)
 
 
 # Probes: steps in a child process, which may crash
