@@ -26,8 +26,7 @@ class OnnxPredictor(BasePredictor):
 
     Args:
         file: The .onnx file, or a session with it.
-        provider: 'cpu', 'cuda' or 'openvino'.
-        threads: Threads of one operator on the CPU; by default as many as there are cores.
+        provider, threads: As in :class:`.Session`.
         batch: Images that are read together; those of one size run as one batch.
 
     Raises:

@@ -149,12 +149,9 @@ def _segments(arrays: Prediction) -> Prediction:
     """Return the classes of a segmentation as instances."""
     labels = np.unique(arrays['label_map'])
     masks = labels[:, None, None] == arrays['label_map']
-    boxes = []
-    for mask in masks:
-        rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
-        boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
+    boxes = np.array([Image.fromarray(mask).getbbox() for mask in masks])
     scores = np.array([arrays['probabilities'][mask].mean() for mask in masks])
-    return dict(bboxes=np.array(boxes), labels=labels, scores=scores, masks=masks)
+    return dict(bboxes=boxes, labels=labels, scores=scores, masks=masks)
 
 
 def save_predictions(

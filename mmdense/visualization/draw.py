@@ -47,11 +47,10 @@ def draw_instances(
     order = range(len(labels)) if scores is None else np.argsort(scores, kind='stable')
     for i in order if 'masks' in instances else ():
         mask, colour = instances['masks'][i].astype(bool), palette[labels[i]]
-        rows, columns = (mask.any(axis).nonzero()[0] for axis in (1, 0))
-        if len(rows):
-            part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            view = image[part]
-            inside = mask = mask[part]
+        if box := Image.fromarray(mask).getbbox():
+            part = np.s_[box[1] : box[3], box[0] : box[2]]
+            view, mask = image[part], mask[part]
+            inside = mask
             view[mask] = view[mask] * (1 - MASK_ALPHA) + np.array(colour) * MASK_ALPHA
             for _ in range(width):
                 inside = _erode(inside)
