@@ -1,4 +1,4 @@
-"""Non-maximum suppression and overlaps of boxes [N, 4] as (x1, y1, x2, y2)."""
+"""Non-maximum suppression of boxes [N, 4] as (x1, y1, x2, y2)."""
 
 import numpy as np
 import torch
@@ -83,25 +83,10 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     return groups
 
 
-def bbox_overlaps(
-    bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
-) -> None:
-    """Write IoU (``mode`` 0) or intersection over the first box (1) to ``ious`` [M, N] or [M]."""
-    first, second = widen(bboxes1, bboxes2)
-    first = first if aligned else first[:, None]
-    ious.copy_(_overlaps(first, second, offset, over_first=mode == 1))
-
-
-def _overlaps(first: Tensor, second: Tensor, offset: int = 0, over_first: bool = False) -> Tensor:
-    """Return the overlap of boxes [..., 4]; leading dimensions broadcast."""
-
-    def sides(low: Tensor, high: Tensor) -> Tensor:
-        return high - low + offset
-
+def _overlaps(first: Tensor, second: Tensor) -> Tensor:
+    """Return the IoU of boxes [..., 4]; leading dimensions broadcast."""
     low = torch.maximum(first[..., :2], second[..., :2])
     high = torch.minimum(first[..., 2:], second[..., 2:])
-    inter = sides(low, high).clamp(min=0).prod(-1)
-    base = sides(first[..., :2], first[..., 2:]).prod(-1)
-    if not over_first:
-        base = base + sides(second[..., :2], second[..., 2:]).prod(-1) - inter
-    return inter / base
+    inter = (high - low).clamp(min=0).prod(-1)
+    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
+    return inter / (areas[0] + areas[1] - inter)

@@ -12,7 +12,7 @@ if not hasattr(torch.ops.torchvision, 'nms'):
         f'{torch.__version__}: install the torchvision that matches this torch'
     )
 
-from mmdense.ops import _attention, _boxes, _deform, _focal, _norm, _roi, _window
+from mmdense.ops import _attention, _boxes, _common, _deform, _focal, _norm, _roi, _window
 
 # The operators are the public functions of these modules. They write to given tensors, so none is
 # differentiated: mmcv calls the backward ones.
@@ -37,12 +37,7 @@ def __getattr__(name: str):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
     def missing(*args, **kwargs):
-        raise NotImplementedError(
-            f'mmdense.ops does not provide the mmcv operator {name!r}. Install mmcv with its '
-            'compiled extension, which mmdense then uses: '
-            'MMCV_WITH_OPS=1 pip install --no-build-isolation --no-binary onedl-mmcv onedl-mmcv '
-            '(with a C++ compiler and torch < 2.14)'
-        )
+        raise _common.not_provided(repr(name))
 
     missing.__name__ = name
     return missing

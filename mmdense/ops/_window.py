@@ -12,49 +12,6 @@ from mmdense.ops._common import widen
 # pixel's mask [N, G * K * K, S * H, S * W]. G: channel groups with a mask each; S: scale factor.
 
 
-def carafe_naive_forward(
-    features: Tensor,
-    masks: Tensor,
-    output: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> None:
-    """Write ``output`` [N, C, S * H, S * W]."""
-    wide, masks = widen(features, masks)
-    total = wide.new_zeros(_split(output, group_size, scale_factor).shape)
-    for window, mask in _taps(wide, masks, kernel_size, group_size, scale_factor):
-        total.addcmul_(window, mask)
-    output.copy_(total.reshape(output.shape))
-
-
-def carafe_naive_backward(
-    top_grad: Tensor,
-    features: Tensor,
-    masks: Tensor,
-    bottom_grad: Tensor,
-    mask_grad: Tensor,
-    kernel_size: int,
-    group_size: int,
-    scale_factor: int,
-) -> None:
-    """Write the gradients of features and masks."""
-    grad, wide, wide_masks = widen(top_grad, features, masks)
-    grad = _split(grad, group_size, scale_factor)
-    pad = kernel_size // 2
-    padded = F.pad(torch.zeros_like(wide), [pad] * 4)
-    height, width = features.shape[2:]
-    mask_parts = []
-    taps = _taps(wide, wide_masks, kernel_size, group_size, scale_factor)
-    for tap, (window, mask) in enumerate(taps):
-        y, x = divmod(tap, kernel_size)
-        part = (grad * mask).sum((4, 6)).flatten(1, 2)
-        padded[:, :, y : y + height, x : x + width] += part
-        mask_parts.append((grad * window).sum(2))
-    bottom_grad.copy_(padded[:, :, pad : pad + height, pad : pad + width])
-    mask_grad.copy_(torch.stack(mask_parts, 2).reshape(masks.shape))
-
-
 def carafe_forward(
     features: Tensor,
     masks: Tensor,
@@ -62,11 +19,17 @@ def carafe_forward(
     routput: Tensor,
     rmasks: Tensor,
     output: Tensor,
-    **sizes: int,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
 ) -> None:
-    """Write ``output``, and the features to ``rfeatures``, for the backward."""
+    """Write ``output`` [N, C, S * H, S * W], and for the backward the features to ``rfeatures``."""
     rfeatures.copy_(features)
-    carafe_naive_forward(features, masks, output, **sizes)
+    wide, masks = widen(features, masks)
+    total = wide.new_zeros(_split(output, group_size, scale_factor).shape)
+    for window, mask in _taps(wide, masks, kernel_size, group_size, scale_factor):
+        total.addcmul_(window, mask)
+    output.copy_(total.reshape(output.shape))
 
 
 def carafe_backward(
@@ -79,10 +42,25 @@ def carafe_backward(
     rmask_grad: Tensor,
     bottom_grad: Tensor,
     mask_grad: Tensor,
-    **sizes: int,
+    kernel_size: int,
+    group_size: int,
+    scale_factor: int,
 ) -> None:
     """Write the gradients of features and masks."""
-    carafe_naive_backward(top_grad, rfeatures, masks, bottom_grad, mask_grad, **sizes)
+    grad, wide, wide_masks = widen(top_grad, rfeatures, masks)
+    grad = _split(grad, group_size, scale_factor)
+    pad = kernel_size // 2
+    padded = F.pad(torch.zeros_like(wide), [pad] * 4)
+    height, width = rfeatures.shape[2:]
+    mask_parts = []
+    taps = _taps(wide, wide_masks, kernel_size, group_size, scale_factor)
+    for tap, (window, mask) in enumerate(taps):
+        y, x = divmod(tap, kernel_size)
+        part = (grad * mask).sum((4, 6)).flatten(1, 2)
+        padded[:, :, y : y + height, x : x + width] += part
+        mask_parts.append((grad * window).sum(2))
+    bottom_grad.copy_(padded[:, :, pad : pad + height, pad : pad + width])
+    mask_grad.copy_(torch.stack(mask_parts, 2).reshape(masks.shape))
 
 
 def _split(map_: Tensor, groups: int, scale: int) -> Tensor:

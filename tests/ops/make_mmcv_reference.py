@@ -78,23 +78,14 @@ def nms_match(rng: np.random.RandomState, grid: bool) -> Arrays:
     return {'members': torch.cat(groups).numpy(), 'sizes': np.array([len(g) for g in groups])}
 
 
-def bbox_overlaps(rng: np.random.RandomState, mode: str, aligned: bool, offset: int) -> Arrays:
-    from mmcv.ops import bbox_overlaps
-
-    first, second = boxes(rng, 12)[0], boxes(rng, 12)[0]
-    return {'ious': bbox_overlaps(first, second, mode, aligned, offset).numpy()}
-
-
-def roi_align(
-    rng: np.random.RandomState, pool_mode: str, sampling_ratio: int, aligned: bool
-) -> Arrays:
+def roi_align(rng: np.random.RandomState, sampling_ratio: int, aligned: bool) -> Arrays:
     from mmcv.ops import roi_align
 
     # Some reach over the edges of the 10 x 12 maps (40 x 48 pixels), or far beyond them.
     rois = boxes(rng, 5)[0] * torch.tensor([1.8, 1.5, 1.2, 1.1]) - 5
     rois[:, 2:] = torch.maximum(rois[:, 2:], rois[:, :2] + 0.5)
     rois = torch.cat((torch.from_numpy(rng.randint(0, 2, (5, 1))).float(), rois), 1)
-    options = rois, (2, 3), 0.25, sampling_ratio, pool_mode, aligned
+    options = rois, (2, 3), 0.25, sampling_ratio, 'avg', aligned
     maps = normal(rng, 2, 3, 10, 12)
     return with_grads(rng, lambda input: roi_align(input, *options), input=maps)
 
@@ -198,8 +189,7 @@ def cases() -> Iterator[tuple[str, Case]]:
         (nms, dict(offset=(0, 1), grid=booleans, threshold=(0.3, 0.6))),
         (soft_nms, dict(method=('naive', 'linear', 'gaussian'), offset=(0, 1), ties=booleans)),
         (nms_match, dict(grid=booleans)),
-        (bbox_overlaps, dict(mode=('iou', 'iof'), aligned=booleans, offset=(0, 1))),
-        (roi_align, dict(pool_mode=('avg', 'max'), sampling_ratio=(0, 2), aligned=booleans)),
+        (roi_align, dict(sampling_ratio=(0, 2), aligned=booleans)),
         (deform_conv2d, dict(stride=(1, 2), dilation=(1, 2), both_groups=pairs)),
         (
             modulated_deform_conv2d,

@@ -29,13 +29,12 @@ def compare(value, bound, exact, strict=True):
 # Boxes: lists of (x1, y1, x2, y2).
 
 
-def overlap(a, b, offset=0, over_first=False):
-    """Intersection over union or over the first box. Two boxes without area don't overlap."""
+def overlap(a, b, offset=0):
+    """Intersection over union. Two boxes without area don't overlap."""
     width = max(min(a[2], b[2]) - max(a[0], b[0]) + offset, 0)
     height = max(min(a[3], b[3]) - max(a[1], b[1]) + offset, 0)
-    sizes = [(c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)]
-    base = sizes[0] if over_first else sum(sizes) - width * height
     inter = width * height
+    base = sum((c[2] - c[0] + offset) * (c[3] - c[1] + offset) for c in (a, b)) - inter
     if base:
         return inter / base
     return math.inf if inter else math.nan
@@ -102,8 +101,8 @@ def soft_nms(boxes, scores, threshold, sigma, min_score, method, offset, *, exac
 # Regions.
 
 
-def roi_align(maps, rois, size, scale, ratio, mode, aligned, *, margin=CLOSE):
-    """Average or maximum [R, C, P, Q] of the samples in each bin, 0 without samples."""
+def roi_align(maps, rois, size, scale, ratio, aligned):
+    """Average [R, C, P, Q] of the samples in each bin, 0 without samples."""
     out = maps.new_zeros(len(rois), maps.size(1), *size)
     shift = 0.5 if aligned else 0.0
     rows = []
@@ -118,17 +117,17 @@ def roi_align(maps, rois, size, scale, ratio, mode, aligned, *, margin=CLOSE):
             places = places + (torch.arange(grid, dtype=maps.dtype) + 0.5) / max(grid, 1)
             axes.append(start + side / bins * places)  # [bins, grid]
         y, x = axes
-        samples = interpolate(maps[int(image)], y.flatten(), x.flatten(), margin)
+        samples = interpolate(maps[int(image)], y.flatten(), x.flatten())
         samples = samples.view(maps.size(1), *y.shape, *x.shape).transpose(2, 3).flatten(3)
-        rows.append(pool(samples, mode))
+        rows.append(samples.sum(3) / max(samples.size(3), 1))
     return torch.stack(rows) if rows else out
 
 
-def interpolate(plane, y, x, margin):
+def interpolate(plane, y, x):
     """Values [C, Y, X] of a plane [C, H, W]: zero more than a pixel off, else as at its edge."""
     ends = []
     for at, size in ((y, plane.size(1)), (x, plane.size(2))):
-        if ((at + 1).abs() < margin).any() or ((at - size).abs() < margin).any():
+        if ((at + 1).abs() < CLOSE).any() or ((at - size).abs() < CLOSE).any():
             raise Ambiguous
         outside = (at < -1) | (at > size)
         at = at.clamp(0, size - 1)
@@ -139,20 +138,6 @@ def interpolate(plane, y, x, margin):
     rows = upper + (lower - upper) * dy[:, None]
     here, there = rows[:, :, left], rows[:, :, right]
     return (here + (there - here) * dx).masked_fill(y_outside[:, None] | x_outside, 0)
-
-
-def pool(samples, mode):
-    """Pool [C, P, Q, samples] over the samples."""
-    if not samples.size(3):
-        return samples.sum(3)
-    if mode == 'avg':
-        return samples.mean(3)
-    best = samples.max(3).values
-    # Equal samples were read at the same pixels, or off the map.
-    gap = best[..., None] - samples
-    if ((gap > 0) & (gap < CLOSE * (1 + best.abs()[..., None]))).any():
-        raise Ambiguous
-    return best
 
 
 def roi_pool(maps, rois, size, scale):
@@ -274,20 +259,6 @@ def sigmoid_focal_loss(logits, target, gamma, alpha, weight=None):
     hit = focal_term(F.logsigmoid(logits), (-logits).sigmoid(), alpha, gamma)
     miss = focal_term(F.logsigmoid(-logits), logits.sigmoid(), 1 - alpha, gamma)
     return torch.where(hot, hit, miss) * class_weight(target, weight)[:, None]
-
-
-def softmax_focal_loss(prob, target, gamma, alpha, weight=None):
-    """Losses [N] of probabilities [N, C], and derivatives [N, C] by the logits behind them.
-
-    Negative targets are skipped. The derivative of log p_t by logit c is (1 if c is t) - p_c.
-    """
-    index = target.clamp(min=0)[:, None]
-    log_own = prob.gather(1, index)[:, 0].clamp(min=TINY).log().requires_grad_()
-    loss = focal_term(log_own, -log_own.expm1(), alpha, gamma)
-    loss = loss * class_weight(target, weight) * (target >= 0)
-    (slope,) = torch.autograd.grad(loss.sum(), log_own)
-    hot = index == torch.arange(prob.size(1))
-    return loss.detach(), slope[:, None] * (hot.double() - prob)
 
 
 def class_weight(target, weight):

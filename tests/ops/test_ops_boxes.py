@@ -1,4 +1,4 @@
-"""Suppression and overlaps of boxes.
+"""Suppression of boxes.
 
 test_ops_fuzz.py compares random cases with references.
 """
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from mmcv.ops import batched_nms, bbox_overlaps, nms, nms_match, soft_nms
+from mmcv.ops import batched_nms, nms, nms_match, soft_nms
 from torch import tensor
 
 # IoUs with the first: 1, 0.5, 0.
@@ -127,16 +127,3 @@ def test_nms_match_groups_by_the_box_that_suppresses(device):
 def test_nms_match_keeps_the_order_of_equal_scores(device):
     dets = tensor([[*box, 0.5] for box in BOXES[::2] * 100], device=device)
     assert [g.tolist() for g in nms_match(dets, 0.5)] == [[*range(k, 200, 2)] for k in (0, 1)]
-
-
-def test_bbox_overlaps_by_hand(device):
-    first = tensor([[0.0, 0, 10, 10], [10, 10, 20, 20], [32, 32, 38, 42]], device=device)
-    second = tensor([[0.0, 0, 10, 20], [0, 10, 10, 19], [10, 10, 20, 20]], device=device)
-    expected = tensor([[0.5, 0, 0], [0, 0, 1], [0, 0, 0]], device=device)
-    torch.testing.assert_close(bbox_overlaps(first, second), expected)
-    torch.testing.assert_close(bbox_overlaps(first, second, aligned=True), expected.diagonal())
-    over_first = tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0]], device=device)
-    torch.testing.assert_close(bbox_overlaps(first, second, mode='iof'), over_first)
-    # Sides 11 and 21: 121 / (121 + 231 - 121), and the corner that touches is one pixel.
-    expected = tensor([[121 / 231, 11 / 220, 1 / 241]], device=device)
-    torch.testing.assert_close(bbox_overlaps(first[:1], second, offset=1), expected)

@@ -5,7 +5,7 @@ test_ops_fuzz.py compares random cases with references.
 
 import pytest
 import torch
-from mmcv.ops import sigmoid_focal_loss, softmax_focal_loss
+from mmcv.ops import sigmoid_focal_loss
 
 
 def test_sigmoid_by_hand(device):
@@ -25,20 +25,12 @@ def test_sigmoid_of_sure_mistakes_is_the_logit(device):
     torch.testing.assert_close(loss, 0.75 * logits)
 
 
-@pytest.mark.parametrize('gamma', [0.0, 0.5, 1.0])
-def test_softmax_of_certainty_has_a_gradient(device, gamma):
-    logits = torch.tensor([[200.0, 0]], device=device, requires_grad=True)
-    target = torch.tensor([0], device=device)
-    softmax_focal_loss(logits, target, gamma, 0.25, None, 'sum').backward()
-    assert not logits.grad.any()
-
-
-@pytest.mark.parametrize('function', [sigmoid_focal_loss, softmax_focal_loss])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('gamma', [2.0, 0.0])
-def test_extreme_logits_stay_finite(device, function, dtype, gamma):
+def test_extreme_logits_stay_finite(device, dtype, gamma):
     logits = torch.tensor([[90.0, -90], [-90, 90]], dtype=dtype, device=device).requires_grad_()
-    loss = function(logits, torch.tensor([1, 1], device=device), gamma, 0.25, None, 'sum')
+    target = torch.tensor([1, 1], device=device)
+    loss = sigmoid_focal_loss(logits, target, gamma, 0.25, None, 'sum')
     loss.backward()
     assert loss.dtype == dtype
     assert loss.isfinite()

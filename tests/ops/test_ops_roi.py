@@ -10,8 +10,6 @@ import torch
 from mmcv.ops import RoIAlign, RoIPool
 from torch import tensor
 
-from mmdense.ops import _ext, _roi
-
 SIZE = 8
 
 
@@ -39,56 +37,19 @@ def test_roi_align_samples_between_pixel_centres(device, aligned, expected):
 
 # On squares, from column 1 to 5: one sample at 3; two at 2 and 4; four at 1.5 ... 4.5, where
 # interpolation gives 2.5, 6.5, 12.5, 20.5.
-@pytest.mark.parametrize(
-    ('pool_mode', 'ratio', 'expected'),
-    [
-        ('avg', 1, 9),
-        ('avg', 2, 10),
-        ('avg', 0, 10.5),
-        ('max', 1, 9),
-        ('max', 2, 16),
-        ('max', 0, 20.5),
-    ],
-)
-def test_roi_align_pools_its_samples(device, pool_mode, ratio, expected):
+@pytest.mark.parametrize(('ratio', 'expected'), [(1, 9), (2, 10), (0, 10.5)])
+def test_roi_align_pools_its_samples(device, ratio, expected):
     rois = tensor([[0.0, 1, 1, 5, 5]], device=device)
-    out = RoIAlign(1, 1.0, ratio, pool_mode, aligned=False)(columns(device, 2), rois)
+    out = RoIAlign(1, 1.0, ratio, aligned=False)(columns(device, 2), rois)
     torch.testing.assert_close(out, tensor([[[[float(expected)]]]], device=device))
 
 
-def test_roi_align_max_says_where(device):
-    rois = tensor([[0.0, 1, 2, 5, 6]], device=device)
-    out, y, x = (torch.full((1, 1, 2, 2), -7.0, device=device) for _ in range(3))
-    _ext.roi_align_forward(
-        columns(device, 2),
-        rois,
-        out,
-        y,
-        x,
-        aligned_height=2,
-        aligned_width=2,
-        spatial_scale=1.0,
-        sampling_ratio=2,
-        pool_mode=0,
-        aligned=False,
-    )
-    # Bins two wide, samples half a pixel from their edges; rows are equal, so the first wins.
-    assert x.tolist() == [[[[2.5, 4.5]] * 2]]
-    assert y.tolist() == [[[[2.5, 2.5], [4.5, 4.5]]]]
-    torch.testing.assert_close(out, tensor([[[[6.5, 20.5]] * 2]], device=device))
+def test_roi_align_has_no_maximum(device):
+    with pytest.raises(NotImplementedError, match="roi_align with pool_mode='max'.*MMCV_WITH_OPS"):
+        RoIAlign(1, pool_mode='max')(columns(device), tensor([[0.0, 1, 1, 5, 5]], device=device))
 
 
-def test_roi_align_max_is_at_least_the_average_and_in_chunks_the_same(device, rng, monkeypatch):
-    maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
-    rois = random_rois(rng, 30).float()
-    average, largest = (RoIAlign(3, 1.0, 0, mode)(maps, rois) for mode in ('avg', 'max'))
-    assert (largest >= average).all()
-    assert (largest > average).any()
-    monkeypatch.setattr(_roi, 'CHUNK', 1)
-    assert torch.equal(RoIAlign(3, 1.0, 0, 'max')(maps, rois), largest)
-
-
-@pytest.mark.parametrize('layer', [RoIAlign(3), RoIAlign(3, pool_mode='max'), RoIPool(3)])
+@pytest.mark.parametrize('layer', [RoIAlign(3), RoIPool(3)])
 def test_memory_format_and_autocast_change_nothing(device, rng, layer):
     maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
     rois = random_rois(rng, 6).float()
@@ -114,7 +75,7 @@ def test_roi_pool_by_hand(device):
     assert out.tolist() == [[[[1, 2]]]]
 
 
-@pytest.mark.parametrize('layer', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)])
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIPool(2)])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, layer, value):
     maps = torch.ones(2, 1, SIZE, SIZE, device=device, requires_grad=True)
@@ -129,7 +90,7 @@ def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, layer, value)
         assert grad[1].sum().item() == pytest.approx(4)
 
 
-@pytest.mark.parametrize('layer', [RoIAlign(2), RoIAlign(2, pool_mode='max'), RoIPool(2)])
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIPool(2)])
 @pytest.mark.parametrize('image', [-1, 2, 1e9])
 def test_rois_of_images_that_are_not_there(device, layer, image):
     maps = torch.ones(2, 1, SIZE, SIZE, device=device)
