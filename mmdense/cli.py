@@ -33,7 +33,7 @@ from mmengine.logging import MMLogger
 
 from mmdense.config.parts import build_error
 from mmdense.config.read import load_config
-from mmdense.errors import UserError, printable
+from mmdense.errors import UserError, printable, share
 from mmdense.patches import SILENCED, quiet_terminal
 
 INTERRUPTED = 128 + signal.SIGINT  # as shells report a process that Ctrl-C has ended
@@ -136,14 +136,6 @@ def _add_deprecated(parser: argparse.ArgumentParser, alias: str, option: str) ->
     name = option.strip('-').replace('-', '_')
     hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     parser.add_argument(alias, dest=name, type=parse, **hidden)
-
-
-def share(text: str) -> float:
-    """Parse a share from 0 to 1, as the type of an argument."""
-    share = float(text)
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
-    return share
 
 
 def parse_config(

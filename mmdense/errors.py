@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import logging
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,22 @@ class UserError(RuntimeError):
         kind = type(self)
         prefix = f'{kind.__module__}.{kind.__qualname__}: '
         super().__init__(message.rpartition(prefix)[2].rstrip())
+
+
+def share(text: str) -> float:
+    """Parse a share from 0 to 1, as the type of an argument."""
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not from 0 to 1')
+    return share
+
+
+def positive(text: str) -> int:
+    """Parse a number from 1, as the type of an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not positive')
+    return number
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmdense.errors import UserError, printable
+from mmdense.errors import UserError, positive, printable, share
 from mmdense.runtime.images import find_images
 from mmdense.runtime.models import open_model
 from mmdense.runtime.results import describe_files, save_predictions
@@ -20,9 +20,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('images', nargs='+', metavar='IMAGE_OR_FOLDER')
     parser.add_argument('--out', required=True, metavar='DIR', help='output folder')
     text = 'lowest score of the instances that are drawn and written, 0 to 1 (%(default)s)'
-    parser.add_argument('--score', type=float, default=0.3, help=text)
-    parser.add_argument('--batch', type=int, default=1, help='images at once (%(default)s)')
-    parser.add_argument('--threads', type=int, help='on the CPU (one for each core)')
+    parser.add_argument('--score', type=share, default=0.3, help=text)
+    parser.add_argument('--batch', type=positive, default=1, help='images at once (%(default)s)')
+    parser.add_argument('--threads', type=positive, help='on the CPU (one for each core)')
     parser.add_argument('--provider', choices=PACKAGES, default='cpu', help='(%(default)s)')
     args = parser.parse_args(argv)
     skipped = 0
@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.stderr.write(f'error: {printable(str(error))}\n')
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write('interrupted\n')
+        sys.exit(130)
     sys.stdout.write(f'{describe_files(model, len(images), skipped, args.out)}\n')
     sys.exit(1 if skipped else 0)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mmdense.errors import UserError
-from mmdense.files import atomic_write, change_suffix, check_writable
+from mmdense.files import atomic_write, change_suffix, check_writable, wrap_disk_errors
 from mmdense.runtime.images import LABEL_MAPS, PICTURES, ImageSource, read_image
 from mmdense.visualization.draw import draw_instances, draw_label_map
 
@@ -192,13 +192,14 @@ def save_predictions(
             continue
         pixels, arrays = result[0], predictor._arrays(result[1])
         check_writable(target)
-        if file in maps:
-            check_writable(out / LABEL_MAPS / maps[file])
-            labels = arrays['label_map'].astype(np.uint8)
-            Image.fromarray(labels).save(out / LABEL_MAPS / maps[file])
         options = dict(quality=95, lossless=True, compress_level=1)  # of JPEG, WebP and PNG
         picture = Image.fromarray(predictor._draw(pixels, arrays, score_thr))
-        picture.save(target, **options)
+        with wrap_disk_errors(out):
+            if file in maps:
+                check_writable(out / LABEL_MAPS / maps[file])
+                labels = arrays['label_map'].astype(np.uint8)
+                Image.fromarray(labels).save(out / LABEL_MAPS / maps[file])
+            picture.save(target, **options)
         image = dict(id=len(dataset['images']) + 1, file_name=file.as_posix())
         image.update(height=picture.height, width=picture.width)
         image['picture'] = target.relative_to(out).as_posix()

@@ -1,8 +1,11 @@
 """Detectors and segmentors from exported files, in Python and on the command line."""
 
+import errno
 import json
+import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -216,3 +219,32 @@ import sys, mmdense.runtime.__main__
 assert not set({hidden!r}) & {{name.partition('.')[0] for name in sys.modules}}
 """
     subprocess.run([sys.executable, '-c', code], check=True, timeout=60)  # where they are installed
+
+
+@pytest.mark.parametrize('option', [('--batch', '0'), ('--threads', '-1'), ('--score', '30')])
+def test_options_out_of_range(option, detector, folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        main([str(detector), str(folder), '--out', str(tmp_path / 'out'), *option])
+    assert status.value.code == 2
+    assert f'argument {option[0]}: {option[1]} is not ' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ('error', 'code', 'line'),
+    [
+        (
+            OSError(errno.ENOSPC, 'No space left on device'),
+            2,
+            'error: cannot write .*No space left',
+        ),
+        (KeyboardInterrupt(), 130, 'interrupted'),
+    ],
+)
+def test_a_full_disk_and_ctrl_c_end_in_one_line(
+    error, code, line, detector, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Image.Image, 'save', Mock(side_effect=error))
+    with pytest.raises(SystemExit) as status:
+        main([str(detector), str(folder), '--out', str(tmp_path / 'out')])
+    assert status.value.code == code
+    assert re.fullmatch(line + '.*\n', capsys.readouterr().err)
