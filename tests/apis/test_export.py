@@ -1,4 +1,4 @@
-"""ONNX files: their content, the check against the model, dynamic axes."""
+"""ONNX files of parts of models and of segmentors: their content, dynamic axes, refusals."""
 
 import copy
 import inspect
@@ -10,19 +10,19 @@ import torch
 from families import image, randomise, same
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from mmseg.models import EncoderDecoder
+from mmseg.structures import SegDataSample
 from torch import nn
 
-import mmdense
 from mmdense.apis import export
 from mmdense.apis.export import export_onnx
 from mmdense.errors import UserError
+from mmdense.export.networks import AdaptivePool, Preprocessing, build_network
 from mmdense.models import CondenseNetV2
 from support import DEMOS, ROOT
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
-if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters:
+if 'custom_translation_table' not in inspect.signature(torch.onnx.export).parameters:
     pytest.skip('torch is too old for ONNX', allow_module_level=True)
 
 # The smallest with all their parts, and feature maps of strides 4 and 8.
@@ -41,6 +41,7 @@ FAMILIES = {
 }
 DEPLOYED = ('RDNet', 'DenseNet', 'CondenseNetV2', 'ReXNet')
 SIZE = (64, 96)
+AXES_OF_SCORES = ('cls_score_0_height', 'cls_score_0_width')
 
 
 def backbone(family, **options):
@@ -51,8 +52,8 @@ def backbone(family, **options):
     return randomise(net).eval().requires_grad_(False)
 
 
-class Detector(nn.Module):
-    """A two-stage detector, up to its neck."""
+class Features(nn.Module):
+    """A model that ends in a neck."""
 
     def __init__(self, net):
         from mmdet.models.necks import FPN
@@ -60,7 +61,6 @@ class Detector(nn.Module):
         super().__init__()
         self.backbone = net
         self.neck = FPN(list(net.out_channels), 8, num_outs=3)
-        self.roi_head = nn.Identity()
 
 
 def build(cfg):
@@ -69,15 +69,24 @@ def build(cfg):
         return randomise(MODELS.build(cfg.model)).eval().requires_grad_(False)
 
 
+def pixels(*size, batch=1):
+    return torch.randint(256, (batch, 3, *size), generator=torch.Generator().manual_seed(1)).byte()
+
+
 def compare(exported, model, images):
-    """Compare a file's outputs for images with those of a segmentor or another function."""
+    """Compare a file's outputs for images with those of a function of preprocessed ones."""
     session = onnxruntime.InferenceSession(exported.file, providers=['CPUExecutionProvider'])
-    outputs = session.run(None, dict(image=images.numpy()))
-    if isinstance(model, EncoderDecoder):
-        expected = [model.encode_decode(images, [dict(img_shape=images.shape[2:])])]
-    else:
-        expected = model(images)
-    same([torch.from_numpy(x) for x in outputs], expected, 1e-4)
+    outputs = [torch.from_numpy(x) for x in session.run(None, dict(images=images.numpy()))]
+    if exported.metadata['task'] == 'semantic segmentation':
+        segmentation, *outputs = outputs
+        assert (segmentation == outputs[0].argmax(1)).all()
+    preprocess = Preprocessing(exported.network.model)
+    preprocess.divisor = exported.metadata['input']['divisor']
+    same(outputs, model(preprocess(images)), 1e-4)
+
+
+def logits(model):
+    return lambda x: [model.encode_decode(x, [dict(img_shape=x.shape[2:])])]
 
 
 @pytest.mark.parametrize(
@@ -88,15 +97,15 @@ def compare(exported, model, images):
     ],
 )
 def test_every_family_in_both_forms(family, deploy, tmp_path):
-    model = Detector(backbone(family)).eval().requires_grad_(False)
+    model = Features(backbone(family)).eval().requires_grad_(False)
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
     assert getattr(model.backbone, 'form', None) != 'deployed'  # not modified
-    assert (exported.part, exported.fixed) == ('neck', '')
-    assert exported.shapes['image'] == ('batch', 3, 'height', 'width')
+    assert (exported.metadata['part'], exported.fixed) == ('neck', '')
+    assert exported.shapes['images'] == ('batch', 3, 'height', 'width')
     assert exported.shapes['p3'] == ('batch', 8, 'p3_height', 'p3_width')
-    assert list(exported.shapes) == ['image', 'p2', 'p3', 'p4']
-    assert list(exported.checks) == [(1, 64, 96), (3, 64, 96), (1, 96, 160), (1, 129, 255)]
-    assert all(d < 1e-4 for check in exported.checks.values() for d in check.values())
+    assert list(exported.shapes) == ['images', 'p2', 'p3', 'p4']
+    assert list(exported.batches) == [(1, 64, 96), (3, 64, 96), (2, 96, 160), (1, 65, 127)]
+    assert all(difference < 1e-4 for difference in exported.differences.values())
     compare(exported, lambda x: model.neck(model.backbone(x)), image(77, 131, batch=2))
     # The file needs no other, has standard operators only, and no paths of this machine.
     assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
@@ -108,7 +117,8 @@ def test_every_family_in_both_forms(family, deploy, tmp_path):
     assert exported.bytes == exported.file.stat().st_size
     assert b'mmdense/models' not in exported.file.read_bytes()
     metadata = json.loads({entry.key: entry.value for entry in file.metadata_props}['mmdense'])
-    assert (metadata['part'], metadata['version']) == ('neck', mmdense.__version__)
+    assert metadata == exported.metadata
+    assert (metadata['backbone'], metadata['input']['normalized']) == (family, False)
 
 
 @pytest.mark.slow
@@ -118,21 +128,28 @@ def test_condensed_forms(tmp_path):
     net.condense()
     for deploy in (False, True):
         exported = export_onnx(net, tmp_path / 'net.onnx', size=SIZE, deploy=deploy)
-        assert list(exported.shapes) == ['image', 'c2', 'c3']
+        assert list(exported.shapes) == ['images', 'c2', 'c3']
         compare(exported, expected, image(65, 50, batch=2))
 
 
 def test_backbone_of_fixed_size(tmp_path):
     model = build(Config.fromfile(DEMOS['detection']))
     exported = export_onnx(model, tmp_path / 'net.onnx', part='backbone', size=SIZE, fixed=True)
-    assert list(exported.shapes) == ['image', 'c2', 'c3', 'c4']
+    assert list(exported.shapes) == ['images', 'c2', 'c3', 'c4']
     assert exported.shapes['c2'] == (1, 64, 16, 24)
-    assert (exported.fixed, len(exported.checks)) == ('', 1)
-    assert exported.preprocessing.channels == 'RGB'
-    assert exported.preprocessing.mean == pytest.approx((123.675, 116.28, 103.53))
-    assert exported.preprocessing.multiple == model.data_preprocessor.pad_size_divisor
-    with pytest.raises(UserError, match='FasterRCNN can be exported up to its neck'):
-        export_onnx(model, tmp_path / 'net.onnx', part='model', size=SIZE)
+    assert (exported.fixed, len(exported.batches)) == ('', 1)
+    mean = [123.675, 116.28, 103.53]
+    assert exported.metadata['input'] == dict(
+        channels='RGB',
+        dtype='uint8',
+        normalized=True,
+        mean=mean,
+        std=[58.395, 57.12, 57.375],
+        order='RGB',
+        divisor=32,
+    )
+    with pytest.raises(UserError, match='FasterRCNN has no dense head with raw outputs'):
+        export_onnx(model, tmp_path / 'net.onnx', part='raw', size=SIZE)
 
 
 @pytest.mark.slow
@@ -143,23 +160,26 @@ def test_dense_detector(tmp_path):
     cfg.model.neck.update(in_channels=list(net.out_channels), out_channels=16)
     cfg.model.bbox_head.update(in_channels=16, feat_channels=16, stacked_convs=1, num_classes=3)
     retinanet = build(cfg)
-    exported = export_onnx(retinanet, tmp_path / 'net.onnx', size=(128, 128), deploy=True)
-    assert exported.part == 'model'
+    exported = export_onnx(retinanet, tmp_path / 'net.onnx', part='raw', size=(128, 128))
     levels = range(5)
     assert list(exported.shapes) == [
-        'image',
+        'images',
         *(f'cls_score_{i}' for i in levels),
         *(f'bbox_pred_{i}' for i in levels),
     ]
-    compare(exported, lambda x: [*chain(*retinanet(x, mode='tensor'))], image(96, 64, batch=2))
+    compare(exported, lambda x: [*chain(*retinanet(x, mode='tensor'))], pixels(96, 64, batch=2))
 
 
 def test_demo_segmentor(tmp_path):
-    model = build(Config.fromfile(DEMOS['segmentation']))
-    exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
-    assert (exported.part, exported.fixed) == ('model', '')
+    cfg = Config.fromfile(DEMOS['segmentation'])
+    cfg.model.test_cfg = dict(mode='slide', crop_size=(64, 64), stride=(48, 48))
+    model = build(cfg)
+    exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, config=cfg)
+    assert exported.fixed == ''
     assert exported.shapes['logits'] == ('batch', 2, 'height', 'width')
-    compare(exported, model, image(77, 131, batch=2))
+    assert exported.metadata['postprocessing']['slide'] == dict(crop_size=[64, 64], stride=[48, 48])
+    assert exported.metadata['classes'] == ['background', 'digit']
+    compare(exported, logits(model), pixels(77, 131, batch=2))
 
 
 def test_adaptive_pools_of_dynamic_size():
@@ -167,7 +187,7 @@ def test_adaptive_pools_of_dynamic_size():
         for size in ((7, 5), (6, 12), (2, 4)):
             x = image(*size, batch=2)
             expected = nn.AdaptiveAvgPool2d(sides)(x)
-            torch.testing.assert_close(export._AdaptivePool(sides)(x), expected)
+            torch.testing.assert_close(AdaptivePool(sides)(x), expected)
 
 
 @pytest.mark.slow
@@ -188,22 +208,23 @@ def test_unet(head, name, channels, tmp_path):
         test_cfg=dict(mode='whole'),
     )
     model = build(Config(dict(default_scope='mmseg', model=unet)))
-    exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, deploy=True)
+    exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE)
     assert exported.fixed == ''
     assert exported.shapes[name][:2] == ('batch', channels)
-    assert exported.preprocessing == export.Preprocessing()
-    compare(exported, model, image(64, 128, batch=2))
+    compare(exported, logits(model), image(64, 128, batch=2))
 
 
-@pytest.mark.slow
-def test_normalizing_in_the_file(tmp_path):
-    model = build(Config.fromfile(DEMOS['segmentation']))
-    exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE, fixed=True, normalize=True)
-    assert exported.normalized
-    mean, std = model.data_preprocessor.mean, model.data_preprocessor.std
-    meta = [dict(img_shape=SIZE)]
-    pixels = (image(*SIZE).abs() * 100).clamp(max=255)
-    compare(exported, lambda x: [model.encode_decode((x - mean) / std, meta)], pixels)
+@pytest.mark.parametrize('order', ['RGB', 'BGR'])
+def test_preprocessing_equals_the_models(order):
+    cfg = Config.fromfile(DEMOS['segmentation'])
+    cfg.model.data_preprocessor.bgr_to_rgb = order == 'RGB'
+    cfg.model.data_preprocessor.test_cfg = dict(size_divisor=32)
+    model = build(cfg)
+    images = pixels(40, 50)
+    data = model.data_preprocessor(dict(inputs=images.flip(1), data_samples=[SegDataSample()]))
+    preprocess = Preprocessing(model)
+    assert (preprocess.order, preprocess.divisor) == (order, 32)
+    torch.testing.assert_close(preprocess(images), data['inputs'])
 
 
 class Halves(nn.Module):
@@ -230,13 +251,10 @@ class Three(nn.Module):
 @pytest.mark.parametrize('fixed', [False, True])
 def test_a_neck_for_multiples_and_a_head_of_three_outputs(fixed, tmp_path):
     model = Halves()
-    exported = export_onnx(model, tmp_path / 'net.onnx', size=(64, 96), fixed=fixed)
+    exported = export_onnx(model, tmp_path / 'net.onnx', part='raw', size=(64, 100), fixed=fixed)
     assert list(exported.shapes)[1:] == ['cls_score_0', 'bbox_pred_0', 'score_factor_0']
-    assert exported.preprocessing.multiple == 16
-    if not fixed:
-        assert (1, 144, 240) in exported.checks
-    with pytest.raises(UserError, match='Halves takes sides that are multiples of 16 only'):
-        export_onnx(model, tmp_path / 'net.onnx', size=(64, 100), fixed=True)
+    assert exported.metadata['input']['divisor'] == 16
+    assert exported.shapes['cls_score_0'][2:] == ((8, 14) if fixed else AXES_OF_SCORES)
 
 
 class FixedSize(nn.Module):
@@ -253,17 +271,17 @@ class FixedSize(nn.Module):
 
 def test_axes_that_cannot_be_dynamic_are_fixed(tmp_path):
     exported = export_onnx(FixedSize(), tmp_path / 'net.onnx', size=SIZE)
-    assert exported.shapes['image'] == ('batch', 3, *SIZE)
+    assert exported.shapes['images'] == ('batch', 3, *SIZE)
     assert exported.fixed
-    assert list(exported.checks) == [(1, *SIZE), (3, *SIZE)]
-    assert list(exported.shapes) == ['image', 'c2']
+    assert exported.batches == [(1, *SIZE), (3, *SIZE)]
+    assert list(exported.shapes) == ['images', 'c2']
 
 
 def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path):
-    write = export._write
+    write = export.write_graph
 
-    def wrong(network, file, *args):
-        written = write(network, file, *args)
+    def wrong(network, images, file, *args):
+        written = write(network, images, file, *args)
         network = onnx.load(file)
         weights = max(network.graph.initializer, key=lambda tensor: len(tensor.raw_data))
         values = onnx.numpy_helper.to_array(weights) * 1.01
@@ -271,8 +289,8 @@ def test_a_file_that_differs_is_not_written(monkeypatch, tmp_path):
         onnx.save(network, file)
         return written
 
-    monkeypatch.setattr(export, '_write', wrong)
-    with pytest.raises(UserError, match='c3 differs from the model by .* for images of 1 x 64 x'):
+    monkeypatch.setattr(export, 'write_graph', wrong)
+    with pytest.raises(UserError, match='differs from the model: c3 0.0'):
         export_onnx(
             backbone('DenseNet', out_indices=(1,)), tmp_path / 'net.onnx', size=SIZE, fixed=True
         )
@@ -283,13 +301,12 @@ def test_mistakes(monkeypatch, tmp_path):
     net, file = backbone('ShuffleNetV2'), tmp_path / 'net.onnx'
     unpruned = MODELS.build(dict(type='mmdense.CondenseNetV2', **FAMILIES['CondenseNetV2']))
     for model, options, message in (
-        (net, dict(deploy=True), 'ShuffleNetV2 has no inference form'),
         (net, dict(part='neck'), 'ShuffleNetV2 has no neck'),
-        (net, dict(part='model'), 'ShuffleNetV2 can be exported up to its neck'),
+        (net, dict(part='model'), 'ShuffleNetV2 has no head: export its backbone'),
         (net, dict(size=(16, 16)), 'at least 32'),
         (net, dict(file=tmp_path / 'net.pth'), 'must end in .onnx'),
-        (net, dict(normalize=True), 'has no mean and std to normalize by'),
-        (unpruned, dict(size=SIZE, deploy=True), 'pruning is at stage 0'),
+        (net, dict(score=0.1), 'score, iou, max_per_img are of detectors'),
+        (unpruned, dict(size=SIZE), 'pruning is at stage 0 .*--no-deploy'),
     ):
         with pytest.raises(UserError, match=message):
             export_onnx(model, **{'file': file, **options})
@@ -305,11 +322,8 @@ def test_mistakes(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_ssd(tmp_path):
+def test_ssd_feature_maps():
     config = ROOT / 'configs/detection/rexnet/ssdlite_rexnet-1.0_600e_coco-320x320.py'
-    model = build(Config.fromfile(config))
-    exported = export_onnx(model, tmp_path / 'net.onnx', size=(320, 320), fixed=True)
-    assert list(exported.shapes)[1:7] == [f'cls_score_{i}' for i in range(6)]
-    names = export._output_names(export._Network(model, 'neck', None), (320, 320))
-    assert names == [f'p{i}' for i in range(4, 10)]
+    network = build_network(build(Config.fromfile(config)), 'neck')
+    network.name_outputs((320, 320))
+    assert network.names == [f'p{i}' for i in range(4, 10)]

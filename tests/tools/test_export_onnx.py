@@ -1,17 +1,17 @@
-"""tools/export_onnx.py: the file, the description of its inputs and outputs, and errors."""
+"""tools/export_onnx.py: the file, its description, deprecated options, and errors."""
 
 import inspect
+import json
 
 import pytest
 import torch
 
-from mmdense.apis.export import Exported, Preprocessing
-from support import CONDENSED, DEMOS, load_tool
+from support import CONDENSED, DEMOS
 
-pytest.importorskip('onnx')
+onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 pytestmark = pytest.mark.slow
-if 'dynamic_shapes' not in inspect.signature(torch.onnx.export).parameters:
+if 'custom_translation_table' not in inspect.signature(torch.onnx.export).parameters:
     pytest.skip('torch is too old for ONNX', allow_module_level=True)
 
 
@@ -25,38 +25,38 @@ def export(call_tool, tmp_path):
 
 
 def test_detector(export, checkpoints, tmp_path):
-    status, output, _ = export(DEMOS['detection'], checkpoints / 'detection.pth')
+    settings = ['--score', 0.2, '--iou', 0.4, '--max-per-img', 7, '--dtype', 'float32']
+    status, output, _ = export(DEMOS['detection'], checkpoints / 'detection.pth', *settings)
     assert status == 0
-    assert 'checked against the model on batches of 1 x 64 x 96, 3 x 64 x 96' in output
-    assert 'minus (123.675, 116.28, 103.53), divided by (58.395, 57.12, 57.375)' in output
-    assert 'feature maps: proposals, boxes, NMS and masks are not in the file' in output
+    assert 'float32 RGB from 0 to 255; the file normalizes and pads them; resize them to' in output
+    assert 'detections: score above 0.2, NMS at IoU 0.4, at most 7 an image' in output
     assert 'weights: random' not in output
     assert len(output.splitlines()) < 30
-    assert (tmp_path / 'net.onnx').exists()
+    file = onnx.load(tmp_path / 'net.onnx')
+    metadata = json.loads({entry.key: entry.value for entry in file.metadata_props}['mmdense'])
+    assert metadata['categories'][1] == dict(id=2, name='1')
+    assert metadata['resize'] == dict(scale=[192, 192], keep_ratio=True)
 
 
-def test_segmentor_with_random_weights(export):
-    status, output, _ = export(DEMOS['segmentation'], '--fixed', '--normalize')
+def test_deprecated_options(export):
+    options = ['--what', 'model', '--deploy', '--normalize', '--fixed']
+    status, output, errors = export(DEMOS['segmentation'], *options)
     assert status == 0
+    for text in ('--what model is a deprecated alias of --part raw', '--normalize is deprecated'):
+        assert text in output + errors
     assert 'weights: random' in output
-    assert 'the file normalizes them' in output
-    assert 'the largest along axis 1 is the class' in output
+    assert 'segmentation' not in output
 
 
-def test_advice_for_one_output_and_multiples(tmp_path):
-    shapes = dict(image=('batch', 3, 'height', 'width'), logits=('batch', 1, 'height', 'width'))
-    exported = Exported(
-        *(tmp_path, 'model', 1, 18, shapes, '', {(1, 8, 8): dict(logits=0.0)}),
-        Preprocessing(multiple=32),
-        normalized=False,
-    )
-    *_, image, outputs, _ = load_tool('export_onnx').describe(exported)
-    assert image.endswith('padded with zeros at the right and bottom to multiples of 32')
-    assert 'where their sigmoid exceeds decode_head.threshold' in outputs
-
-
-def test_checkpoint_of_another_model(export, checkpoints, tmp_path):
+def test_errors(export, checkpoints, tmp_path):
     status, _, errors = export(CONDENSED, checkpoints / 'detection.pth')
     assert status == 2
     assert 'detection.pth: the checkpoint fills ' in errors.splitlines()[-1]
+    status, _, errors = export(
+        DEMOS['detection'], '--cfg-options', 'model.test_cfg.rcnn.nms.type=x'
+    )
+    assert (status, len(errors.splitlines())) == (2, 1)
+    assert "needs nms=dict(type='nms', iou_threshold=...)" in errors
+    status, _, errors = export(DEMOS['detection'], '--max-per-img', 0)
+    assert (status, 'must be positive' in errors) == (2, True)
     assert not (tmp_path / 'net.onnx').exists()
