@@ -26,6 +26,9 @@ from mmdense.files import check_writable
 from mmdense.models.deploy import deploy as deploy_backbone
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+# Dynamic sides are traced with these, as torch takes equal sides of a feature map for one, and a
+# side of one pixel for constant.
+TRACED = (1088, 2176)
 DYNAMIC_AXES = (AXES, {0: 'batch'}, {})  # in the order of trying
 
 
@@ -165,8 +168,8 @@ def _write(
     metadata: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[int | str, ...]], int]:
     height, width = size
-    if 3 in axes and height == width:
-        width += 32  # torch might take two equal sides for one
+    if 3 in axes:
+        height, width = TRACED
     dtype = getattr(torch, metadata['input']['dtype'])
     images = network.random_images(2 if axes else 1, height, width, dtype)
     try:

@@ -113,12 +113,12 @@ class Network(nn.Module):
         """
         original = self.preprocess.divisor
         height, width = (side // DIVISORS[-1] * DIVISORS[-1] + DIVISORS[-1] for side in size)
-        for divisor in DIVISORS:
-            step = self.preprocess.divisor = math.lcm(original, divisor)
+        for divisor in (*DIVISORS, 0):  # last, networks of one size
+            step = self.preprocess.divisor = math.lcm(original, divisor or 1)
             sizes = (height + step, max(width - step, step)), size
             try:
                 with torch.no_grad():
-                    for sides in sizes:
+                    for sides in sizes if divisor else sizes[1:]:
                         self.probe(self.random_images(1, *sides, torch.float32))
             except ValueError as error:  # the image is too small
                 raise UserError(str(error)) from error
@@ -332,6 +332,8 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         raise UserError(f'{kind} has no dense head with raw outputs: export the model or the neck')
     if part == 'model' and not (segments or detects or two_stage):
         raise UserError(f'{kind} has no head: export its backbone')
+    if part == 'model' and not Preprocessing(model).order:
+        raise UserError(f'{kind} has no data preprocessor: export its parts')
     model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     for parent in list(model.modules()):
         if getattr(parent, 'inplace', False):

@@ -206,12 +206,13 @@ def test_unet(head, name, channels, tmp_path):
         backbone=dict({**FAMILIES['ReXNet'], **options}, type='mmdense.ReXNet'),
         decode_head=dict(head, in_channels=channels_in),
         test_cfg=dict(mode='whole'),
+        data_preprocessor=dict(type='SegDataPreProcessor', mean=[99.0] * 3, std=[55.0] * 3),
     )
     model = build(Config(dict(default_scope='mmseg', model=unet)))
     exported = export_onnx(model, tmp_path / 'net.onnx', size=SIZE)
     assert exported.fixed == ''
     assert exported.shapes[name][:2] == ('batch', channels)
-    compare(exported, logits(model), image(64, 128, batch=2))
+    compare(exported, logits(model), pixels(64, 128, batch=2))
 
 
 @pytest.mark.parametrize('order', ['RGB', 'BGR'])
@@ -303,6 +304,7 @@ def test_mistakes(monkeypatch, tmp_path):
     for model, options, message in (
         (net, dict(part='neck'), 'ShuffleNetV2 has no neck'),
         (net, dict(part='model'), 'ShuffleNetV2 has no head: export its backbone'),
+        (Halves(), {}, 'Halves has no data preprocessor: export its parts'),
         (net, dict(size=(16, 16)), 'at least 32'),
         (net, dict(file=tmp_path / 'net.pth'), 'must end in .onnx'),
         (net, dict(score=0.1), 'score, iou, max_per_img are of detectors'),
