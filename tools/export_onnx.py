@@ -207,7 +207,7 @@ def describe(exported: Exported) -> list[str]:
         text += f'; resize them to {resize["scale"][0]} x {resize["scale"][1]}{ratio}'
     lines.append(f'images: {text}')
     if exported.unread:
-        lines.append(f'not in the metadata: the resizing of images ({exported.unread})')
+        lines.append(f'resize images yourself, mmdense.runtime does not: {exported.unread}')
     if 'score_thr' in settings:
         lines.append(
             f'detections: score above {settings["score_thr"]:g}, NMS at IoU '

@@ -120,7 +120,8 @@ def export_onnx(
         except UserError as error:
             raise UserError(f'{error} (or --no-deploy exports it as it is)') from error
     dtype = dtype if expected.preprocess.order else 'float32'
-    names = _names(model, config, meta or {}) if config is not None else {}
+    named = config is not None and expected.task != 'depth'
+    names = _names(model, config, meta or {}) if named else {}
     metadata, unread = build_metadata(expected, dtype=dtype, config=config, **names)
     reason = ''
     with tempfile.TemporaryDirectory(prefix='.export-', dir=file.parent) as folder:

@@ -175,4 +175,4 @@ def _differences(
             values['masks'] += (other / b.masks[j].sum((1, 2)).clamp(min=1)).tolist()
         lost, count = lost + len(a) + len(b) - 2 * len(i), count + len(a) + len(b)
     largest = {name: float(np.max(x, initial=0)) for name, x in values.items()}
-    return dict(lost=lost / max(count, 1)) | largest
+    return largest if 'segmentation' in largest else dict(lost=lost / max(count, 1)) | largest

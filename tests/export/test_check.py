@@ -8,12 +8,12 @@ import pytest
 import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.structures import InstanceData
+from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 from torch import nn
 
 from mmdense.errors import UserError
-from mmdense.export.check import check_file, find_images, resize
+from mmdense.export.check import _differences, check_file, find_images, resize
 from support import DEMOS
 
 onnx = pytest.importorskip('onnx')
@@ -121,6 +121,12 @@ def test_lower_precision_may_lose_half_of_the_boxes(tmp_path):
     assert check(file, Fake(bboxes=boxes))['lost'] == 0
     with pytest.raises(UserError, match='lost'):
         check(file, Fake(**shifted(30)))
+
+
+def test_segmentations_differ_in_pixels_alone():
+    maps = torch.zeros(1, 2, 2), torch.tensor([[[0, 0], [0, 1]]])
+    a, b = (SegDataSample(pred_sem_seg=PixelData(data=x)) for x in maps)
+    assert _differences([a], [b], True) == dict(segmentation=0.25)
 
 
 def test_images_come_from_the_test_data(project, monkeypatch):
