@@ -13,7 +13,7 @@ from torch import nn
 from mmdense.engine.hooks import unwrap
 from mmdense.errors import UserError
 from mmdense.models.backbones.condensenetv2 import CondenseNetV2
-from mmdense.models.layers import LearnedGroupConv, SparseReactivation, pruning_stage
+from mmdense.models.layers import pruning_stage
 from mmdense.registry import HOOKS
 
 LOSS = 'loss_group_lasso'
@@ -69,7 +69,7 @@ class CondenseScheduleHook(Hook):
             net.prune_to(progress)
             # Different devices may rank equal weights differently, and mmengine's DDP doesn't
             # broadcast buffers.
-            for layer in _layers(net):
+            for layer in net.learned_layers():
                 for buffer in layer.buffers(recurse=False):
                     broadcast(buffer)
             _copy_to_averages(runner)
@@ -111,15 +111,10 @@ def _find_network(model: nn.Module) -> CondenseNetV2:
     return learned[0]
 
 
-def _layers(model: nn.Module) -> list[LearnedGroupConv | SparseReactivation]:
-    kinds = (LearnedGroupConv, SparseReactivation)
-    return [module for module in model.modules() if isinstance(module, kinds)]
-
-
 def _check_frozen(net: CondenseNetV2) -> None:
     if net.frozen_stages < 1:
         return
-    frozen = [layer.stage for layer in _layers(net) if not layer.conv.weight.requires_grad]
+    frozen = [layer.stage for layer in net.learned_layers() if not layer.conv.weight.requires_grad]
     if min(frozen, default=net.last_stage) < net.last_stage:
         raise UserError(
             f'backbone.frozen_stages={net.frozen_stages} freezes layers at stage {min(frozen)} of '
@@ -132,7 +127,7 @@ def _copy_to_averages(runner: Runner) -> None:
     """Copy masks, counts and stages to the averaged models."""
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
-            pairs = zip(_layers(hook.src_model), _layers(hook.ema_model.module), strict=True)
-            for layer, average in pairs:
+            nets = map(_find_network, (hook.src_model, hook.ema_model.module))
+            for layer, average in zip(*(net.learned_layers() for net in nets), strict=True):
                 for name, buffer in layer.named_buffers(recurse=False):
                     average.get_buffer(name).copy_(buffer)

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mmdense.config.loops import is_endless
+from mmdense.config.validate import is_endless
 from mmdense.engine.checkpoint_hook import CheckpointHook, last_checkpoint
 from mmdense.engine.seeding import NumberedBatches, seed_all
 from mmdense.engine.stopping import STATUS, Stopped, StopSignal

@@ -17,11 +17,10 @@ from mmengine.registry import HOOKS, LOOPS, RUNNERS
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
 from torch import nn
 
+from mmdense.config import validate
 from mmdense.config.edit import drop_amp, fit_to_machine
 from mmdense.config.evaluators import check_metric_files
-from mmdense.config.loops import check_loops
 from mmdense.config.parts import check_parts, dicts, find
-from mmdense.config.validate import check_channels, check_classes, check_data_files, check_neck
 from mmdense.datasets.files import check_data
 from mmdense.engine.bad_samples import naming
 from mmdense.engine.hooks import LoadReportHook, unwrap
@@ -55,7 +54,7 @@ def build_runner(
     :func:`.check_data` finds, a part of the config is misspelt, channels, classes or ignored labels
     differ, FSDP is used with an option that it breaks, or the work dir cannot be written.
     """
-    check_data_files(cfg, loaders)
+    validate.check_data_files(cfg, loaders)
     check_metric_files(cfg, loaders)
     check_writable(Path(cfg.work_dir, 'last_checkpoint'))
     training = 'train' in loaders
@@ -63,7 +62,7 @@ def build_runner(
     if training:
         _check_fsdp(cfg)
     check_parts(cfg)
-    check_loops(cfg, loaders)
+    validate.check_loops(cfg, loaders)
     fit_to_machine(cfg, loaders)
     check_data(cfg, loaders)
     if not torch.cuda.is_available():
@@ -82,9 +81,9 @@ def build_runner(
     runner.register_hook(LoadReportHook(min_loaded, 'backbone' if training else ''))
     model = unwrap(runner.model)
     if isinstance(model, nn.Module):  # FlexibleRunner builds it when it starts
-        check_channels(model, cfg.model.get('module', cfg.model))
-        check_neck(model)
-        check_classes(model, cfg, loaders)
+        validate.check_channels(model, cfg.model.get('module', cfg.model))
+        validate.check_neck(model)
+        validate.check_classes(model, cfg, loaders)
     return runner
 
 

@@ -7,7 +7,7 @@ from mmengine.runner import IterBasedTrainLoop
 
 from mmdense import engine  # noqa: F401  (registers the loops)
 from mmdense.config import read
-from mmdense.config.loops import check_loops
+from mmdense.config.validate import check_loops
 from mmdense.errors import UserError
 from support import DEMOS
 

@@ -275,14 +275,15 @@ class CondenseNetV2(Backbone):
         """The stage of pruning that all layers have reached, or at which they were condensed."""
         if self.form != 'learned':
             return self._condensed_at
-        return min(layer.stage for layer in self._learned())
+        return min(layer.stage for layer in self.learned_layers())
 
     @property
     def last_stage(self) -> int:
         """The stage at which each group keeps one of ``condense_factor`` channels."""
         return self.arch.factor - 1
 
-    def _learned(self) -> list[LearnedGroupConv | SparseReactivation]:
+    def learned_layers(self) -> list[LearnedGroupConv | SparseReactivation]:
+        """Return the layers with masks, of the learned form."""
         if self.form != 'learned':
             raise ValueError(f"form is {self.form!r}: only form='learned' has masks")
         kinds = (LearnedGroupConv, SparseReactivation)
@@ -295,17 +296,17 @@ class CondenseNetV2(Backbone):
         only. No other function changes masks. ValueError if the progress isn't from 0 to 1, or the
         form isn't the learned one.
         """
-        for layer in self._learned():
+        for layer in self.learned_layers():
             layer.prune_to(progress)
 
     def connections(self) -> float:
         """Return the share of connections that are not pruned, of the learned form."""
-        masks = [layer._mask for layer in self._learned()]
+        masks = [layer._mask for layer in self.learned_layers()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
     def group_lasso(self) -> Tensor:
         """Return the group lasso penalty, summed over all layers of the learned form."""
-        return sum(layer.group_lasso() for layer in self._learned())
+        return sum(layer.group_lasso() for layer in self.learned_layers())
 
     def condense(self, *, allow_partial: bool = False) -> None:
         """Convert the network to the condensed form, in place: group convolutions without masks.
@@ -316,7 +317,7 @@ class CondenseNetV2(Backbone):
         """
         if self.form != 'learned':
             return
-        stages = {layer.stage for layer in self._learned()}
+        stages = {layer.stage for layer in self.learned_layers()}
         if len(stages) > 1:
             raise UserError(f'layers are at different stages of pruning: {sorted(stages)}')
         if self.stage < self.last_stage and not allow_partial:

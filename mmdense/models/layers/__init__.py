@@ -1,4 +1,5 @@
 """Layers that several families share."""
+# ruff: noqa: F401
 
 from mmdense.models.layers.condense import (
     CondensedGroupConv,
@@ -9,14 +10,3 @@ from mmdense.models.layers.condense import (
 )
 from mmdense.models.layers.lean import lean_conv, plain_conv
 from mmdense.models.layers.recompute import recompute
-
-__all__ = [
-    'CondensedGroupConv',
-    'CondensedReactivation',
-    'LearnedGroupConv',
-    'SparseReactivation',
-    'lean_conv',
-    'plain_conv',
-    'pruning_stage',
-    'recompute',
-]

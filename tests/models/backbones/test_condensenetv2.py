@@ -107,7 +107,7 @@ def test_pruning_reaches_all_layers():
         net.prune_to(progress)
         stages.append(net.stage)
     assert stages == [0, 1, 2, 2, 3, 3]
-    layers = net._learned()
+    layers = net.learned_layers()
     assert len(layers) == 2 * 8
     assert all(layer.stage == 3 for layer in layers)
     total = sum(layer.group_lasso() for layer in layers)
