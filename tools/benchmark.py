@@ -185,6 +185,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.silence_libraries()
     console = Console()
     lines = Lines(console)
+    conditions = Conditions(
+        device=args.device or ('cuda' if torch.cuda.is_available() else 'cpu'),
+        rounds=args.rounds,
+        forms=[*FORMS] if args.form == 'both' else [args.form],
+        batch=args.batch,
+        precision=args.precision,
+        compiled=args.compile,
+        onnx=args.onnx,
+        channels_last=args.memory_format and args.memory_format == 'channels_last',
+    )
+    with console.status('') as status:
+
+        def show_name(name: str) -> None:
+            status.update(f'one step of {name}')
+            lines.show('one step of', name)
+
+        sweep.try_out(conditions.device, show_name)
     with Progress(
         '{task.description}',
         BarColumn(),
@@ -206,16 +223,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             status.update(text)
             lines.show('measuring', text)
 
-        conditions = Conditions(
-            device=args.device or ('cuda' if torch.cuda.is_available() else 'cpu'),
-            rounds=args.rounds,
-            forms=[*FORMS] if args.form == 'both' else [args.form],
-            batch=args.batch,
-            precision=args.precision,
-            compiled=args.compile,
-            onnx=args.onnx,
-            channels_last=args.memory_format and args.memory_format == 'channels_last',
-        )
         options = dict(conditions=conditions, pictures=args.pictures)
         if cluster:
             show_text('in a job')

@@ -28,10 +28,7 @@ def escape(text: str) -> str:
 def latex_table(names: Sequence[str], columns: Sequence[Column], rows: Sequence[int]) -> str:
     """Return a tabular: a line for each row in this order, the best value of a column bold.
 
-    Args:
-        names: By row.
-        columns: Their groups are headings over several columns.
-        rows: Numbers of the rows.
+    ``rows`` are their numbers, ``names`` those of all; groups are headings over several columns.
     """
     heads, rules, place = [''], [], 2
     for group, members in itertools.groupby(columns, lambda column: column.group):

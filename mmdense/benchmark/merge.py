@@ -25,9 +25,8 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
         out: Folder of the report.
         columns: See :class:`.Sweep`.
 
-    Raises:
-        UserError: If a folder has no ``results.json``, the sweeps have other settings, or two have
-            a backbone of the same name.
+    UserError if a folder has no ``results.json``, the sweeps have other settings, or two have a
+    backbone of the same name.
     """
     results = [_read(folder) for folder in folders]
     first = results[0]

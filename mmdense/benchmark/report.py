@@ -158,9 +158,8 @@ class Report:
         self.metric = self.all_columns[0]
         self.costs = {column.name: column for column in self.all_columns}
         # Backbones are compared in the same form: the first one that all of them have.
-        forms = [{*row['infer']} for row in self.rows if row['infer']] or [{*FORMS}]
-        shared = [form for form in FORMS if form in set.intersection(*forms)]
-        self.form = (shared or [form for form in FORMS if form in set.union(*forms)])[0]
+        forms = [row['infer'] for row in self.rows if row['infer']]
+        self.form = next((f for f in FORMS if all(f in each for each in forms)), 'trained')
         hidden = ONLY_IN_CSV | {
             f'{form}_{slug}'
             for form in {*GROUPS} - {self.form, 'train'}

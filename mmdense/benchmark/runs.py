@@ -71,8 +71,7 @@ class TrainingRun:
             progress: Called twice a second, see :meth:`.Sweep.train`. Without it this is a job,
                 which waits for the end of a training in the same folder.
 
-        Raises:
-            UserError: If there is such a training, and ``progress``.
+        UserError if there is such a training, and ``progress``.
         """
         with (self.folder / 'lock').open('w') as lock:
             try:  # the process inherits the lock
@@ -176,9 +175,8 @@ def train_as_jobs(
         options: Parameters of submitit's AutoExecutor, such as ``slurm_partition``,
             ``timeout_min`` and ``mem_gb``.
 
-    Raises:
-        UserError: If submitit is missing or refuses an option, there is no SLURM here, or this
-            machine has fewer GPUs.
+    UserError if submitit is missing or refuses an option, there is no SLURM here, or this machine
+    has fewer GPUs.
     """
     parallel = min(parallel or len(runs), len(runs))
     executor = _executor(folder, cluster, parallel, gpus, options or {})

@@ -35,6 +35,7 @@ from torch import nn
 from mmdense.apis.export import export_onnx
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
+from mmdense.benchmark.memory import random_batch
 from mmdense.benchmark.report import GROUPS, VERSION, write_report
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import (
@@ -80,10 +81,9 @@ class Sweep:
     Attributes:
         runs: The trainings of each backbone, by its name.
 
-    Raises:
-        UserError: If the model predicts depth, the learning rates are only for RDNet, a backbone
-            doesn't fit, two have the same name, or the folder cannot be written or belongs to a
-            sweep with other settings.
+    A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
+    depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
+    with other settings.
     """
 
     def __init__(
@@ -104,35 +104,40 @@ class Sweep:
         names = [backbone.name for backbone in backbones]
         if len({*names}) < len(names):
             raise UserError(f'two backbones have the same name: {", ".join(names)}')
-        decay = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
-        others = [backbone.name for backbone in backbones if backbone.family != 'RDNet']
-        if decay.get('mode') == 'published' and others:
-            raise UserError(
-                f"{cfg.filename} has RDNet's published learning rates, not for {others[0]}: add "
-                '--cfg-options optim_wrapper.paramwise_cfg.mode=exact'
-            )
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
         self.columns = list(columns)
         self.size = size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
-        epochs = cfg.train_cfg.get('max_epochs')
+        self.errors: dict[str, str] = {}  # of backbones that cannot be trained
         self.configs: dict[str, Config] = {}  # of the first seed
         self.runs: dict[str, list[TrainingRun]] = {}
         for backbone in backbones:
             name, runs = backbone.name, self.runs.setdefault(backbone.name, [])
-            self.configs[name] = config = self._make_config(backbone)
+            try:
+                self.configs[name] = self._make_config(backbone)
+            except UserError as error:
+                self.errors[name] = str(error)
+            config = self.configs.get(name, cfg)
+            epochs = config.train_cfg.get('max_epochs')
             for number in range(seeds):
                 file = _slug(name) + (f'.seed{first + number}' if number else '')
                 title = f'{name}, seed {first + number}' if seeds > 1 else name
                 # Not in the work dir, where mmengine writes the config as the runner changed it.
                 paths = folder / 'configs' / f'{file}.py', folder / 'runs' / file
                 runs.append(TrainingRun(title, first + number, *paths, epochs))
-                _write_config(runs[-1], config)
+                if name in self.configs:
+                    _write_config(runs[-1], config)
 
     def _make_config(self, backbone: BackboneSpec) -> Config:
         cfg = copy.deepcopy(self.cfg)
+        decay = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
+        if decay.get('mode') == 'published' and backbone.family != 'RDNet':
+            raise UserError(
+                f"{cfg.filename} has RDNet's published learning rates, not for {backbone.name}: "
+                'add --cfg-options optim_wrapper.paramwise_cfg.mode=exact'
+            )
         put_backbone(cfg, backbone.config)
         if backbone.preprocessor:
             cfg.model.data_preprocessor.update(backbone.preprocessor)
@@ -152,6 +157,8 @@ class Sweep:
         It is 'done' if all are, 'failed' if one failed and the others ended, 'waiting' if none has
         begun, or 'training'.
         """
+        if name in self.errors:
+            return dict(status='failed', seconds=0.0, error=self.errors[name])
         runs = self.runs[name]
         states = [run.state for run in runs]
         kinds = {state['status'] for state in states}
@@ -167,6 +174,30 @@ class Sweep:
             seed = f'seed {run.seed}: ' if len(runs) > 1 else ''
             state['error'] = f'{seed}{failed["error"]}'
         return state
+
+    def try_out(
+        self, device: str = 'cpu', progress: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """Run a training step of all that isn't trained, before it is: what fails is a row's error.
+
+        The images, one or two, are random and have the training's size.
+        """
+        for name, cfg in self.configs.items():
+            if self.state(name)['status'] in ('done', 'training'):
+                continue
+            progress(name)
+            size = self.size
+            with suppress(UserError):  # the config does not state it
+                size = training_size(cfg)
+            number = min(cfg.train_dataloader.batch_size, 2)  # some norms need two
+            batch = random_batch(number, size, segmentation=cfg.default_scope == 'mmseg')
+            try:
+                step = training_run(cfg, batch)
+                step.model.init_weights()
+                step.model.to(device)
+                step(0)()
+            except Exception as error:  # from any library; the others are trained
+                self.errors[name] = f'cannot be trained: {one_line(error)}'
 
     def train(
         self,
@@ -190,8 +221,11 @@ class Sweep:
             progress(run.name, state.get('error', 'done'), float(state['status'] == 'done'))
 
         todo = []
-        for run in (run for seeds in zip(*self.runs.values(), strict=True) for run in seeds):
-            if run.state['status'] == 'done':
+        pairs = [[(name, run) for run in runs] for name, runs in self.runs.items()]
+        for name, run in itertools.chain(*zip(*pairs, strict=True)):
+            if name in self.errors:
+                progress(run.name, self.errors[name], 0.0)
+            elif run.state['status'] == 'done':
                 progress(run.name, 'done', 1.0)
             else:
                 todo.append(run)
