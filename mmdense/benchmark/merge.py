@@ -18,15 +18,9 @@ SETTINGS = ('task', 'config', 'schedule', 'data', 'pretrained', 'rule', 'seeds')
 def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] = ()) -> None:
     """Write one report of several sweeps, of the same settings, to a folder.
 
-    Times and memory are left out where sweeps were measured on other machines or in other ways.
-
-    Args:
-        folders: Of the sweeps; the truth in pictures is the first one's.
-        out: Folder of the report.
-        columns: See :class:`.Sweep`.
-
-    UserError if a folder has no ``results.json``, the sweeps have other settings, or two have a
-    backbone of the same name.
+    Times and memory are left out where sweeps were measured on other machines or in other ways. The
+    truth in pictures is the first one's. UserError if a folder has no ``results.json``, the sweeps
+    have other settings, or two have a backbone of the same name.
     """
     results = [_read(folder) for folder in folders]
     first = results[0]

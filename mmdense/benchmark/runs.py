@@ -63,15 +63,10 @@ class TrainingRun:
         env: Mapping[str, str] | None = None,
         progress: Progress | None = None,
     ) -> None:
-        """Train, or continue, and write the state.
+        """Train, or continue, and write the state; see :meth:`.Sweep.train`.
 
-        Args:
-            command: Trains a config, with ``CONFIG --resume`` appended, and validates at the end.
-            env: Environment variables besides this process's.
-            progress: Called twice a second, see :meth:`.Sweep.train`. Without it this is a job,
-                which waits for the end of a training in the same folder.
-
-        UserError if there is such a training, and ``progress``.
+        ``env`` is added to this process's environment. If there is a training in the same folder,
+        UserError with ``progress``; without, this is a job, which waits for its end.
         """
         with (self.folder / 'lock').open('w') as lock:
             try:  # the process inherits the lock

@@ -78,9 +78,6 @@ class Sweep:
         columns: Names of the columns to show, as in the CSV file; by default those of COCO's and
             mmseg's metrics and of the costs.
 
-    Attributes:
-        runs: The trainings of each backbone, by its name.
-
     A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
     depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
     with other settings.
@@ -112,7 +109,7 @@ class Sweep:
         first = cfg.randomness.get('seed') or 0
         self.errors: dict[str, str] = {}  # of backbones that cannot be trained
         self.configs: dict[str, Config] = {}  # of the first seed
-        self.runs: dict[str, list[TrainingRun]] = {}
+        self.runs: dict[str, list[TrainingRun]] = {}  # of each backbone, by its name
         for backbone in backbones:
             name, runs = backbone.name, self.runs.setdefault(backbone.name, [])
             try:
@@ -207,12 +204,11 @@ class Sweep:
     ) -> None:
         """Train what isn't done, each in a process of its own.
 
-        Args:
-            command: Trains a config, with ``CONFIG --resume`` appended, and validates at the end.
-            progress: Called twice a second with a training's name, its state, such as 'epoch 3 of
-                8, 0:01:20 left', and the share of the training that is done, from 0 to 1.
-            jobs: ``cluster``, ``parallel`` and ``options`` of :func:`.train_as_jobs`; None trains
-                one after the other in this process's terminal.
+        ``command``, with ``CONFIG --resume`` appended, trains a config and validates at the end.
+        ``progress`` is called twice a second with a training's name, its state, such as 'epoch 3 of
+        8, 0:01:20 left', and the share of the training that is done, from 0 to 1. ``jobs`` are
+        ``cluster``, ``parallel`` and ``options`` of :func:`.train_as_jobs`; None trains one after
+        the other in this process's terminal.
         """
 
         def finish(run: TrainingRun) -> None:
@@ -246,12 +242,8 @@ class Sweep:
     ) -> None:
         """Measure all trained models (see :func:`.timing.measure`), draw predictions, and report.
 
-        Nothing is measured again if all of it was, with the same arguments.
-
-        Args:
-            conditions: Of the measurement.
-            pictures: Number of test images to draw.
-            progress: Called with a description of each step.
+        Nothing is measured again if all of it was, with the same arguments. ``pictures`` is the
+        number of test images to draw; ``progress`` gets a description of each step.
         """
         done = [name for name in self.configs if self.state(name)['status'] == 'done']
         of = dict(asdict(conditions), pictures=pictures, backbones=done)

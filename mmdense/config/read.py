@@ -65,10 +65,9 @@ def load_config(
     work_dir: str | None = None,
     launcher: str = 'none',
 ) -> Config:
-    """Read a config file and apply the options that all tools share.
+    """Read a config file (see :func:`read_config`) and apply the options that all tools share.
 
     Args:
-        path: The config file, as for :func:`read_config`.
         options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's
             ``data_root`` everywhere: in data sets, annotation files and metrics.
         work_dir: Folder of logs and checkpoints; by default the config's, or ``work_dirs/<name>``.

@@ -83,12 +83,10 @@ class LoadReportHook(Hook):
 
     Weights of other formats are renamed to mmdense's keys first.
 
-    Args:
-        min_loaded: Least share of the tensors, from 0 to 1; 0 only reports.
-        part: Part of the model that must be loaded so, such as 'backbone' for training that starts
-            from other weights, whose heads may have other classes; the whole model by default,
-            and always where a run is resumed.
-        min_coverage: Deprecated alias of ``min_loaded``.
+    ``min_loaded`` is the least share of the tensors, from 0 to 1; 0 only reports. ``part`` must be
+    loaded so, such as 'backbone' for training that starts from other weights, whose heads may have
+    other classes: the whole model by default, and always where a run is resumed. ``min_coverage``
+    is a deprecated alias of ``min_loaded``.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook reads the weights

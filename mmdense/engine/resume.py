@@ -34,10 +34,9 @@ def use_checkpoint(
     run without a seed resumes with the seed it was started with.
 
     Args:
-        cfg: A complete config; changed in place.
-        resume: A checkpoint; 'auto' for the latest one in the work dir, if any; None for the
-            config's ``resume``.
-        load_from: The weights of a complete model to start from; by default the config's.
+        cfg: A complete config; changed in place, like ``resume`` and ``load_from`` by default its.
+        resume: A checkpoint; 'auto' for the latest one in the work dir, if any.
+        load_from: The weights of a complete model to start from.
         min_loaded: Share of the backbone's tensors that ``load_from`` must fill. With 1 the
             backbone's ``init_cfg`` is not needed and removed.
     """

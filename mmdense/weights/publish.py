@@ -42,15 +42,11 @@ def publish(
     for them: ``model.pth`` becomes ``model-1a2b3c4d.pth``. The same weights and ``meta`` give the
     same file.
 
-    Args:
-        source: A checkpoint or a bare state dict, for :func:`.read_checkpoint`.
-        target: NAME.pth or NAME.safetensors in an existing folder.
-        averaged: Of a run with mmengine's EMAHook take the average; else the trained weights.
-        half: Store tensors of two and more dimensions as float16. Vectors, scalars and integers
-            keep their type, as do tensors with a value that float16 cannot hold.
-
-    UserError if the source cannot be read, holds no weights, or holds an average that is not
-    EMAHook's; if there is no average to leave out; or the target cannot be written.
+    Of a run with mmengine's EMAHook, ``averaged`` takes the average, else the trained weights.
+    ``half`` stores tensors of two and more dimensions as float16, but for those with a value that
+    float16 cannot hold; vectors, scalars and integers keep their type. UserError if the source
+    cannot be read, holds no weights, or holds an average that is not EMAHook's; if there is no
+    average to leave out; or the target cannot be written.
     """
     source, target = Path(source).expanduser(), check_target(target, new=False)
     checkpoint = read_checkpoint(source)

@@ -381,8 +381,8 @@ def test_a_killed_sweep_continues(project, run_tool, task):
         for figures in row['infer'].values():
             assert figures['p50'] > 0
             assert figures['throughput'] != 1 / figures['p50']
-            recorded = [figures[key] for key in ('batch', 'precision', 'channels_last')]
-            assert recorded == [2, 'bf16', True]
+            recorded = [figures[key] for key in ('batch', 'precision', 'memory_format')]
+            assert recorded == [2, 'bf16', 'channels_last']
             assert row['train']['memory'] > figures['memory'] > 0
         assert [(folder / picture).stat().st_size > 0 for picture in row['pictures']] == [True] * 2
     learned = load_config(str(folder / 'configs/condensenetv2-nano.py'))
