@@ -89,11 +89,9 @@ def model_costs(
     operators that were not counted. The result is such as
     ``dict(backbone=..., neck=..., rpn_head=..., bbox_head=..., mask_head=...)``.
 
-    Args:
-        model: A one- or two-stage detector, or a segmentor with a decode head, else ValueError; on
-            the meta device, in eval mode.
-        size: Height and width in pixels.
-        num_boxes, num_masks: RoIs of the box heads and of the mask heads.
+    The model, in eval mode on the meta device, is a one- or two-stage detector, or a segmentor with
+    a decode head, else ValueError. ``size`` is height and width in pixels; ``num_boxes`` and
+    ``num_masks`` are the RoIs of the box and of the mask heads.
     """
     unknown: Counter[str] = Counter()
     costs = {}

@@ -231,12 +231,9 @@ def measure_configs(
     activations), ``form`` ('deployed' or 'trained'), ``infer`` and ``train`` (as :func:`measure`
     returns them, or None); ``error`` if it failed.
 
-    Args:
-        cfgs: By name. They are not changed.
-        size: Height and width of the images in pixels; by default each config's largest.
-        batch: Images in a training step.
-        rounds: As of :func:`measure`; 0 leaves out times and memory.
-        deployed: Run inference with the backbones' deployed form, see :func:`deployed_copy`.
+    The configs are not changed. ``size`` is height and width of the images in pixels, by default
+    each config's largest, ``batch`` is that of a training step; 0 ``rounds`` leave out times and
+    memory; ``deployed`` runs inference with the backbones' deployed form, :func:`deployed_copy`.
     """
     rows: dict[str, dict[str, Any]] = {}
     infers, steps = {}, {}

@@ -119,13 +119,10 @@ def load_into(
     If a backbone of mmdense reads images with other than three channels, the weights of its first
     convolution are adapted as in timm: summed for one channel, repeated and scaled for more.
 
-    Args:
-        module: A backbone or a complete model.
-        prefix: Take the checkpoint's keys with this prefix, without it.
-        fix: How to remove a prefix, for the report's hint.
-
-    Returns the weights with the model's names, unexpected ones included, and the report. UserError
-    if the checkpoint holds no weights, or tensors that cannot be of its format or of the network.
+    Of the checkpoint's keys those with ``prefix`` count, without it; ``fix`` says how to remove a
+    prefix, for the report's hint. Returns the weights with the model's names, unexpected ones
+    included, and the report. UserError if the checkpoint holds no weights, or tensors that cannot
+    be of its format or of the network.
     """
     expected = module.state_dict()
     backbones = {
@@ -288,7 +285,6 @@ class PretrainedInit(MMEnginePretrainedInit):
 
     Args:
         checkpoint: A file (.pth, .safetensors), a URL, or a scheme such as ``timm://NAME``.
-        prefix, map_location: As in mmengine.
         min_loaded: Least share of the module's tensors that must be loaded, from 0 to 1. By
             default all tensors of an mmdense backbone, also within a complete model (RDNet's
             output norms, which are never pretrained, are optional), and of any other module at

@@ -78,9 +78,8 @@ class Backbone(BaseModule):
             same.
         with_cp: Deprecated alias of ``memory='recompute'``.
 
-    Raises:
-        ValueError: An argument or a field of ``arch`` that is unknown or impossible, such as an
-            index or a stage that does not exist, or indices that don't increase.
+    ValueError for an argument or a field of ``arch`` that is unknown or impossible, such as an
+    index or a stage that does not exist, or indices that don't increase.
     """
 
     # Arch by name, and the address of the ImageNet weights that recipes start from, by arch. The

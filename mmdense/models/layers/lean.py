@@ -221,10 +221,8 @@ def lean_conv(
     as torch's compiler selects itself what to recompute, and for convolutions with hooks or a
     different forward.
 
-    Args:
-        chain: Cheap functions that run in sequence. The result must not be a view of an input that
-            is written to later.
-        conv: A convolution that pads with zeros; ``weight`` replaces its.
+    The chain are cheap functions that run in sequence; the result must not be a view of an input
+    that is written to later. The convolution pads with zeros; ``weight`` replaces its.
     """
     if not (saves_memory() and is_plain(conv)):
         return plain_conv(chain, conv, *inputs, weight=weight)
