@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress
 
 from mmdense import cli
-from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
@@ -47,9 +47,12 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument(
         '--backbones',
         nargs='+',
-        required=True,
+        default=[],
         metavar='NAME',
         help='FAMILY-ARCH such as rdnet-t, timm:NETWORK, or a config file to take one from',
+    )
+    sweep.add_argument(
+        '--rows', metavar='FILE', help='YAML or Python file of rows with settings of their own'
     )
     sweep.add_argument('--config', default=str(DEMO), help='config to put them into (the demo)')
     sweep.add_argument('--out', type=Path, metavar='DIR', help='folder (work_dirs/sweep-CONFIG)')
@@ -156,9 +159,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_weights = (cfg.model.get('backbone') or {}).get('init_cfg') is not None
     pretrained = args.pretrained or (has_weights and not args.from_scratch)
     detection = cfg.get('default_scope') != 'mmseg'
-    backbones = [
-        find_backbone(name, pretrained=pretrained, detection=detection) for name in args.backbones
-    ]
+    start = dict(pretrained=pretrained, detection=detection)
+    backbones = [find_backbone(name, **start) for name in args.backbones]
+    backbones += read_rows(args.rows, **start) if args.rows else []
+    if not backbones:
+        raise UserError('name --backbones, or a file of --rows')
     if min(args.seeds, args.parallel or 1, args.batch) < 1:
         raise UserError('--seeds, --parallel and --batch must be 1 or more')
     folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')

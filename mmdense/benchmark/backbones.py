@@ -6,19 +6,20 @@ import ast
 import copy
 import difflib
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 
-from mmdense.config.read import load_config
+from mmdense.config.read import load_config, read_config
 from mmdense.errors import UserError, suggest_name
 from mmdense.models import CondenseNetV2
 from mmdense.models.backbones import FAMILIES, Backbone
 
 TIMM = 'timm:'
 PRUNING = 'mmdense.CondenseScheduleHook'
+ROW = ('backbone', 'name', 'arguments', 'weights', 'epochs', 'iters', 'options')
 SHORT = dict(tiny='t', small='s', base='b', large='l')
 
 
@@ -31,6 +32,7 @@ class BackboneSpec:
     config: dict[str, Any]
     hooks: tuple[dict[str, Any], ...] = ()  # that its training needs
     preprocessor: dict[str, Any] = field(default_factory=dict)  # settings that its weights need
+    settings: dict[str, Any] = field(default_factory=dict)  # of its row alone, see read_rows()
 
 
 def known_backbones() -> dict[str, tuple[type[Backbone], str]]:
@@ -40,6 +42,30 @@ def known_backbones() -> dict[str, tuple[type[Backbone], str]]:
         for name, family in FAMILIES.items()
         for arch in family.archs
     }
+
+
+def read_rows(path: str, *, pretrained: bool, detection: bool = True) -> list[BackboneSpec]:
+    """Return the backbones of a YAML or Python file, with settings of their own.
+
+    Its ``rows`` are dicts with a ``backbone`` as :func:`find_backbone` takes it, and optionally
+    the ``name`` of the row, ``arguments`` of the backbone, ``weights`` (an address; None for random
+    ones), ``epochs`` or ``iters``, and ``options`` as of ``--cfg-options``. UserError for others.
+    """
+    rows = read_config(path).get('rows')
+    if not isinstance(rows, list) or not all(isinstance(r, dict) and 'backbone' in r for r in rows):
+        raise UserError(f'{path} has no list of rows, which are dicts with a backbone')
+    for key in {key for row in rows for key in row} - {*ROW}:
+        raise UserError(f'{path}: nothing reads {key!r} of a row{suggest_name(key, ROW)}')
+    specs = []
+    for row in rows:
+        start = pretrained and 'weights' not in row
+        spec = find_backbone(row['backbone'], pretrained=start, detection=detection)
+        config = spec.config | (row.get('arguments') or {})
+        if row.get('weights'):
+            config['init_cfg'] = dict(type='Pretrained', checkpoint=row['weights'])
+        own = {key: row[key] for key in ROW[2:] if key in row}
+        specs.append(replace(spec, name=row.get('name', spec.name), config=config, settings=own))
+    return specs
 
 
 def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> BackboneSpec:

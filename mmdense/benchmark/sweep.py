@@ -47,8 +47,10 @@ from mmdense.benchmark.timing import (
     training_run,
 )
 from mmdense.config.channels import put_backbone
+from mmdense.config.edit import set_length
 from mmdense.config.image_size import training_size
 from mmdense.config.read import load_config
+from mmdense.config.validate import check_options
 from mmdense.datasets.files import iter_dataset_configs
 from mmdense.errors import UserError, one_line
 from mmdense.export.onnx_model import OnnxModel
@@ -114,8 +116,8 @@ class Sweep:
             name, runs = backbone.name, self.runs.setdefault(backbone.name, [])
             try:
                 self.configs[name] = self._make_config(backbone)
-            except UserError as error:
-                self.errors[name] = str(error)
+            except (UserError, KeyError, TypeError) as error:  # the latter of options
+                self.errors[name] = str(error.args[0])
             config = self.configs.get(name, cfg)
             epochs = config.train_cfg.get('max_epochs')
             for number in range(seeds):
@@ -128,7 +130,11 @@ class Sweep:
                     _write_config(runs[-1], config)
 
     def _make_config(self, backbone: BackboneSpec) -> Config:
-        cfg = copy.deepcopy(self.cfg)
+        cfg, settings = copy.deepcopy(self.cfg), backbone.settings
+        options = dict(settings.get('options') or {})
+        check_options(cfg, options)
+        cfg.merge_from_dict(options)
+        set_length(cfg, epochs=settings.get('epochs'), iters=settings.get('iters'))
         decay = (cfg.get('optim_wrapper') or {}).get('paramwise_cfg') or {}
         if decay.get('mode') == 'published' and backbone.family != 'RDNet':
             raise UserError(
@@ -412,6 +418,7 @@ class Sweep:
         row = dict(
             backbone=name,
             family=backbone.family,
+            settings=backbone.settings,
             config=str(runs[0].config.relative_to(self.folder)),
             run=str(runs[0].folder.relative_to(self.folder)),
             status=state['status'],

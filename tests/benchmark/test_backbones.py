@@ -3,7 +3,7 @@
 import pytest
 from mmengine.config import Config
 
-from mmdense.benchmark.backbones import PRUNING, find_backbone, known_backbones
+from mmdense.benchmark.backbones import PRUNING, find_backbone, known_backbones, read_rows
 from mmdense.config.channels import build_part
 from mmdense.errors import UserError
 from support import CONDENSED, DEMOS, ROOT
@@ -57,6 +57,41 @@ def test_timm():
     halves = find_backbone(name, pretrained=True).preprocessor
     assert halves == dict(mean=[127.5] * 3, std=[127.5] * 3, bgr_to_rgb=True)
     assert not find_backbone(name, pretrained=False).preprocessor
+
+
+ROWS = """
+rows:
+- backbone: timm:resnet18
+- backbone: rdnet-t
+  name: rdnet-t, drop path
+  arguments: {drop_path_rate: 0.2}
+  weights: my.pth
+  epochs: 3
+  options: {optim_wrapper.optimizer.lr: 0.01}
+- {backbone: rdnet-t, weights: null}
+"""
+
+
+def test_rows_with_settings_of_their_own(tmp_path):
+    file = tmp_path / 'rows.yml'
+    file.write_text(ROWS)
+    plain, own, scratch = read_rows(str(file), pretrained=True)
+    assert plain == find_backbone('timm:resnet18', pretrained=True)
+    assert (own.name, scratch.name) == ('rdnet-t, drop path', 'rdnet-t')
+    assert own.config['drop_path_rate'] == 0.2
+    assert own.config['init_cfg']['checkpoint'] == 'my.pth'
+    assert {*own.settings} == {'arguments', 'weights', 'epochs', 'options'}
+    assert 'init_cfg' not in scratch.config
+    file = tmp_path / 'rows.py'
+    for text, message in (
+        ('rows = 1', 'no list of rows'),
+        ('rows = [dict(name="x")]', 'no list of rows'),
+        ('rows = [dict(backbone="rdnet-t", epoch=3)]', "'epoch' of a row; did you mean 'epochs'"),
+        ('rows = [dict(backbone="rdnet-q")]', "unknown backbone 'rdnet-q'"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_rows(str(file), pretrained=False)
 
 
 def test_from_a_config_file():

@@ -27,6 +27,7 @@ def make_row(i=0, **changes):
     row = dict(
         backbone=f'net-{i}',
         family=NAMES[i % len(NAMES)],
+        settings=dict(epochs=9) if i == 2 else {},
         status='done',
         seconds=120.0 + i,
         metrics={'box AP': round(rng.uniform(0.3, 0.8), 3), 'box AP50': 0.9},
@@ -240,6 +241,7 @@ def test_the_report(report, tmp_path):
             in content
         )
         assert 'both forms of the backbones; plots show the deployed one.' in content
+        assert 'net-2 has settings of its own: epochs=9.' in content
         assert '2026-11-21, a CPU; torch 2.15.0; OMP_WAIT_POLICY passive; commit 0123' in content
         assert 'Train data: 9 images (CocoDataset, a.json, SHA-256 ffffffffffff).' in content
         assert 'Changed in the config: train_cfg.max_epochs=2.' in content

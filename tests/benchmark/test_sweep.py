@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -246,6 +247,29 @@ def test_configs(tmp_path):
     assert hooks['condensenetv2-nano'] == [*hooks['rdnet-nano'], 'mmdense.CondenseScheduleHook']
 
 
+def test_settings_of_a_row(tmp_path):
+    settings = [
+        {'options': {'optim_wrapper.optimizer.lr': 0.5}, 'epochs': 3},
+        {},
+        {'options': {'optim_wraper.optimizer.lr': 0.5}},
+        {'iters': 3},
+    ]
+    specs = [
+        replace(find_backbone(NAMES[1], pretrained=False), name=f'net-{i}', settings=own)
+        for i, own in enumerate(settings)
+    ]
+    cfg = load_config(str(DEMOS['detection']))
+    sweep = Sweep(cfg, specs, tmp_path, command='sweep', pretrained=False)
+    own, plain = (sweep.configs[f'net-{i}'] for i in range(2))
+    assert (own.optim_wrapper.optimizer.lr, own.train_cfg.max_epochs) == (0.5, 3)
+    assert plain.optim_wrapper.optimizer == cfg.optim_wrapper.optimizer
+    assert [sweep.runs[f'net-{i}'][0].epochs for i in range(2)] == [3, cfg.train_cfg.max_epochs]
+    assert 'optim_wraper' in sweep.errors['net-2']
+    assert 'counts epochs: give --epochs' in sweep.errors['net-3']
+    sweep.report()
+    assert results_of(tmp_path)['net-0']['settings'] == settings[0]
+
+
 def test_learning_rates_for_rdnet_are_refused_for_others(tmp_path):
     recipe = ROOT / 'configs/detection/rdnet/mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco.py'
     sweep = sweep_of(tmp_path, names=['rdnet-t', 'rexnet-1.0'], config=recipe)
@@ -336,6 +360,7 @@ def test_progress_in_lines_without_a_terminal(monkeypatch, capsys):
     ('arguments', 'message'),
     [
         (['--backbones', 'rdnet-q'], "unknown backbone 'rdnet-q'; did you mean 'rdnet-"),
+        ([], 'name --backbones, or a file of --rows'),
         (['--backbones', 'rdnet-t', 'rdnet-t'], 'two backbones have the same name: rdnet-t, rdnet'),
         (['--backbones', 'rdnet-t', '--config', 'configs/x.py'], 'no config configs/x.py'),
         (['--backbones', 'rdnet-t', '--out', '/proc/nowhere'], 'cannot write /proc/nowhere'),

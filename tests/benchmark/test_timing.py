@@ -132,6 +132,8 @@ def test_precision_and_memory_format(precision, weights, outputs):
     weight = model.backbone.stem[0].weight
     assert weight.dtype == weights
     assert weight.is_contiguous(memory_format=torch.channels_last)
+    formats = [c.record('trained')['memory_format'] for c in (conditions, Conditions())]
+    assert formats == ['channels_last', 'contiguous']
 
 
 def test_other_backbones_deploy_too():
