@@ -63,8 +63,10 @@ def read_rows(path: str, *, pretrained: bool, detection: bool = True) -> list[Ba
         config = spec.config | (row.get('arguments') or {})
         if row.get('weights'):
             config['init_cfg'] = dict(type='Pretrained', checkpoint=row['weights'])
-        own = {key: row[key] for key in ROW[2:] if key in row}
-        specs.append(replace(spec, name=row.get('name', spec.name), config=config, settings=own))
+        settings = {key: row[key] for key in ROW[2:] if key in row}
+        specs.append(
+            replace(spec, name=row.get('name', spec.name), config=config, settings=settings)
+        )
     return specs
 
 

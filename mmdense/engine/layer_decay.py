@@ -85,7 +85,12 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         backbone = self._backbone(module)
         name, _ = next(backbone.named_parameters())
         last = backbone.layer_depth(name, self.granularity)[1] - 1
-        keys = self._custom_keys(module)
+        custom = self.paramwise_cfg.get('custom_keys', {})
+        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+        for key in custom:
+            if not any(key in name for name in names):
+                raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] matches no parameter')
+        keys = sorted(custom, key=lambda key: (-len(key), key))  # mmengine's order
         groups, scales = {}, {}
         for name, parameter in module.named_parameters():  # without duplicates
             if not parameter.requires_grad:
@@ -95,10 +100,10 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             if name.startswith('backbone.'):
                 name_inside = name.removeprefix('backbone.')
                 depth, _ = backbone.layer_depth(name_inside, self.granularity)
-            custom = next((settings for key, settings in keys.items() if key in name), {})
-            scale = self._scale(depth, last) * custom.get('lr_mult', 1)
+            settings = next((custom[key] for key in keys if key in name), {})
+            scale = self._scale(depth, last) * settings.get('lr_mult', 1)
             decays = parameter.ndim > 1 and not name.endswith('.bias')
-            weight_decay = self.base_wd * decays * custom.get('decay_mult', 1)
+            weight_decay = self.base_wd * decays * settings.get('decay_mult', 1)
             scales.setdefault((depth, scale), []).append(parameter.numel())
             group = dict(params=[], lr=self.base_lr * scale, weight_decay=weight_decay, depth=depth)
             group = groups.setdefault((depth, scale, weight_decay), group)
@@ -128,15 +133,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             depth = PUBLISHED_HEADS if depth == last else depth
             last = PUBLISHED_DEPTHS - 1
         return self.paramwise_cfg['decay_rate'] ** (last - depth)
-
-    def _custom_keys(self, module: nn.Module) -> dict[str, Mapping[str, float]]:
-        """Return the custom keys in mmengine's order: the longest first, then alphabetically."""
-        custom = self.paramwise_cfg.get('custom_keys', {})
-        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-        for key in custom:
-            if not any(key in name for name in names):
-                raise ValueError(f'paramwise_cfg.custom_keys[{key!r}] matches no parameter')
-        return {key: custom[key] for key in sorted(custom, key=lambda key: (-len(key), key))}
 
     def _log(self, scales: Mapping[tuple[int, float], list[int]]) -> None:
         lines = [f'layer decay {self.paramwise_cfg}, learning rate {self.base_lr:g}']

@@ -75,12 +75,12 @@ rows:
 def test_rows_with_settings_of_their_own(tmp_path):
     file = tmp_path / 'rows.yml'
     file.write_text(ROWS)
-    plain, own, scratch = read_rows(str(file), pretrained=True)
+    plain, changed, scratch = read_rows(str(file), pretrained=True)
     assert plain == find_backbone('timm:resnet18', pretrained=True)
-    assert (own.name, scratch.name) == ('rdnet-t, drop path', 'rdnet-t')
-    assert own.config['drop_path_rate'] == 0.2
-    assert own.config['init_cfg']['checkpoint'] == 'my.pth'
-    assert {*own.settings} == {'arguments', 'weights', 'epochs', 'options'}
+    assert (changed.name, scratch.name) == ('rdnet-t, drop path', 'rdnet-t')
+    assert changed.config['drop_path_rate'] == 0.2
+    assert changed.config['init_cfg']['checkpoint'] == 'my.pth'
+    assert {*changed.settings} == {'arguments', 'weights', 'epochs', 'options'}
     assert 'init_cfg' not in scratch.config
     file = tmp_path / 'rows.py'
     for text, message in (

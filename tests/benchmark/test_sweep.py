@@ -255,13 +255,13 @@ def test_settings_of_a_row(tmp_path):
         {'iters': 3},
     ]
     specs = [
-        replace(find_backbone(NAMES[1], pretrained=False), name=f'net-{i}', settings=own)
-        for i, own in enumerate(settings)
+        replace(find_backbone(NAMES[1], pretrained=False), name=f'net-{i}', settings=values)
+        for i, values in enumerate(settings)
     ]
     cfg = load_config(str(DEMOS['detection']))
     sweep = Sweep(cfg, specs, tmp_path, command='sweep', pretrained=False)
-    own, plain = (sweep.configs[f'net-{i}'] for i in range(2))
-    assert (own.optim_wrapper.optimizer.lr, own.train_cfg.max_epochs) == (0.5, 3)
+    changed, plain = (sweep.configs[f'net-{i}'] for i in range(2))
+    assert (changed.optim_wrapper.optimizer.lr, changed.train_cfg.max_epochs) == (0.5, 3)
     assert plain.optim_wrapper.optimizer == cfg.optim_wrapper.optimizer
     assert [sweep.runs[f'net-{i}'][0].epochs for i in range(2)] == [3, cfg.train_cfg.max_epochs]
     assert 'optim_wraper' in sweep.errors['net-2']
