@@ -31,12 +31,11 @@ def build_metadata(
 ) -> tuple[dict[str, Any], str]:
     """Return the metadata of an exported network, and why its ``resize`` is unknown or ''."""
     model, preprocess = network.model, network.preprocess
+    step = -1 if preprocess.order == 'BGR' else 1
     mean, std = (
-        [] if x is None else [round(v, 4) for v in x.flatten().tolist()]
+        [] if x is None else [round(v, 4) for v in x.flatten().tolist()[::step]]
         for x in (preprocess.mean, preprocess.std)
     )
-    if preprocess.order == 'BGR':
-        mean, std = mean[::-1], std[::-1]
     resize, pad, reason = read_geometry(config)
     metadata = dict(
         schema=SCHEMA,
@@ -85,23 +84,20 @@ def read_geometry(
     dataset = test_dataset(config)
     if dataset is None:
         return None, None, 'there is no test_dataloader with a pipeline'
-    resize = pad = None
+    found: dict[str, Any] = dict(Resize=None, Pad=None)
     for transform in dataset.get('pipeline') or []:
         kind = str(transform['type']).rpartition('.')[2]
         if kind.startswith(PASSIVE):
             continue
-        if kind == 'Resize' and resize is None and pad is None and transform.get('scale'):
-            scale = transform['scale']
-            scale = [scale, scale] if isinstance(scale, int) else list(scale)
-            if transform.get('interpolation', 'bilinear') == 'bilinear':
-                resize = dict(scale=scale, keep_ratio=bool(transform.get('keep_ratio', False)))
-                continue
-        if kind == 'Pad' and pad is None and transform.get('size'):
-            value = transform.get('pad_val', 0)
-            value = value.get('img', 0) if isinstance(value, Mapping) else value
-            levels = {value} if isinstance(value, int | float) else {*value}
-            if len(levels) == 1:
-                pad = dict(size=list(transform['size']), value=float(levels.pop()))
-                continue
-        return None, None, f'{kind} of the test pipeline is not in the file'
-    return resize, pad, ''
+        bilinear = transform.get('interpolation', 'bilinear') == 'bilinear'
+        sides, value = transform.get('scale', transform.get('size')), transform.get('pad_val', 0)
+        value = value.get('img', 0) if isinstance(value, Mapping) else value
+        levels = {value} if isinstance(value, int | float) else {*value}
+        if found.get(kind, kind) or found['Pad'] or not (sides and bilinear) or len(levels) > 1:
+            return None, None, f'{kind} of the test pipeline is not in the file'
+        sides = [sides, sides] if isinstance(sides, int) else list(sides)
+        keep_ratio = bool(transform.get('keep_ratio', False))
+        found[kind] = dict(scale=sides, keep_ratio=keep_ratio)
+        if kind == 'Pad':
+            found[kind] = dict(size=sides, value=float(levels.pop()))
+    return found['Resize'], found['Pad'], ''

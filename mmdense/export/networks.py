@@ -19,7 +19,7 @@ from torch.nn.modules.utils import _pair
 from mmdense.errors import UserError, one_line
 from mmdense.export.dense import check_dense_head, decode_dense
 from mmdense.export.detr import decode_detr, prepare_detr
-from mmdense.export.two_stage import check_roi_head, decode_masks, decode_rois, mask_size
+from mmdense.export.two_stage import check_roi_head, decode_masks, decode_rois
 
 PARTS = ('model', 'raw', 'neck', 'backbone')
 DIVISORS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -188,7 +188,6 @@ class Detector(Network):
         )
         if self.masks:
             settings['mask_thr'] = float(cfg.mask_thr_binary)
-            settings['mask_size'] = list(mask_size(self.head))
         return settings
 
 

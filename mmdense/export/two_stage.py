@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from mmcv.ops import RoIAlign
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads import BBoxHead
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
@@ -20,23 +19,29 @@ from mmdense.errors import UserError
 from mmdense.export.dense import check_nms, decode
 from mmdense.export.nms import best, rows, suppress
 
-ROI_HEADS = (StandardRoIHead, CascadeRoIHead)
+READ = dict(  # parts of a RoI head -> class, and its method that these functions replace
+    bbox_head=(BBoxHead, '_predict_by_feat_single'),
+    mask_head=(FCNMaskHead, 'predict_by_feat'),
+    bbox_roi_extractor=(SingleRoIExtractor, 'forward'),
+    mask_roi_extractor=(SingleRoIExtractor, 'forward'),
+)
+PLAIN = dict(custom_cls_channels=False, custom_activation=False, with_reg=True)
 
 
 def check_roi_head(roi_head: nn.Module) -> None:
     """Raise a UserError if these functions do not do what the RoI head's prediction does."""
-    boxes, masks = (_stages(getattr(roi_head, f'{x}_head', None)) for x in ('bbox', 'mask'))
-    extractors = [
-        *_stages(roi_head.bbox_roi_extractor),
-        *(_stages(roi_head.mask_roi_extractor) if masks else []),
-    ]
-    parts = [
-        ([roi_head], type(roi_head) in ROI_HEADS and not roi_head.with_shared_head),
-        *(([head], _is_plain(head)) for head in boxes),
-        *(([head], _keeps(head, FCNMaskHead, 'predict_by_feat')) for head in masks),
-        *(([x], _averages(x)) for x in extractors),
-    ]
-    for (part,), known in parts:
+    known = type(roi_head) in (StandardRoIHead, CascadeRoIHead) and not roi_head.with_shared_head
+    parts = {roi_head: known}
+    for name, (base, method) in READ.items():
+        for part in _stages(getattr(roi_head, name, None)):
+            plain = all(getattr(part, key, value) == value for key, value in PLAIN.items())
+            plain &= type(getattr(part, 'bbox_coder', None)) in (DeltaXYWHBBoxCoder, type(None))
+            plain &= all(
+                getattr(x, 'pool_mode', '') == 'avg' for x in getattr(part, 'roi_layers', ())
+            )
+            same = getattr(type(part), method, None) is getattr(base, method)
+            parts[part] = isinstance(part, base) and same and plain
+    for part, known in parts.items():
         if not known:
             raise UserError(
                 f'ONNX export does not know {type(part).__name__} with these settings: it reads '
@@ -44,22 +49,6 @@ def check_roi_head(roi_head: nn.Module) -> None:
                 'SingleRoIExtractor with average RoIAlign; export its neck or backbone instead'
             )
     check_nms(roi_head.test_cfg)
-
-
-def _keeps(head: nn.Module, base: type, method: str) -> bool:
-    return isinstance(head, base) and getattr(type(head), method) is getattr(base, method)
-
-
-def _is_plain(head: nn.Module) -> bool:
-    plain = not (head.custom_cls_channels or head.custom_activation) and head.with_reg
-    coder = type(head.bbox_coder) is DeltaXYWHBBoxCoder
-    return plain and coder and _keeps(head, BBoxHead, '_predict_by_feat_single')
-
-
-def _averages(extractor: nn.Module) -> bool:
-    layers = extractor.roi_layers
-    average = all(isinstance(x, RoIAlign) and x.pool_mode == 'avg' for x in layers)
-    return type(extractor) is SingleRoIExtractor and average
 
 
 def decode_rois(
@@ -71,12 +60,8 @@ def decode_rois(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
 
-    Args:
-        roi_head: Standard or Cascade RoI head.
-        maps: The neck's feature maps.
-        proposals: [N, P, 4] as x1, y1, x2, y2.
-        scores: [N, P]; negative for proposals that are left out.
-        size: Height and width of the images in pixels, without padding.
+    ``proposals`` [N, P, 4] with negative ``scores`` [N, P] are left out. ``size`` is the height and
+    width of the images in pixels, without padding.
     """
     cfg, valid = roi_head.test_cfg, scores >= 0
     number, count = proposals.shape[:2]
@@ -122,14 +107,6 @@ def decode_masks(
     return mask.view(*labels.shape, *mask.shape[1:])
 
 
-def mask_size(roi_head: nn.Module) -> tuple[int, int]:
-    """Return h and w of the masks."""
-    head, extractor = (_stages(x)[0] for x in (roi_head.mask_head, roi_head.mask_roi_extractor))
-    scale = head.scale_factor if head.upsample is not None else 1
-    height, width = extractor.roi_layers[0].output_size
-    return height * scale, width * scale
-
-
 def pool_rois(extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor) -> Tensor:
     """Return what a SingleRoIExtractor pools for boxes [N, P, 4]: [N * P, C, h, w].
 
@@ -143,19 +120,13 @@ def pool_rois(extractor: nn.Module, maps: Sequence[Tensor], boxes: Tensor) -> Te
     pooled = maps[0].new_zeros(rois.shape[0], extractor.out_channels, *layers[0].output_size)
     for level, layer in enumerate(layers):
         index = (levels == level).nonzero()[:, 0]
+        samples = max(0, layer.sampling_ratio), layer.aligned
         features = torch.ops.torchvision.roi_align(
-            maps[level],
-            rois[index],
-            layer.spatial_scale,
-            *layer.output_size,
-            max(0, layer.sampling_ratio),
-            layer.aligned,
+            maps[level], rois[index], layer.spatial_scale, *layer.output_size, *samples
         )
         pooled = pooled.index_put((index,), features)
     return pooled
 
 
 def _stages(part: nn.Module | None) -> list[nn.Module]:
-    if part is None:
-        return []
-    return list(part) if isinstance(part, nn.ModuleList) else [part]
+    return list(part) if isinstance(part, nn.ModuleList) else [part] if part is not None else []
