@@ -31,6 +31,7 @@ from mmdense.export.onnx_model import OnnxModel
 LIMITS = dict(lost=0.0, boxes=1e-3, scores=1e-5, masks=1e-3, segmentation=1e-4)
 VALUES = 1e-4  # of the largest value of other outputs
 NOISE = 1e-5  # of normalized pixels
+SEVERAL = 10  # times the change by noise: the rounding of all layers adds up
 ROUGH = dict.fromkeys(LIMITS, math.inf) | dict(lost=0.5, segmentation=0.5)  # of lower precision,
 CONFIDENT = 0.3  # for boxes with such a score
 
@@ -118,7 +119,8 @@ def _compare_predictions(
     add_noise = partial(torch.normal, std=NOISE, generator=torch.Generator().manual_seed(0))
     with model.backbone.register_forward_pre_hook(lambda _, args: (add_noise(args[0]), *args[1:])):
         noisy = _differences(_predict(model, inputs), expected, exact)
-    return found, {name: max(limit, noisy.get(name, 0)) for name, limit in LIMITS.items()}
+    factors = dict.fromkeys(LIMITS, SEVERAL) | dict(lost=1)
+    return found, {k: max(limit, factors[k] * noisy.get(k, 0)) for k, limit in LIMITS.items()}
 
 
 @torch.no_grad()

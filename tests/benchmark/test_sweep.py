@@ -380,7 +380,7 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     length = dict(detection=['--epochs', '2'], segmentation=['--iters', '4'])[task]
     command = [sys.executable, TOOL, 'sweep', '--config', DEMOS[task], '--out', folder, *length]
     command += ['--backbones', CONDENSED, 'timm:test_resnet', '--rounds', '2', '--pictures', '2']
-    command += ['--device', 'cpu', '--batch', '2', '--precision', 'bf16']
+    command += ['--device', 'cpu', '--batch', '2', '--precision', 'bf16', '--onnx']
     with subprocess.Popen(
         [*map(str, command)], cwd=project, stdout=subprocess.DEVNULL, start_new_session=True
     ) as first:
@@ -402,6 +402,9 @@ def test_a_killed_sweep_continues(project, run_tool, task):
         assert row['status'] == 'done'
         assert row['error'] is None
         assert row['metrics']
+        exported = row['infer'].pop('onnx')
+        assert min(exported['p50'], exported['throughput']) > 0
+        assert (exported['precision'], exported['memory']) == ('fp32', None)
         assert {*row['infer']} == {'deployed', 'trained'}
         for figures in row['infer'].values():
             assert figures['p50'] > 0
