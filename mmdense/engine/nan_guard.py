@@ -32,7 +32,7 @@ class _BadIteration:
     images: tuple[str, ...]  # files
 
 
-@HOOKS.register_module(name=['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
+@HOOKS.register_module()
 class NaNGuardHook(Hook):
     """Stop training on NaN or infinite numbers, and keep such weights out of checkpoints.
 

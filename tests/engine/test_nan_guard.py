@@ -171,7 +171,6 @@ def test_finite_losses_cause_no_wait_for_the_device():
     NaNGuardHook().after_train_iter(FakeRunner(), 0, outputs=dict(loss=object(), acc=object()))
 
 
-@pytest.mark.parametrize('name', ['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
-def test_patience_is_checked(name):
+def test_patience_is_checked():
     with pytest.raises(ValueError, match='patience is 0, must be at least 1'):
-        HOOKS.build(dict(type=f'mmdense.{name}', patience=0))
+        HOOKS.build(dict(type='mmdense.NaNGuardHook', patience=0))
