@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from mmengine.dist import broadcast
@@ -15,8 +14,6 @@ from mmdense.errors import UserError
 from mmdense.models.backbones.condensenetv2 import CondenseNetV2
 from mmdense.models.layers import pruning_stage
 from mmdense.registry import HOOKS
-
-LOSS = 'loss_group_lasso'
 
 
 @HOOKS.register_module()
@@ -37,16 +34,7 @@ class CondenseScheduleHook(Hook):
 
     Pruning happens before the iteration, so that hooks that average or save weights after it see
     the new masks. They are copied to averaged models, since EMAHook ignores buffers of integers.
-
-    ``group_lasso`` is the weight of a loss that drives whole groups of weights to zero, reported as
-    ``loss_group_lasso`` until the last stage: finite, from 0 up; 0 as published.
     """
-
-    def __init__(self, *, group_lasso: float = 0.0) -> None:
-        if not 0 <= group_lasso < math.inf:
-            raise ValueError(f'group_lasso is {group_lasso}, must be a finite number from 0 up')
-        self.group_lasso = group_lasso
-        self._handle = None
 
     def before_train(self, runner: Runner) -> None:
         """Find the network, whose frozen layers must be fully pruned, and its stage of pruning."""
@@ -55,10 +43,6 @@ class CondenseScheduleHook(Hook):
         # As Python numbers, since reading the buffers would wait for the device.
         self._stage = self._net.stage
         self._share = self._net.connections()
-        self.after_train(runner)  # of an interrupted run
-        if self.group_lasso:
-            model = unwrap(runner.model)
-            self._handle = model.register_forward_hook(self._add_loss, with_kwargs=True)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Prune to the stage that the progress of the run calls for."""
@@ -79,22 +63,6 @@ class CondenseScheduleHook(Hook):
                 f'{runner.max_iters}, {100 * self._share:.1f} % of the connections left'
             )
         runner.message_hub.update_scalar('train/connections', self._share)
-        if self.group_lasso and self._stage == net.last_stage:
-            # Otherwise the log keeps showing the last value.
-            runner.message_hub.update_scalar(f'train/{LOSS}', 0.0)
-
-    def after_train(self, runner: Runner) -> None:
-        """Remove the group lasso from the model."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
-
-    def _add_loss(self, model: nn.Module, args: Any, kwargs: dict, output: Any) -> Any:
-        # It stays until the end of training: compiled code doesn't notice a removed hook.
-        training = model.training and kwargs.get('mode') == 'loss' and isinstance(output, dict)
-        if not training or self._stage == self._net.last_stage:
-            return output
-        return {**output, LOSS: self.group_lasso * self._net.group_lasso()}
 
 
 def _find_network(model: nn.Module) -> CondenseNetV2:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import nn
@@ -23,26 +22,21 @@ from runs import build_runner
 ARCH = dict(layers=(1, 1, 1, 1, 1), growth=(4, 4, 4, 4, 4), groups=4)
 LAST = 3  # stages start after 1/6, 1/3 and 1/2 of the run
 CHANNELS = [16, 20, 24, 28]
-LASSO = 0.01
 
 
 class Classifier(BaseModel):
-    """A backbone and a linear layer. With ``penalty``, it adds the group lasso itself."""
+    """A backbone and a linear layer."""
 
-    def __init__(self, backbone, penalty=0.0):
+    def __init__(self, backbone):
         super().__init__()
         self.backbone = backbone
         self.fc = nn.Linear(backbone.out_channels[-1], 2)
-        self.penalty = penalty
 
     def forward(self, images, labels, mode='tensor'):
         scores = self.fc(self.backbone(images)[-1].mean((2, 3)))
         if mode != 'loss':
             return dict(scores=scores)
-        losses = dict(loss_cls=F.cross_entropy(scores, labels))
-        if self.penalty and self.backbone.stage < LAST:
-            losses['loss_group_lasso'] = self.penalty * self.backbone.group_lasso()
-        return losses
+        return dict(loss_cls=F.cross_entropy(scores, labels))
 
 
 class Each(Hook):
@@ -57,9 +51,9 @@ class Each(Hook):
         self.function(runner, outputs)
 
 
-def classifier(penalty=0.0, **options):
+def classifier(**options):
     torch.manual_seed(0)
-    return Classifier(CondenseNetV2(arch=ARCH, **options), penalty)
+    return Classifier(CondenseNetV2(arch=ARCH, **options))
 
 
 def samples(number=48, seed=0):
@@ -68,9 +62,9 @@ def samples(number=48, seed=0):
     return [(image, i % 2) for i, image in enumerate(images)]
 
 
-def build(folder, model, *, lasso=0.0, each=None, hooks=(), data=None, counts=1, **options):
+def build(folder, model, *, each=None, hooks=(), data=None, **options):
     """Build a runner: batches of 4 in order, a checkpoint for each iteration."""
-    hooks = [dict(type='mmdense.CondenseScheduleHook', group_lasso=lasso), *hooks]
+    hooks = [dict(type='mmdense.CondenseScheduleHook'), *hooks]
     if each is not None:
         hooks.append(Each(each))
     optimizer = dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-2)
@@ -80,7 +74,7 @@ def build(folder, model, *, lasso=0.0, each=None, hooks=(), data=None, counts=1,
         samples() if data is None else data,
         batch_size=4,
         hooks=hooks,
-        optim_wrapper=dict(optimizer=optimizer, accumulative_counts=counts),
+        optim_wrapper=dict(optimizer=optimizer),
         **options,
     )
 
@@ -151,13 +145,13 @@ def test_short_runs_reach_the_last_stage(iters, tmp_path):
 
 @pytest.mark.parametrize('done', [4, 8])
 def test_resumed_runs_end_like_uninterrupted_ones(done, tmp_path):
-    whole = build(tmp_path / 'whole', classifier(), iters=16, lasso=LASSO)
+    whole = build(tmp_path / 'whole', classifier(), iters=16)
     whole.train()
     model = classifier()
     with torch.no_grad():
         model.backbone.features.init_conv.weight.zero_()  # only the checkpoint restores it
     checkpoint = str(tmp_path / f'whole/iter_{done}.pth')
-    rest = build(tmp_path / 'rest', model, iters=16, lasso=LASSO, load_from=checkpoint, resume=True)
+    rest = build(tmp_path / 'rest', model, iters=16, load_from=checkpoint, resume=True)
     rest.train()
     lines = [line for line in stage_lines(whole) if int(line.split()[7]) >= done]
     assert stage_lines(rest) == lines
@@ -197,73 +191,6 @@ def test_averages_have_the_same_masks(update_buffers, interval, tmp_path):
     expected = [layer._mask for layer in learned(model)]
     assert len(masks) == 10
     assert all(torch.equal(*pair) for pair in zip(masks, expected, strict=True))
-
-
-@pytest.mark.parametrize('counts', [1, 2])
-def test_group_lasso_is_a_loss(counts, tmp_path):
-    """It trains as if the model had added it, and ends with the last stage."""
-    names, states, losses = [], [], []
-    for lasso, penalty in ((LASSO, 0.0), (0.0, LASSO), (0.0, 0.0)):
-        model = classifier(penalty)
-        seen = []
-        runner = build(
-            tmp_path / f'{lasso}-{penalty}',
-            model,
-            lasso=lasso,
-            each=lambda runner, outputs, seen=seen: seen.append(list(outputs)),
-            counts=counts,
-        )
-        runner.train()
-        names.append(seen)
-        states.append(model.state_dict())
-        losses.append(history(runner, 'train/loss'))
-        if lasso:
-            assert history(runner, 'train/loss_group_lasso')[6:] == [0.0] * 6
-            assert min(history(runner, 'train/loss_group_lasso')[:6]) > 0
-            assert not model._forward_hooks
-    ours, theirs, without = states
-    assert names[0] == names[1]
-    assert names[0] == [['loss', 'loss_cls', 'loss_group_lasso']] * 6 + [['loss', 'loss_cls']] * 6
-    assert losses[0] == losses[1] != losses[2]
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert not torch.equal(ours['fc.weight'], without['fc.weight'])
-
-
-def test_group_lasso_is_only_added_to_training_losses(tmp_path):
-    model = classifier()
-    batch = [torch.stack([samples()[i][0] for i in range(2)]), torch.tensor([0, 1])]
-    runs = dict(loss=dict(mode='loss'), tensor=dict(mode='tensor'), default={})
-    outputs_by_mode = {}
-
-    def look(runner, outputs):
-        if not outputs_by_mode:
-            for name, options in runs.items():
-                outputs_by_mode[name] = list(model(*batch, **options))
-            model.eval()
-            outputs_by_mode['eval'] = list(model(*batch, mode='loss'))
-
-    build(tmp_path, model, iters=2, lasso=LASSO, each=look).train()
-    assert outputs_by_mode == dict(
-        loss=['loss_cls', 'loss_group_lasso'],
-        tensor=['scores'],
-        default=['scores'],
-        eval=['loss_cls'],
-    )
-
-
-def test_an_interrupted_run_leaves_no_second_loss(tmp_path):
-    model = classifier()
-
-    def stop(runner, outputs):
-        raise KeyboardInterrupt
-
-    runner = build(tmp_path, model, iters=8, lasso=LASSO, each=stop)
-    with pytest.raises(KeyboardInterrupt):
-        runner.train()
-    assert len(model._forward_hooks) == 1
-    runner.hooks[:] = [hook for hook in runner.hooks if not isinstance(hook, Each)]
-    runner.train_loop.run()
-    assert not model._forward_hooks
 
 
 def test_a_pruned_model_continues_from_its_stage(tmp_path):
@@ -322,12 +249,6 @@ def test_nothing_or_too_much_to_prune(tmp_path):
         )
 
 
-@pytest.mark.parametrize('weight', [-1e-9, float('nan'), float('inf')])
-def test_bad_weights_of_the_group_lasso(weight):
-    with pytest.raises(ValueError, match='group_lasso is .*, must be a finite number from 0 up'):
-        HOOKS.build(dict(type='mmdense.CondenseScheduleHook', group_lasso=weight))
-
-
 def test_detectors(tmp_path):
     """Their losses are lists, and their inputs go through a data preprocessor."""
     from mmdet.structures import DetDataSample
@@ -345,39 +266,10 @@ def test_detectors(tmp_path):
         bbox_head=dict(**head, strides=(4, 8, 16, 32, 64), norm_cfg=None),
     )
     image = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    sums = []
-
-    def look(runner, outputs):
-        parts = [v.item() for name, v in outputs.items() if 'loss' in name and name != 'loss']
-        sums.append((outputs['loss'].item(), sum(parts), 'loss_group_lasso' in outputs))
-
     options = dict(data=[dict(inputs=image, data_samples=sample)] * 16, collate='pseudo_collate')
-    runner = build(
-        tmp_path, model, iters=4, lasso=LASSO, each=look, default_scope='mmdet', **options
-    )
+    runner = build(tmp_path, model, iters=4, default_scope='mmdet', **options)
     runner.train()
     assert runner.model.backbone.stage == LAST
-    assert [has for _, _, has in sums] == [True, True, False, False]
-    for total, parts, _ in sums:
-        assert total == pytest.approx(parts, rel=1e-5)
-
-
-@pytest.mark.slow
-def test_compiled_training(tmp_path):
-    """The loss ends on time although compiled code doesn't notice a removed hook."""
-    names = []
-    model = classifier()
-    runner = build(
-        tmp_path,
-        model,
-        iters=6,
-        lasso=LASSO,
-        each=lambda runner, outputs: names.append('loss_group_lasso' in outputs),
-        cfg=dict(compile=dict(backend='eager')),
-    )
-    runner.train()
-    assert names == [True] * 3 + [False] * 3
-    assert model.backbone.stage == LAST
 
 
 def train_one_process(rank, port, folder, different):
@@ -405,7 +297,6 @@ def train_one_process(rank, port, folder, different):
             average=buffers(average),
             weights=weights,
             share=share,
-            losses=list(outputs),
         )
         seen.append(state)
 
@@ -413,7 +304,6 @@ def train_one_process(rank, port, folder, different):
         folder,
         model,
         epochs=3,
-        lasso=LASSO,
         each=look,
         # The sampler gives each process every other image.
         data=samples(16),
@@ -439,10 +329,8 @@ def test_processes_agree(different, tmp_path):
     assert [state['share'] for state in first] == [1, 0.75, 0.5, 0.25, 0.25, 0.25]
     assert len(torch.load(tmp_path / 'lines-0.pth')) == LAST
     alone = classifier()
-    for number, (one, other) in enumerate(zip(first, second, strict=True)):
+    for one, other in zip(first, second, strict=True):
         assert one['share'] == other['share']
-        assert one['losses'] == other['losses']
-        assert ('loss_group_lasso' in one['losses']) == (number < 3)
         for name in ('buffers', 'average'):
             for a, b in zip(one[name], other[name], strict=True):
                 assert torch.equal(a, b)

@@ -304,10 +304,6 @@ class CondenseNetV2(Backbone):
         masks = [layer._mask for layer in self.learned_layers()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    def group_lasso(self) -> Tensor:
-        """Return the group lasso penalty, summed over all layers of the learned form."""
-        return sum(layer.group_lasso() for layer in self.learned_layers())
-
     def condense(self, *, allow_partial: bool = False) -> None:
         """Convert the network to the condensed form, in place: group convolutions without masks.
 

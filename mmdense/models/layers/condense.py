@@ -24,7 +24,6 @@ from mmdense.models.layers.lean import lean_conv, plain_conv
 
 BN = dict(type='BN')
 HAS_DERIVATIVE = torch.__version__ >= (2, 5)  # torch's channel_shuffle
-EPSILON = 1e-12  # lower bound of a sum of squares, whose root has no slope at 0
 
 
 def pruning_stage(progress: float, condense_factor: int) -> int:
@@ -142,11 +141,6 @@ class _Learned(_Layer):
         mask.copy_(kept[:, None].expand_as(mask))
         self._count.fill_(count)
         self._stage.fill_(stage)
-
-    def group_lasso(self) -> Tensor:
-        """Return the sum of the Euclidean norms of each group's weights for each channel."""
-        squares = self._members(self.weight).square().sum(1)
-        return squares.clamp(min=EPSILON).sqrt().sum()
 
     def _index(self) -> Tensor:
         """Return the channels that each group keeps, ascending: [G, K]."""

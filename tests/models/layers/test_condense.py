@@ -259,23 +259,3 @@ def test_uneven_masks_are_refused(kind):
 def test_channels_that_do_not_divide(kind, shape):
     with pytest.raises(ValueError, match='multiple of 4'):
         make(kind, shape)
-
-
-@BOTH
-@EVERY
-def test_group_lasso_is_the_literal_sum(kind, shape):
-    layer, factor = make(kind, shape), shape[3]
-    for stage in sorted({0, factor // 2, factor - 1}):
-        layer.prune_to(progress(stage, factor))
-        literal = Literal(kind, layer.weight, shape)
-        pairs = [(group, channel) for group in range(shape[2]) for channel in range(shape[0])]
-        expected = sum(float(literal.at(literal.weight, *pair).norm()) for pair in pairs)
-        layer.zero_grad()
-        lasso = layer.group_lasso()
-        lasso.backward()
-        pruned = int((~layer.kept()).sum())  # each counts as the root of EPSILON
-        assert lasso.item() == pytest.approx(expected + 1e-6 * pruned, rel=1e-5)
-        grad = layer.conv.weight.grad
-        assert torch.isfinite(grad).all()
-        assert not grad[layer._mask == 0].any()
-        assert grad[layer._mask == 1].all()
