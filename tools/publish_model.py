@@ -11,12 +11,6 @@ from rich.console import Console
 from mmdense import cli
 from mmdense.weights.publish import publish
 
-WEIGHTS = dict(
-    average='the moving average',
-    trained='as trained, not the average',
-    only='the only ones (the checkpoint holds no average)',
-)
-
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -30,11 +24,6 @@ def parser() -> argparse.ArgumentParser:
         help='.pth or .safetensors file: a/model.pth is written as a/model-1a2b3c4d.pth',
     )
     parser.add_argument(
-        '--no-ema',
-        action='store_true',
-        help='take the weights as trained, not the average, of a run with EMAHook',
-    )
-    parser.add_argument(
         '--half', action='store_true', help='store tensors of two and more dimensions as float16'
     )
     return parser
@@ -43,12 +32,13 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    done = publish(args.checkpoint, args.out, averaged=not args.no_ema, half=args.half)
+    done = publish(args.checkpoint, args.out, half=args.half)
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
     console.print(f'{done.file}{" (exists already)" if done.existed else ""}')
     console.print(f'size: {done.before / 1e6:.2f} MB before, {done.after / 1e6:.2f} MB after')
     console.print(f'tensors: {done.tensors}, {done.halves} of them float16')
-    console.print(f'weights: {WEIGHTS[done.weights]}')
+    if 'ema_state_dict' in done.left_out:
+        console.print('weights: the moving average')
     console.print(f'left out: {", ".join(done.left_out) or "nothing"}')
     if done.overflowing:
         names = ', '.join(done.overflowing)

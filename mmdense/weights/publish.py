@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +14,6 @@ from torch import Tensor
 from mmdense.errors import UserError
 from mmdense.files import atomic_write, sha256_of
 from mmdense.weights.files import check_target, read_checkpoint, serialize
-
-EMA_PREFIX = 'module.'  # of the names in mmengine's ema_state_dict
 
 
 @dataclass(frozen=True)
@@ -28,36 +26,23 @@ class Published:
     after: int  # bytes of the file
     tensors: int  # in the file
     left_out: tuple[str, ...]  # entries of the checkpoint
-    weights: Literal['average', 'trained', 'only']  # the last if there is no average
     halves: int  # tensors in float16
     overflowing: tuple[str, ...]  # tensors that stay float32, as float16 cannot hold their values
 
 
-def publish(
-    source: str | Path, target: str | Path, *, averaged: bool = True, half: bool = False
-) -> Published:
+def publish(source: str | Path, target: str | Path, *, half: bool = False) -> Published:
     """Write the weights and the ``meta`` of a checkpoint, and nothing else of it, to a file.
 
     The first 8 hex digits of the file's SHA-256 go into its name, where torch.hub and mmdense look
     for them: ``model.pth`` becomes ``model-1a2b3c4d.pth``. The same weights and ``meta`` give the
-    same file.
+    same file. Those of a run with mmengine's EMAHook are the average.
 
-    Of a run with mmengine's EMAHook, ``averaged`` takes the average, else the trained weights.
     ``half`` stores tensors of two and more dimensions as float16, but for those with a value that
     float16 cannot hold; vectors, scalars and integers keep their type. UserError if the source
-    cannot be read, holds no weights, or holds an average that is not EMAHook's; if there is no
-    average to leave out; or the target cannot be written.
+    cannot be read or holds no weights, or the target cannot be written.
     """
     source, target = Path(source).expanduser(), check_target(target, new=False)
-    checkpoint = read_checkpoint(source)
-    weights, meta, left_out = _split(checkpoint, source)
-    kind: Literal['average', 'trained', 'only'] = 'only'
-    if 'ema_state_dict' in left_out:
-        kind = 'average' if averaged else 'trained'
-        trained = _trained(weights, checkpoint['ema_state_dict'], source)
-        weights = weights if averaged else trained
-    elif not averaged:
-        raise UserError(f'{source} holds no average to leave out: publish it without --no-ema')
+    weights, meta, left_out = _split(read_checkpoint(source), source)
     overflowing: tuple[str, ...] = ()
     if half:
         weights, overflowing = _halve(weights)
@@ -76,7 +61,6 @@ def publish(
         after=file.stat().st_size,
         tensors=len(weights),
         left_out=left_out,
-        weights=kind,
         halves=sum(v.dtype == torch.float16 for v in weights.values()),
         overflowing=overflowing,
     )
@@ -104,23 +88,6 @@ def _split(
         del meta['hook_msgs']
         left_out.append('meta.hook_msgs')
     return weights, meta, tuple(left_out)
-
-
-def _trained(
-    weights: Mapping[str, Tensor], ema: Mapping[str, Tensor], source: Path
-) -> dict[str, Tensor]:
-    """Undo EMAHook's exchange of the average's tensors, buffers too, with the model's.
-
-    Tensors that the average lacks were not exchanged.
-    """
-    if not isinstance(ema, Mapping) or not any(
-        isinstance(ema.get(EMA_PREFIX + name), Tensor) for name in weights
-    ):
-        raise UserError(
-            f"{source} holds an ema_state_dict that is not of mmengine's EMAHook, so it is unknown "
-            'which weights are the average: save the ones you want alone, and publish that file'
-        )
-    return {name: ema.get(EMA_PREFIX + name, value) for name, value in weights.items()}
 
 
 def _halve(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:

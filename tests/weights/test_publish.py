@@ -83,36 +83,24 @@ def check_fails(message, folder, *args, **options):
 
 
 @pytest.mark.parametrize(('update_buffers', 'suffix'), [(False, '.pth'), (True, '.safetensors')])
-def test_average_and_trained_weights(update_buffers, suffix, train, out):
+def test_averages(update_buffers, suffix, train, out):
     file, trained, average = train(update_buffers)
     differ = {name for name in trained if not torch.equal(trained[name], average[name])}
     buffers = {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'}
     assert differ == set(dict(Net().named_parameters())) | (buffers if update_buffers else set())
-    for averaged, expected in ((True, average), (False, trained)):
-        done = publish(file, out / f'model{suffix}', averaged=averaged)
-        assert done.weights == ('average' if averaged else 'trained')
-        assert (done.tensors, done.halves) == (len(expected), 0)
-        left_out = {'message_hub', 'optimizer', 'param_schedulers', 'ema_state_dict'}
-        assert set(done.left_out) == left_out
-        content = read_checkpoint(done.file)
-        assert set(content) == {'state_dict', 'meta'}
-        assert_same(content['state_dict'], expected)
-        assert content['meta']['iter'] == 2
-        assert done.before == file.stat().st_size > done.after == done.file.stat().st_size
-        net = Net()
-        load_checkpoint(net, str(done.file), strict=True)
-        assert_same(net.state_dict(), expected)
-    assert len(list(out.iterdir())) == 2
-
-
-def test_what_the_average_lacks_is_trained(tmp_path, out):
-    """The hook exchanges only what both have."""
-    content = checkpoint()
-    ema = {f'module.{k}': v + 1 for k, v in content['state_dict'].items() if k != 'norm.weight'}
-    file = save(tmp_path, dict(**content, ema_state_dict=dict(steps=torch.tensor(2), **ema)))
-    weights = read_checkpoint(publish(file, out / 'x.pth', averaged=False).file)['state_dict']
-    expected = content['state_dict'].items()
-    assert_same(weights, {k: v if k == 'norm.weight' else v + 1 for k, v in expected})
+    done = publish(file, out / f'model{suffix}')
+    assert (done.tensors, done.halves) == (len(average), 0)
+    left_out = {'message_hub', 'optimizer', 'param_schedulers', 'ema_state_dict'}
+    assert set(done.left_out) == left_out
+    content = read_checkpoint(done.file)
+    assert set(content) == {'state_dict', 'meta'}
+    assert_same(content['state_dict'], average)
+    assert content['meta']['iter'] == 2
+    assert done.before == file.stat().st_size > done.after == done.file.stat().st_size
+    net = Net()
+    load_checkpoint(net, str(done.file), strict=True)
+    assert_same(net.state_dict(), average)
+    assert list(out.iterdir()) == [done.file]
 
 
 @every_suffix
@@ -122,7 +110,6 @@ def test_meta_and_bare_state_dicts(suffix, tmp_path, out):
     done = publish(save(tmp_path, content), out / f'model{suffix}')
     assert read_checkpoint(done.file)['meta'] == META
     assert done.left_out == ('optimizer', 'meta.hook_msgs')
-    assert done.weights == 'only'
     weights = content['state_dict']
     done = publish(save(tmp_path, weights), out / f'bare{suffix}')
     content = read_checkpoint(done.file)
@@ -199,11 +186,6 @@ def test_sources_that_cannot_be_published(tmp_path, out):
     target = out / 'model.pth'
     check_fails('no file', out, tmp_path / 'none.pth', target)
     file = save(tmp_path, checkpoint())
-    check_fails('checkpoint.pth holds no average', out, file, target, averaged=False)
-    # EMAHook writes names with a prefix.
-    file = save(tmp_path, checkpoint(ema_state_dict=checkpoint()['state_dict']))
-    for averaged in (True, False):
-        check_fails("not of mmengine's EMAHook", out, file, target, averaged=averaged)
     file = save(tmp_path, dict(model=checkpoint()['state_dict']))
     check_fails('model in it is not a tensor', out, file, target)
     for content in ({}, dict(state_dict={}), dict(state_dict=[1])):
@@ -229,7 +211,7 @@ def test_the_command(call_tool, tmp_path, out):
     content['state_dict']['other'] = torch.ones(300, 1000)
     ema = {f'module.{name}': value for name, value in content['state_dict'].items()}
     file = save(tmp_path, dict(**content, ema_state_dict=ema))
-    command = ('publish_model', file, out / '[red]model.safetensors', '--no-ema', '--half')
+    command = ('publish_model', file, out / '[red]model.safetensors', '--half')
     status, output, _ = call_tool(*command)
     (written,) = out.iterdir()
     assert (status, output.splitlines()) == (
@@ -238,7 +220,7 @@ def test_the_command(call_tool, tmp_path, out):
             f'{written}',
             f'size: {file.stat().st_size / 1e6:.2f} MB before, 0.60 MB after',
             'tensors: 7, 1 of them float16',
-            'weights: as trained, not the average',
+            'weights: the moving average',
             'left out: optimizer, ema_state_dict',
             'too large for float16, stored as they are: conv.weight',
         ],
