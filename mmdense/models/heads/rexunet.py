@@ -158,10 +158,9 @@ class ReXUNetDepthHead(ReXUNetHead):
 
     Args:
         max_depth: Depth at a sigmoid of 1, in the unit of the labels.
-        scales: Outputs that :meth:`disparities` returns: 0 is full resolution, k is stride 2^k.
         loss_decode: mmseg's loss config, or several; SiLogLoss by default.
 
-    ValueError as of :class:`ReXUNetHead`, for a depth that is not positive or impossible scales.
+    ValueError as of :class:`ReXUNetHead`, or for a depth that is not positive.
     """
 
     def __init__(
@@ -170,7 +169,6 @@ class ReXUNetDepthHead(ReXUNetHead):
         in_channels: Sequence[int],
         in_index: Sequence[int] = (0, 1, 2, 3, 4, 5),
         max_depth: float = 10.0,
-        scales: Sequence[int] = (0, 1, 2, 3, 4, 5),
         loss_weights: Sequence[float] = (1.0, 0.5, 0.5, 0.5, 0.5, 0.5),
         loss_decode: dict | Sequence[dict] | None = None,
         align_corners: bool = False,
@@ -178,8 +176,6 @@ class ReXUNetDepthHead(ReXUNetHead):
     ) -> None:
         if not max_depth > 0:
             raise ValueError(f'max_depth is {max_depth}, must be positive')
-        if not scales or list(scales) != sorted(set(scales) & set(range(6))):
-            raise ValueError(f'scales {tuple(scales)} must be some of 0 to 5, increasing')
         super().__init__(
             in_channels=in_channels,
             in_index=in_index,
@@ -191,19 +187,14 @@ class ReXUNetDepthHead(ReXUNetHead):
             init_cfg=init_cfg,
         )
         self.max_depth = max_depth
-        self.scales = tuple(scales)
 
     def _outputs(self, inputs: Sequence[Tensor], scales: Iterable[int]) -> list[Tensor]:
         """Return the depths of these scales, [N, 1, H_i, W_i]."""
         return [self.max_depth * x.sigmoid() for x in super()._outputs(inputs, scales)]
 
     def disparities(self, inputs: Sequence[Tensor]) -> dict[tuple[str, int], Tensor]:
-        """Return ``{('disp', k): sigmoid [N, 1, H_k, W_k]}`` for the selected scales.
-
-        Other scales are not computed: with DDP, select all, or allow unused parameters.
-        """
-        logits = super()._outputs(inputs, self.scales)
-        return {('disp', k): x.sigmoid() for k, x in zip(self.scales, logits, strict=True)}
+        """Return ``{('disp', k): sigmoid [N, 1, H_k, W_k]}``; scale 0 is the finest."""
+        return {('disp', k): x.sigmoid() for k, x in enumerate(super()._outputs(inputs, range(6)))}
 
     def loss_by_feat(self, depths: Sequence[Tensor], batch_data_samples: list) -> dict:
         """Return each scale's weighted losses against ``gt_depth_map``."""
