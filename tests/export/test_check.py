@@ -63,9 +63,10 @@ def test_segmentations_are_resized_and_slide(slide, tmp_path):
 class Fake(nn.Module):
     """A detector that finds the boxes of :func:`write_detector`, but for ``changes``."""
 
-    def __init__(self, noisy=False, **changes):
+    def __init__(self, noisy=False, score_thr=0.05, **changes):
         super().__init__()
-        self.backbone = nn.Identity()
+        self.backbone, self.bbox_head = nn.Identity(), nn.Identity()
+        self.bbox_head.test_cfg = Config(dict(score_thr=score_thr))
         self.noisy = noisy
         self.found = dict(bboxes=BOXES[:2], scores=SCORES[:2], labels=LABELS[:2]) | changes
 
@@ -77,7 +78,8 @@ class Fake(nn.Module):
             if self.noisy and self.backbone(clean) != clean:
                 found['bboxes'] = found['bboxes'] + 50.0
             found['bboxes'] = found['bboxes'].float()
-            sample.pred_instances = InstanceData(**found)
+            high = found['scores'] > self.bbox_head.test_cfg.score_thr
+            sample.pred_instances = InstanceData(**found)[high]
         return data['data_samples']
 
 
@@ -127,6 +129,23 @@ def test_segmentations_differ_in_pixels_alone():
     maps = torch.zeros(1, 2, 2), torch.tensor([[[0, 0], [0, 1]]])
     a, b = (SegDataSample(pred_sem_seg=PixelData(data=x)) for x in maps)
     assert _differences([a], [b], True) == dict(segmentation=0.25)
+
+
+def test_without_boxes_the_threshold_is_lowered(tmp_path):
+    file, make = tmp_path / 'boxes.onnx', onnx.helper.make_node
+    write_detector(file, BOXES, SCORES, LABELS, precision='float32')
+    program = onnx.load(file)
+    graph = program.graph
+    (last,) = (node for node in graph.node if node.output[0] == 'scores')
+    last.output[0] = 'before'
+    for name, value in (('threshold', 0.9), ('padding', -1)):
+        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(value), name))
+    graph.node.append(make('Greater', ['before', 'threshold'], ['high']))
+    graph.node.append(make('Where', ['high', 'before', 'padding'], ['scores']))
+    onnx.save(program, file)
+    assert check(file, Fake(score_thr=0.9))['lost'] == 0
+    with pytest.raises(UserError, match='lost 1'):
+        check(file, Fake(score_thr=0.9, **shifted(30)))
 
 
 def test_images_come_from_the_test_data(project, monkeypatch):
