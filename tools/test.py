@@ -8,15 +8,18 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import nn
 
 from mmdense import cli
 from mmdense.apis import deploy
+from mmdense.apis.classes import num_classes_of
 from mmdense.config import edit
 from mmdense.datasets.files import check_trained_labels
 from mmdense.engine.out_of_memory import explain_out_of_memory
 from mmdense.engine.runner import build_runner, load_weights, unwrap
 from mmdense.errors import UserError
 from mmdense.export.onnx_model import OnnxModel
+from mmdense.runtime.results import BasePredictor
 from mmdense.visualization.logs import is_empty
 
 
@@ -56,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg.load_from = None
     runner = build_runner(cfg, loaders=('test',), min_loaded=args.min_loaded)
     if exported:
-        runner.model = OnnxModel(args.checkpoint)
+        expected, runner.model = unwrap(runner.model), OnnxModel(args.checkpoint)
         meta = dict(dataset_meta=runner.model.session.metadata)  # has the classes
+        check_task(args.checkpoint, runner.model.predictor, expected)
     else:
         meta = load_weights(runner, args.checkpoint).get('meta') or {}
     check_trained_labels(cfg, meta)
@@ -70,6 +74,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, value in metrics.items():
             table.add_row(escape(name), escape(format_metric(name, value)))
         Console().print(table)
+
+
+def check_task(file: str, predictor: BasePredictor, model: nn.Module) -> None:
+    """Raise a UserError if a file predicts something else than the config's model."""
+    classes, segments = len(predictor.classes), hasattr(model, 'decode_head')
+    if predictor.segments != segments or classes not in (0, num_classes_of(model)):
+        kind = 'segmentor' if predictor.segments else 'detector'
+        raise UserError(
+            f'{file} is a {kind} of {classes} classes, and the config has another model: '
+            'pass the config that it was exported with'
+        )
 
 
 def format_metric(name: str, value: Any) -> str:

@@ -108,8 +108,8 @@ def export_onnx(
     settings = dict(score=score, iou=iou, max_per_img=max_per_img)
     if isinstance(expected, Detector):
         expected.override(**settings)
-    elif any(value is not None for value in settings.values()):
-        raise UserError(f'{", ".join(settings)} are of detectors that are exported completely')
+    elif given := [name for name, value in settings.items() if value is not None]:
+        raise UserError(f'{", ".join(given)}: complete detectors only, not part {expected.part!r}')
     expected.fit_divisor(size)
     if isinstance(expected, Part):
         expected.name_outputs(size)

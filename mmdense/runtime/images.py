@@ -27,6 +27,7 @@ def read_image(source: ImageSource) -> np.ndarray:
     """Return an image, uint8 [H, W, 3] in RGB, with the pixels of mmcv.
 
     16-bit images are read as their upper 8 bits, grey becomes colour, transparency is dropped.
+    CMYK, and 16-bit colour in TIFF and PPM, differ from mmcv's by up to 2 of 255.
 
     Raises:
         UserError: if a file is missing, damaged or not an image, or an array not uint8 [H, W, 3].

@@ -307,7 +307,7 @@ def test_mistakes(monkeypatch, tmp_path):
         (Halves(), {}, 'Halves has no data preprocessor: export its parts'),
         (net, dict(size=(16, 16)), 'at least 32'),
         (net, dict(file=tmp_path / 'net.pth'), 'must end in .onnx'),
-        (net, dict(score=0.1), 'score, iou, max_per_img are of detectors'),
+        (net, dict(score=0.1), r"^score: complete detectors only, not part 'backbone'"),
         (unpruned, dict(size=SIZE), 'pruning is at stage 0 .*--no-deploy'),
     ):
         with pytest.raises(UserError, match=message):

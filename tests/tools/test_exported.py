@@ -12,6 +12,7 @@ from PIL import Image
 from mmdense.config.read import load_config
 from mmdense.export.check import find_images
 from mmdense.export.onnx_model import OnnxModel
+from onnx_files import write_detector, write_segmentor
 from support import DEMOS
 
 pytest.importorskip('onnxscript')
@@ -79,3 +80,15 @@ def test_a_file_predicts_what_its_checkpoint_does(
             for key in ('bboxes', 'scores'):
                 x, y = (sample.pred_instances[key] for sample in (one, other))
                 torch.testing.assert_close(x, y, rtol=0, atol=1e-2, msg=key)
+
+
+def test_a_file_of_another_model(call_tool, project, monkeypatch, tmp_path):
+    monkeypatch.chdir(project)
+    detector = write_detector(tmp_path / 'a.onnx', [[0, 0, 9, 9]], [0.9], [0])
+    for file, kind in (
+        (detector, 'detector of 2'),
+        (write_segmentor(tmp_path / 'b.onnx', classes=['x'] * 10), 'segmentor of 10'),
+    ):
+        status, _, errors = call_tool('test', DEMOS['detection'], file, '--work-dir', tmp_path)
+        assert status == 2
+        assert f'is a {kind} classes, and the config has another model' in errors
