@@ -218,10 +218,9 @@ class Report:
     def _plots(self) -> Iterable[Plot]:
         """Draw the plots of which at least one backbone has both figures."""
         measured, metric, costs = self.results['measured'], self.metric, self.costs
-        latency = 'median latency of 1 image (ms)'
         memory = f'training memory of {_count(measured["train_batch"], "image")} (MB)'
         for cost, name, title, axis in (
-            (costs[f'{self.form}_p50_ms'], 'latency', 'latency', latency),
+            (costs[f'{self.form}_p50_ms'], 'latency', 'latency', 'median latency of 1 image (ms)'),
             (costs['macs_g'], 'macs', 'MACs', 'MACs (G)'),
             (costs['train_memory_mb'], 'memory', 'training memory', memory),
             (costs['parameters_m'], 'parameters', 'parameters', 'parameters (M)'),

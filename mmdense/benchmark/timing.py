@@ -255,9 +255,8 @@ def measure_configs(
             data = random_batch(batch, shape, segmentation=segmentation)
             steps[name] = training_run(cfg, data)
             steps[name].model.init_weights()  # heads expect few objects
-            model = copy.deepcopy(steps[name].model).eval()
-            if deployed:
-                model = deployed_copy(model, shape)
+            model = steps[name].model
+            model = deployed_copy(model, shape) if deployed else copy.deepcopy(model).eval()
             one = {key: values[:1] for key, values in data.items()}
             infers[name] = inference_run(model, lambda number, one=one: one)
         except Exception as error:  # from any library; the other models are still measured

@@ -14,11 +14,9 @@ from mmdense.registry import DATASETS
 class LabelMapDataset(BaseSegDataset):
     """mmseg's BaseSegDataset for any pixel values, such as binary masks of 0 and 255.
 
-    Args:
-        values: Pixel value of each class of ``metainfo``, from 0 to 255. A pixel with another
-            value that is a class's index is ignored; ``ignore_index`` is, too, unless a class has
-            it. ValueError if there are not as many different values as classes.
-        options: Of BaseSegDataset.
+    ``values`` are those of each class of ``metainfo``, from 0 to 255. A pixel with another value
+    that is a class's index is ignored; ``ignore_index`` is, too, unless a class has it. ValueError
+    if there are not as many different values as classes.
     """
 
     def __init__(self, *, values: Sequence[int], **options: Any) -> None:
