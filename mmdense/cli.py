@@ -118,12 +118,24 @@ def add_min_loaded(parser: argparse.ArgumentParser, of: str) -> None:
         metavar='SHARE',
         help=f'share of the {of} tensors that the checkpoint must fill, 0 to 1 (%(default)s)',
     )
+    _add_deprecated(parser, '--min-coverage', '--min-loaded')
 
 
 def add_score(parser: argparse.ArgumentParser, default: float, what: str) -> None:
     """Add the option for the lowest score of instances; ``what`` is done with them."""
     text = f'lowest score of the instances that are {what}, 0 to 1 (%(default)s)'
     parser.add_argument('--score', type=share, default=default, help=text)
+    _add_deprecated(parser, '--score-thr', '--score')
+
+
+def _add_deprecated(parser: argparse.ArgumentParser, alias: str, option: str) -> None:
+    def parse(text: str) -> float:
+        sys.stderr.write(f'warning: {alias} is a deprecated alias of {option}\n')
+        return share(text)
+
+    name = option.strip('-').replace('-', '_')
+    hidden = dict(default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.add_argument(alias, dest=name, type=parse, **hidden)
 
 
 def parse_config(

@@ -96,6 +96,20 @@ def test_other_errors_keep_their_traceback():
         main()
 
 
+@pytest.mark.parametrize(
+    ('alias', 'option'), [('--min-coverage', '--min-loaded'), ('--score-thr', '--score')]
+)
+def test_deprecated_aliases(alias, option, capsys):
+    parser = argparse.ArgumentParser()
+    cli.add_min_loaded(parser, of="model's")
+    cli.add_score(parser, 1.0, 'drawn')
+    values = [vars(parser.parse_args(words)) for words in ([], [option, '0.9'])]
+    assert capsys.readouterr().err == ''
+    assert parser.parse_args([alias, '0.9']) == argparse.Namespace(**values[1])
+    assert capsys.readouterr().err == f'warning: {alias} is a deprecated alias of {option}\n'
+    assert values[0] == dict(min_loaded=1, score=1)
+
+
 def test_ctrl_c_is_one_line_with_status_130(capsys):
     @cli.report_errors
     def main(argv=None):

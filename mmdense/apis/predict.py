@@ -51,6 +51,7 @@ class Predictor(BasePredictor):
         deploy: Use the backbone's fastest form.
         min_loaded: Smallest share of the model's tensors, from 0 to 1, that the checkpoint must
             fill.
+        min_coverage: Deprecated alias of ``min_loaded``.
 
     Attributes (besides :class:`.BasePredictor`'s):
         model: The model, in evaluation mode.
@@ -69,8 +70,9 @@ class Predictor(BasePredictor):
         device: str | torch.device | None = None,
         deploy: bool = False,
         min_loaded: float = 1.0,
+        min_coverage: float | None = None,
     ) -> None:
-        check_min_loaded(min_loaded)
+        min_loaded = check_min_loaded(min_loaded, min_coverage)
         if isinstance(config, Config):
             cfg = copy.deepcopy(config)
             fill_channels(cfg)

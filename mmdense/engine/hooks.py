@@ -77,7 +77,7 @@ class CompileBackboneHook(Hook):
         self._calls = []
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(name=['LoadReportHook', 'CoverageHook'])  # the second is deprecated
 class LoadReportHook(Hook):
     """Report what a checkpoint loads into the runner's model; stop the run if it is too little.
 
@@ -85,13 +85,16 @@ class LoadReportHook(Hook):
 
     ``min_loaded`` is the least share of the tensors, from 0 to 1; 0 only reports. ``part`` must be
     loaded so, such as 'backbone' for training that starts from other weights, whose heads may have
-    other classes: the whole model by default, and always where a run is resumed.
+    other classes: the whole model by default, and always where a run is resumed. ``min_coverage``
+    is a deprecated alias of ``min_loaded``.
     """
 
     priority = 'VERY_HIGH'  # before EMAHook reads the weights
 
-    def __init__(self, min_loaded: float = 1.0, part: str = '') -> None:
-        self.min_loaded = check_min_loaded(min_loaded)
+    def __init__(
+        self, min_loaded: float = 1.0, part: str = '', min_coverage: float | None = None
+    ) -> None:
+        self.min_loaded = check_min_loaded(min_loaded, min_coverage)
         self.part = part
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:

@@ -32,7 +32,7 @@ class _BadIteration:
     images: tuple[str, ...]  # files
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(name=['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
 class NaNGuardHook(Hook):
     """Stop training on NaN or infinite numbers, and keep such weights out of checkpoints.
 

@@ -270,8 +270,11 @@ def _prefixes(names: Iterable[str]) -> dict[str, None]:
     return dict.fromkeys('.'.join(w[:n]) + '.' for w in words for n in range(1, min(4, len(w))))
 
 
-def check_min_loaded(min_loaded: float | None) -> float | None:
-    """Return ``min_loaded``, a share from 0 to 1 or ValueError."""
+def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None) -> float | None:
+    """Return ``min_loaded``, a share from 0 to 1 or ValueError; ``min_coverage`` is deprecated."""
+    if min_coverage is not None:
+        print_log('min_coverage is a deprecated alias of min_loaded', 'current', logging.WARNING)
+        min_loaded = min_coverage
     if min_loaded is not None and not 0 <= min_loaded <= 1:
         raise ValueError(f'min_loaded is {min_loaded}, must be from 0 to 1')
     return min_loaded
@@ -286,6 +289,7 @@ class PretrainedInit(MMEnginePretrainedInit):
             default all tensors of an mmdense backbone, also within a complete model (RDNet's
             output norms, which are never pretrained, are optional), and of any other module at
             least one.
+        min_coverage: Deprecated alias of ``min_loaded``.
 
     UserError, when the module is initialised, if there are no such weights, or too few.
     """
@@ -296,9 +300,10 @@ class PretrainedInit(MMEnginePretrainedInit):
         prefix: str | None = None,
         map_location: str = 'cpu',
         min_loaded: float | None = None,
+        min_coverage: float | None = None,
     ) -> None:
         super().__init__(checkpoint, prefix, map_location)
-        self.min_loaded = check_min_loaded(min_loaded)
+        self.min_loaded = check_min_loaded(min_loaded, min_coverage)
 
     def __call__(self, module: nn.Module) -> None:
         """Load the weights into a module."""

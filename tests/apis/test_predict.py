@@ -149,7 +149,8 @@ def test_a_checkpoint_must_fill_the_model(detector, tmp_path):
         UserError, match=r'x\.pth fills .*missing: neck\.fpn_convs\.0\.conv\.weight'
     ):
         predictor(config(), file)
-    assert predictor(config(), file, min_loaded=0.9).classes == DIGITS
+    for name in ('min_loaded', 'min_coverage'):  # the second is a deprecated alias
+        assert predictor(config(), file, **{name: 0.9}).classes == DIGITS
 
 
 def test_the_config_s_image_loader_and_norms(file, pixels, monkeypatch):

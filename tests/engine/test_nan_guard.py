@@ -171,6 +171,7 @@ def test_finite_losses_cause_no_wait_for_the_device():
     NaNGuardHook().after_train_iter(FakeRunner(), 0, outputs=dict(loss=object(), acc=object()))
 
 
-def test_patience_is_checked():
+@pytest.mark.parametrize('name', ['NaNGuardHook', 'FiniteHook'])  # the second is deprecated
+def test_patience_is_checked(name):
     with pytest.raises(ValueError, match='patience is 0, must be at least 1'):
-        HOOKS.build(dict(type='mmdense.NaNGuardHook', patience=0))
+        HOOKS.build(dict(type=f'mmdense.{name}', patience=0))

@@ -303,6 +303,12 @@ def test_impossible_shares(value):
         PretrainedInit('x.pth', min_loaded=value)
 
 
+def test_min_coverage_is_a_deprecated_alias(log):
+    assert PretrainedInit('x.pth', min_coverage=0.5).min_loaded == 0.5
+    assert HOOKS.build(dict(type='mmdense.CoverageHook', min_coverage=0.5)).min_loaded == 0.5
+    assert log == [(logging.WARNING, 'min_coverage is a deprecated alias of min_loaded')] * 2
+
+
 def resnet(file=None, **init):
     torch.manual_seed(0)
     init = dict(type='Pretrained', checkpoint=file, **init) if file else None
