@@ -33,7 +33,8 @@ DEMO = [*REPORT, 'scikit-learn>=1.3', 'pillow>=9.1', 'rich']
 RUNTIME = ['numpy', 'onnxruntime>=1.20', 'pillow>=10.1', 'pycocotools']
 ONNX = ['onnx>=1.18', 'onnxscript>=0.7', 'onnxruntime>=1.20']
 JOBS = ['submitit>=1.5']
-TEST = [*DEMO, *ONNX, *JOBS, 'pytest>=8', 'pytest-xdist>=3.6']
+OPENVINO = [*RUNTIME, 'openvino>=2025']
+TEST = [*DEMO, *ONNX, *JOBS, *OPENVINO, 'pytest>=8', 'pytest-xdist>=3.6']
 
 setup(
     name='mmdense',
@@ -59,7 +60,7 @@ setup(
         'jobs': JOBS,
         'onnx': ONNX,
         'runtime': RUNTIME,
-        'openvino': [*RUNTIME, 'openvino'],
+        'openvino': OPENVINO,
         'test': TEST,
         'dev': [*TEST, 'ruff'],
     },
