@@ -15,6 +15,7 @@ import onnx
 from torch import Tensor
 
 from mmdense.export.check import resize
+from mmdense.runtime.session import Session
 
 PRODUCTS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 HALF = (*PRODUCTS, 'Relu', 'Gelu', 'HardSigmoid', 'HardSwish', 'LayerNormalization')
@@ -37,9 +38,7 @@ def to_int8(file: Path, target: Path, images: Sequence[Tensor]) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_static
 
-    kind = onnx.load(file, load_external_data=False).graph.input[0].type.tensor_type
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    fixed = [side.dim_value for side in kind.shape.dim[2:]]  # 0 where it is dynamic
+    dtype, fixed = (session := Session(file)).dtype, session.shape[2:]
     pixels = (resize(x.flip(0)[None], fixed if all(fixed) else x.shape[1:]) for x in images)
     inputs = (dict(images=x.numpy().astype(dtype)) for x in pixels)
     with mock.patch('logging.warning'):  # it advises what the exporter has done

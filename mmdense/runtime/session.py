@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,8 @@ class Session:
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        if os.environ.get('OMP_WAIT_POLICY', '').lower() == 'passive':  # as torch's threads then
+            options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         name = f'{provider.upper()}ExecutionProvider'
         if name not in onnxruntime.get_available_providers():
             raise UserError(NO_CUDA)

@@ -34,6 +34,23 @@ def test_images_get_the_type_of_the_file(tmp_path):
     np.testing.assert_allclose(session.run(IMAGES, ['logits'])['logits'][1], 2, atol=1e-6)
 
 
+@pytest.mark.parametrize(('policy', 'spinning'), [('passive', ['0']), ('active', [])])
+def test_waiting_threads_sleep_where_those_of_torch_do(policy, spinning, tmp_path, monkeypatch):
+    import onnxruntime
+
+    entries = []
+
+    class Options(onnxruntime.SessionOptions):
+        def add_session_config_entry(self, name, value):
+            entries.append(value)
+            super().add_session_config_entry(name, value)
+
+    monkeypatch.setattr(onnxruntime, 'SessionOptions', Options)
+    monkeypatch.setenv('OMP_WAIT_POLICY', policy)
+    Session(write_segmentor(tmp_path / 'x.onnx'))
+    assert entries == spinning
+
+
 def test_errors_are_one_line(tmp_path):
     def detector(name, **options):
         return write_detector(tmp_path / name, [[1, 2, 3, 4]], [0.5], [1], **options)
