@@ -44,11 +44,6 @@ def parser() -> argparse.ArgumentParser:
         metavar=('HEIGHT', 'WIDTH'),
         help='of the probe image (224 224)',
     )
-    parser.add_argument(
-        '--allow-partial',
-        action='store_true',
-        help='accept a CondenseNetV2 that is not fully pruned',
-    )
     return parser
 
 
@@ -72,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     net = deployable(model)[0]
     checkpoint = load_weights(runner, args.checkpoint)
     if isinstance(net, CondenseNetV2):
-        costs = condense(model, size=(height, width), allow_partial=args.allow_partial)
-    elif args.allow_partial:
-        raise UserError(f'--allow-partial is for CondenseNetV2, not for {type(net).__name__}')
+        costs = condense(model, size=(height, width))
     else:
         costs = compare_forms(model, size=(height, width))
     cfg = deployed_config(trained, net, str(out))

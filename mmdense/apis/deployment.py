@@ -6,7 +6,6 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import methodcaller
 
 import torch
 from mmengine.config import Config
@@ -51,9 +50,7 @@ def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> li
     return _measure(model, net, size, [deploy])
 
 
-def condense(
-    model: nn.Module, *, size: tuple[int, int] = (224, 224), allow_partial: bool = False
-) -> list[FormCost]:
+def condense(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:
     """Convert a model's CondenseNetV2 to the condensed form, in place, and return the costs.
 
     The forms are compared in float32. The parameters are new ones: build optimizers afterwards.
@@ -61,7 +58,6 @@ def condense(
     Args:
         model: A trained detector, segmentor, classifier or backbone.
         size: Height and width of the probe image, in pixels.
-        allow_partial: Accept a network that is not fully pruned.
 
     Returns:
         The costs of its form, of the condensed and of the inference form.
@@ -73,10 +69,9 @@ def condense(
     """
     networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     net = _single(networks, 'one CondenseNetV2 to condense')
-    to_condensed = methodcaller('condense', allow_partial=allow_partial)
-    conversions = [deploy] if net.form == 'condensed' else [to_condensed, deploy]
+    conversions = [deploy] if net.form == 'condensed' else [CondenseNetV2.condense, deploy]
     costs = _measure(model, net, size, conversions)
-    to_condensed(net)
+    net.condense()
     return costs
 
 
@@ -133,8 +128,6 @@ def deployed_config(cfg: Config, net: Backbone, checkpoint: str) -> Config:
     cfg.model.backbone.init_cfg = None
     if isinstance(net, CondenseNetV2):
         cfg.model.backbone.form = 'condensed'
-        if net.stage != net.last_stage:
-            cfg.model.backbone.stage = net.stage
         hooks = cfg.get('custom_hooks') or []
         cfg.custom_hooks = [h for h in hooks if h['type'] != 'mmdense.CondenseScheduleHook']
     cfg.load_from = checkpoint

@@ -104,7 +104,6 @@ def test_models_and_options_that_are_refused(call_tool, tmp_path):
         (DETECTOR, ['--out', checkpoint], 'would overwrite'),
         (DETECTOR, [*out, '--size', 0, -5], 'must be positive'),
         (DETECTOR, ['--out', DETECTOR / 'out.pth'], f'cannot write {DETECTOR / "out.pth"}: '),
-        (DETECTOR, [*out, '--allow-partial'], 'is for CondenseNetV2, not for RDNet'),
     ):
         arguments = [config, checkpoint, *more, '--work-dir', tmp_path / 'work']
         status, _, errors = call_tool('deploy', *arguments)

@@ -191,7 +191,6 @@ class CondenseNetV2(Backbone):
         arch: 'a', 'b', 'c', or a dict of :class:`Arch`'s fields; there is one feature map per
             block.
         form: 'learned' (dense convolutions with masks) or 'condensed' (group convolutions).
-        stage: Stage of pruning at which a condensed network was condensed; the last by default.
         drop_rate: Dropout before each 1x1 convolution.
         norm_cfg: mmcv's config of the norms: BN, or SyncBN.
     """
@@ -208,7 +207,6 @@ class CondenseNetV2(Backbone):
         *,
         arch: str | Mapping[str, Any] = 'c',
         form: str = 'learned',
-        stage: int | None = None,
         out_indices: int | Sequence[int] | None = (1, 2, 3, 4),
         drop_rate: float = 0.0,
         frozen_stages: int = -1,
@@ -222,11 +220,6 @@ class CondenseNetV2(Backbone):
         arch = resolve_arch(arch, ARCHS)
         if form not in FORMS:
             raise ValueError(f'form is {form!r}, must be one of {FORMS}')
-        if stage is not None and (form == 'learned' or not 0 <= stage < arch.factor):
-            raise ValueError(
-                f"stage is {stage}, must be from 0 to {arch.factor - 1} with form='condensed' (the "
-                'learned form keeps its stage in a buffer)'
-            )
         if not 0 <= drop_rate < 1:
             raise ValueError(f'drop_rate is {drop_rate}, must be from 0 to below 1')
         super().__init__(
@@ -241,12 +234,10 @@ class CondenseNetV2(Backbone):
         )
         self.form = form
         self.arch = arch
-        self._condensed_at = arch.factor - 1 if stage is None else stage
         stem = nn.Conv2d(
             in_channels, arch.inputs()[0], 3, stride=arch.stem_stride, padding=1, bias=False
         )
         self.features = nn.ModuleDict(dict(init_conv=stem))
-        left = arch.factor - self._condensed_at  # each group keeps left / factor of the channels
         for block in range(self.out_indices[-1] + 1):
             layers = []
             for i in range(arch.layers[block]):
@@ -256,7 +247,7 @@ class CondenseNetV2(Backbone):
                         channels,
                         arch,
                         block,
-                        kept=channels // arch.factor * left if form == 'condensed' else None,
+                        kept=channels // arch.factor if form == 'condensed' else None,
                         norm_cfg=norm_cfg,
                         drop_rate=drop_rate,
                         memory=self.memory,
@@ -272,9 +263,9 @@ class CondenseNetV2(Backbone):
 
     @property
     def stage(self) -> int:
-        """The stage of pruning that all layers have reached, or at which they were condensed."""
+        """The stage of pruning that all layers have reached; the last in other forms."""
         if self.form != 'learned':
-            return self._condensed_at
+            return self.last_stage
         return min(layer.stage for layer in self.learned_layers())
 
     @property
@@ -304,24 +295,18 @@ class CondenseNetV2(Backbone):
         masks = [layer._mask for layer in self.learned_layers()]
         return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
-    def condense(self, *, allow_partial: bool = False) -> None:
+    def condense(self) -> None:
         """Convert the network to the condensed form, in place: group convolutions without masks.
 
-        Its outputs stay the same. It loads state dicts of ``form='condensed'`` (with ``stage=...``
-        if it was not fully pruned). UserError if the network is not fully pruned, unless
-        ``allow_partial`` accepts it with its remaining connections.
+        Its outputs stay the same. UserError if the network is not fully pruned.
         """
         if self.form != 'learned':
             return
-        stages = {layer.stage for layer in self.learned_layers()}
-        if len(stages) > 1:
-            raise UserError(f'layers are at different stages of pruning: {sorted(stages)}')
-        if self.stage < self.last_stage and not allow_partial:
+        if self.stage < self.last_stage:
             raise UserError(
                 f'pruning is at stage {self.stage} of {self.last_stage}: train on with '
-                'mmdense.CondenseScheduleHook, or condense it as it is with allow_partial'
+                'mmdense.CondenseScheduleHook'
             )
-        self._condensed_at = self.stage
         for module in self.modules():
             if isinstance(module, DenseLayer):
                 module.conv_1 = module.conv_1.condensed()
@@ -332,7 +317,7 @@ class CondenseNetV2(Backbone):
     def switch_to_deploy(self) -> None:
         """Switch to the inference form, in place; see :class:`Backbone`. It has no gradients.
 
-        UserError if the network is not fully pruned: :meth:`condense` it with ``allow_partial``.
+        UserError if the network is not fully pruned.
         """
         if self.form == 'deployed':
             return
@@ -366,8 +351,7 @@ class CondenseNetV2(Backbone):
             if value.shape != buffer.shape and key.endswith('.index'):
                 raise UserError(
                     f'{key} is {tuple(value.shape)}, must be {tuple(buffer.shape)}: load released '
-                    'files from condensenetv2://FILE, partly pruned ones with stage=... of the '
-                    'backbone'
+                    'files from condensenetv2://FILE'
                 )
             if value.is_floating_point() and (value != value.round()).any():
                 raise UserError(
