@@ -12,6 +12,7 @@ import mmdense.models  # noqa: F401  (registers the backbones)
 from mmdense.patches import find_config
 
 CLASSES, WIDTH = 3, 32
+SOFTMAX = dict(embed_dims=WIDTH, loss_cls=dict(_delete_=True, type='CrossEntropyLoss'))
 
 
 def _dense(channels, **head):
@@ -71,6 +72,10 @@ DETECTORS = dict(
     deformable_detr_twostage=(  # mmdet's proposals have 256 channels
         'deformable_detr/deformable-detr-refine-twostage_r50_16xb2-50e_coco',
         lambda c: _detr(c, 256),
+    ),
+    deformable_detr_softmax=(
+        'deformable_detr/deformable-detr_r50_16xb2-50e_coco',
+        lambda c: _detr(c) | dict(bbox_head=SOFTMAX, test_cfg=dict(max_per_img=8)),
     ),
     dino=('dino/dino-4scale_r50_8xb2-12e_coco', _detr),
     ddq=('ddq/ddq-detr-4scale_r50_8xb2-12e_coco', _detr),

@@ -209,9 +209,10 @@ def describe(exported: Exported) -> list[str]:
     if exported.unread:
         lines.append(f'resize images yourself, mmdense.runtime does not: {exported.unread}')
     if 'score_thr' in settings:
+        nms = 'no NMS' if settings['nms_iou'] is None else f'NMS at IoU {settings["nms_iou"]:g}'
         lines.append(
-            f'detections: score above {settings["score_thr"]:g}, NMS at IoU '
-            f'{settings["nms_iou"]:g}, at most {settings["max_per_img"]} an image'
+            f'detections: score above {settings["score_thr"]:g}, {nms}, at most '
+            f'{settings["max_per_img"]} an image'
         )
     differences = describe_differences(exported.differences)
     batches = ', '.join(' x '.join(map(str, batch)) for batch in exported.batches)

@@ -172,7 +172,8 @@ def _write(
     if 3 in axes:
         height, width = TRACED
     dtype = getattr(torch, metadata['input']['dtype'])
-    images = network.random_images(2 if axes else 1, height, width, dtype)
+    number = 5 if axes else 1  # torch might take 2 x 256 channels for a fixed batch size
+    images = network.random_images(number, height, width, dtype)
     try:
         return write_graph(network, images, file, network.names, axes, metadata)
     except Exception as error:  # torch and onnxscript raise many; the cause says most

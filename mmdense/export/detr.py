@@ -1,7 +1,8 @@
 """Boxes of Deformable DETR, with box refinement and two stages, and of DINO, without NMS.
 
 mmdet passes the sizes of feature maps as a tensor and reads it back, which torch.export cannot
-follow. Here they are a list of ints through the same layers, and what reads them is replaced.
+follow. Here they are a list of ints through the same layers, and what reads them is replaced
+meanwhile.
 
 Shapes: N images, L feature maps of H_i x W_i, P pixels of all of them, Q queries, D channels,
 M heads, K = ``test_cfg.max_per_img`` boxes.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from unittest import mock
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import (
@@ -33,23 +35,14 @@ PARTS = {
 }
 
 
-def prepare_detr(model: nn.Module) -> None:
-    """Replace what reads the sizes of feature maps, in a copy of a model, for :func:`decode_detr`.
-
-    Raises:
-        UserError: if the model is another one, or has other parts.
-    """
+def check_detr(model: nn.Module) -> None:
+    """Raise a UserError if :func:`decode_detr` does not do what the model's prediction does."""
     if PARTS.get(type(model)) != (type(model.decoder), type(model.bbox_head)):
         raise UserError(
             f'ONNX export reads {" and ".join(x.__name__ for x in PARTS)} of the DETRs, with the '
             f'decoder and head of mmdet, not this {type(model).__name__}: export its parts instead '
             '(part neck or backbone)'
         )
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        for name, child in layer.named_children():
-            if isinstance(child, MultiScaleDeformableAttention):
-                setattr(layer, name, _Attention(child))
-    model.gen_encoder_output_proposals = partial(_propose, model)
 
 
 def decode_detr(
@@ -58,7 +51,7 @@ def decode_detr(
     """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
 
     Args:
-        model: Prepared by :func:`prepare_detr`.
+        model: One that :func:`check_detr` accepts.
         maps: The neck's feature maps, [N, D, H_i, W_i].
         size: Height and width of the images in pixels, without padding.
         padded: Height and width with padding; None if images are never padded.
@@ -79,17 +72,21 @@ def decode_detr(
     query, position = torch.cat([_flatten(x) for x in maps], 1), torch.cat(positions, 1)
     centers = _centers(sizes, ratios)
     points = torch.cat(centers, 1)[:, :, None] * ratios[:, None]
-    for layer in model.encoder.layers:
-        query = layer(query=query, query_pos=position, reference_points=points, **shared)
-    inputs, _ = model.pre_decoder(query, mask, centers)
     head = model.bbox_head
-    states, references = model.decoder(
-        value=inputs.pop('memory'),
-        self_attn_mask=inputs.pop('dn_mask', None),
-        reg_branches=head.reg_branches if model.with_box_refine else None,
-        **shared,
-        **inputs,
-    )
+    with (
+        mock.patch.object(MultiScaleDeformableAttention, 'forward', _attend),
+        mock.patch.object(model, 'gen_encoder_output_proposals', partial(_propose, model)),
+    ):
+        for layer in model.encoder.layers:
+            query = layer(query=query, query_pos=position, reference_points=points, **shared)
+        inputs, _ = model.pre_decoder(query, mask, centers)
+        states, references = model.decoder(
+            value=inputs.pop('memory'),
+            self_attn_mask=inputs.pop('dn_mask', None),
+            reg_branches=head.reg_branches if model.with_box_refine else None,
+            **shared,
+            **inputs,
+        )
     references = [inputs['reference_points'], *references][-len(states) - 1 :]
     scores, boxes = (layers[-1] for layers in head(states, references))
     return _select(head, scores, boxes, size)
@@ -154,41 +151,37 @@ def _propose(
     return memory, torch.where(valid, (boxes / (1 - boxes)).log(), torch.inf)
 
 
-class _Attention(nn.Module):
-    """mmcv's multi-scale deformable attention [N, Q, D], with sizes that are ints."""
-
-    def __init__(self, layer: MultiScaleDeformableAttention) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(
-        self,
-        query: Tensor,
-        value: Tensor,
-        reference_points: Tensor,
-        spatial_shapes: Sizes,
-        query_pos: Tensor | None = None,
-        key_padding_mask: Tensor | None = None,
-        **_: object,
-    ) -> Tensor:
-        layer, identity = self.layer, query
-        query = query if query_pos is None else query + query_pos
-        value = layer.value_proj(value)
-        if key_padding_mask is not None:
-            value = value.masked_fill(key_padding_mask[..., None], 0.0)
-        shape = (layer.num_heads, layer.num_levels, layer.num_points)
-        weights = layer.attention_weights(query).unflatten(2, (layer.num_heads, -1)).softmax(-1)
-        offsets = layer.sampling_offsets(query).unflatten(2, (*shape, 2))
-        points = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
-        if reference_points.shape[-1] == 2:
-            sides = torch.stack([query.new_full((), x) for size in spatial_shapes for x in size])
-            offsets = offsets / sides.view(-1, 1, 2).flip(-1)
-        else:
-            offsets = offsets * points[..., 2:] * (0.5 / layer.num_points)
-        sampled = multi_scale_deformable_attn_pytorch(
-            value.unflatten(2, (layer.num_heads, -1)),
-            spatial_shapes,
-            points[..., :2] + offsets,
-            weights.unflatten(3, shape[1:]),
-        )
-        return layer.output_proj(sampled) + identity
+def _attend(
+    layer: MultiScaleDeformableAttention,
+    query: Tensor,
+    key: None = None,
+    *,
+    value: Tensor,
+    reference_points: Tensor,
+    spatial_shapes: Sizes,
+    query_pos: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    **_: object,
+) -> Tensor:
+    """Return multi-scale deformable attention [N, Q, D], as mmcv's layer does."""
+    identity = query
+    query = query if query_pos is None else query + query_pos
+    value = layer.value_proj(value)
+    if key_padding_mask is not None:
+        value = value.masked_fill(key_padding_mask[..., None], 0.0)
+    shape = (layer.num_heads, layer.num_levels, layer.num_points)
+    weights = layer.attention_weights(query).unflatten(2, (layer.num_heads, -1)).softmax(-1)
+    offsets = layer.sampling_offsets(query).unflatten(2, (*shape, 2))
+    points = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
+    if reference_points.shape[-1] == 2:
+        sides = torch.stack([query.new_full((), x) for size in spatial_shapes for x in size])
+        offsets = offsets / sides.view(-1, 1, 2).flip(-1)
+    else:
+        offsets = offsets * points[..., 2:] * (0.5 / layer.num_points)
+    sampled = multi_scale_deformable_attn_pytorch(
+        value.unflatten(2, (layer.num_heads, -1)),
+        spatial_shapes,
+        points[..., :2] + offsets,
+        weights.unflatten(3, shape[1:]),
+    )
+    return layer.output_proj(sampled) + identity

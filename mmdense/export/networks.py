@@ -18,7 +18,7 @@ from torch.nn.modules.utils import _pair
 
 from mmdense.errors import UserError, one_line
 from mmdense.export.dense import check_dense_head, decode_dense
-from mmdense.export.detr import decode_detr, prepare_detr
+from mmdense.export.detr import check_detr, decode_detr
 from mmdense.export.two_stage import check_roi_head, decode_masks, decode_rois
 
 PARTS = ('model', 'raw', 'neck', 'backbone')
@@ -197,31 +197,27 @@ class Detr(Detector):
     names = ('boxes', 'scores', 'labels')
     task = 'detection'
     masks = False
-    threshold = 0.0  # mmdet's has none
 
     def __init__(self, model: nn.Module) -> None:
         Network.__init__(self, model)
-        prepare_detr(model)
+        check_detr(model)
         self.head = model.bbox_head
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         x = self.preprocess(images)
         padded = x.shape[2:] if self.preprocess.divisor > 1 else None
         maps = self.model.extract_feat(x)
-        boxes, scores, labels = decode_detr(self.model, maps, images.shape[2:], padded)
-        if self.threshold:
-            scores = torch.where(scores > self.threshold, scores, -1.0)
-        return boxes, scores, labels
+        return decode_detr(self.model, maps, images.shape[2:], padded)
 
     def override(self, score: float | None, iou: float | None, max_per_img: int | None) -> None:
-        if iou is not None:
-            raise UserError(f'{type(self.model).__name__} has no NMS, and so no IoU threshold')
+        if score is not None or iou is not None:
+            kind = type(self.model).__name__
+            raise UserError(f'{kind} has neither a score threshold nor NMS: select its boxes later')
         super().override(None, None, max_per_img)
-        self.threshold = score or 0.0
 
     def postprocessing(self) -> dict[str, Any]:
         count = self.head.test_cfg.get('max_per_img', self.model.num_queries)
-        return dict(score_thr=float(self.threshold), nms_iou=None, max_per_img=int(count))
+        return dict(score_thr=0.0, nms_iou=None, max_per_img=int(count))
 
 
 class Segmentor(Network):
