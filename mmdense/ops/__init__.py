@@ -14,13 +14,13 @@ imported:
 
 Provided operators, forward and backward, on every device, in float64, float32, float16, bfloat16:
 
-- nms, softnms, nms_match, roi_align (avg), sigmoid_focal_loss, ms_deform_attn, sync_bn
+- nms, softnms, nms_match, roi_align (avg), roi_pool, sigmoid_focal_loss, ms_deform_attn, sync_bn
 - deform_conv, modulated_deform_conv; masked_im2col, masked_col2im (forward only, as in mmcv)
 - psamask, carafe
 
 These are all that mmdet 3.3 and mmseg 1.2 call, except deform_roi_pool (two Faster R-CNN configs)
 and line_nms (CLRNet). Every other operator exists and raises NotImplementedError when it is called:
-rotated and quadrilateral boxes, points and voxels, sparse convolution, border_align, roi_pool,
+rotated and quadrilateral boxes, points and voxels, sparse convolution, border_align, prroi_pool,
 correlation, softmax_focal_loss, StyleGAN's operators and so on.
 """
 

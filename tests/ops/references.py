@@ -140,6 +140,37 @@ def interpolate(plane, y, x):
     return (here + (there - here) * dx).masked_fill(y_outside[:, None] | x_outside, 0)
 
 
+def roi_pool(maps, rois, size, scale):
+    """mmcv's RoIPool, bin by bin: a RoI ends a pixel after (x2, y2), bins are rounded outwards."""
+    out = []
+    for image, x1, y1, x2, y2 in rois.tolist():
+        edges = []
+        for low, high, bins, limit in (
+            (y1 * scale, (y2 + 1) * scale, size[0], maps.size(2)),
+            (x1 * scale, (x2 + 1) * scale, size[1], maps.size(3)),
+        ):
+            marks = [low + (high - low) / bins * b for b in range(bins + 1)]
+            if bins & (bins - 1) and any(0 < abs(m - round(m)) < CLOSE for m in marks):
+                raise Ambiguous
+            if bins & (bins - 1) and any(m == round(m) for m in marks[1:]):
+                raise Ambiguous  # a third of a side, thrice
+            pairs = zip(map(math.floor, marks[:-1]), map(math.ceil, marks[1:]), strict=True)
+            edges.append([(max(a, 0), min(b, limit)) if high > low else (0, 0) for a, b in pairs])
+        for top, bottom in edges[0]:
+            for left, right in edges[1]:
+                cut = maps[int(image), :, max(top, 0) : max(bottom, 0), left : max(right, left)]
+                cut = cut.flatten(1)
+                if cut.size(1):
+                    # Of equal values the first counts.
+                    first = (cut == cut.amax(1, keepdim=True)).double().argmax(1)
+                    out.append(cut.gather(1, first[:, None])[:, 0])
+                else:
+                    out.append(maps.new_zeros(maps.size(1)))
+    channels = maps.size(1)
+    bins = torch.stack(out) if out else maps.new_zeros(0, channels)
+    return bins.view(len(rois), *size, channels).permute(0, 3, 1, 2)
+
+
 # Sampling between pixels.
 
 

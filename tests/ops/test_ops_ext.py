@@ -164,7 +164,7 @@ def test_parameters_are_named_as_in_the_extension():
     }
     module = sys.modules['mmcv._ext']
     operators = {k: f for k, f in inspect.getmembers(module, inspect.isfunction) if k[0] != '_'}
-    assert len(operators) == 27
+    assert len(operators) == 29
     for name, operator in operators.items():
         parameters = inspect.signature(operator).parameters.values()
         # Sizes that mmcv passes by name go on as **sizes; test_ops_fuzz.py calls these by mmcv.

@@ -216,6 +216,19 @@ def roi_align(draw):
     check_gradients(draw, dict(maps=(maps, exact)), out, expected)
 
 
+def roi_pool(draw):
+    maps = draw.tensor('maps', *draw.shape('size', (0, 2), (0, 3), (1, 7), (1, 7)))
+    scale, size = draw.choose('scale', [1.0, 0.5, 0.25]), draw.shape('bins', (1, 3), (1, 3))
+    rois = draw.rois(maps, scale, far=True)
+    if draw.choose('ties', (False, True)):  # of which the first counts
+        maps = maps.round()
+    maps, exact = leaf(maps)
+    expected = references.roi_pool(exact, rois.cpu().double(), size, scale)
+    check_gradients(
+        draw, dict(maps=(maps, exact)), mmcv.ops.roi_pool(maps, rois, size, scale), expected
+    )
+
+
 def deform_conv(draw, modulated=False):
     groups, deform_groups = draw.choose('groups', [(1, 1), (2, 1), (1, 2), (2, 2)])
     images, width, *size = draw.shape('size', (1, 2), (1, 2), (1, 6), (1, 6))
@@ -412,7 +425,8 @@ CASES = {
     nms: 2500,
     soft_nms: 1500,
     nms_match: 1500,
-    roi_align: 1500,
+    roi_align: 1000,
+    roi_pool: 500,
     deform_conv: 500,
     partial(deform_conv, modulated=True): 600,
     sigmoid_focal_loss: 700,
@@ -518,6 +532,7 @@ for mistake in (
     lambda: _ext.roi_align_forward(
         r(1, 2, 4, 4), r(3, 4) * 0, r(3, 2, 2, 2), none, none, 2, 2, 1.0, 2, 1, True
     ),
+    lambda: ops.roi_pool(r(1, 2, 4, 4), torch.tensor([[-1.0, 0, 0, 3, 3]]), 2),
     lambda: ops.deform_conv2d(r(1, 4, 5, 5), r(1, 17, 5, 5), r(2, 4, 3, 3), 1, 1),
     lambda: ops.deform_conv2d(r(1, 3, 5, 5), r(1, 18, 5, 5), r(2, 4, 3, 3), 1, 1),
     lambda: ops.deform_conv2d(
@@ -584,6 +599,7 @@ for operator, *inputs in (
     (lambda b, s: ops.soft_nms(b, s), boxes, r(4)),
     (lambda d: ops.nms_match(d, 0.5), torch.cat((boxes, r(4, 1)), 1)),
     (lambda x, b: ops.roi_align(x, b, 2, 1.0, 0), r(1, 2, 9, 9), rois),
+    (lambda x, b: ops.roi_pool(x, b, 2), r(1, 2, 9, 9), rois),
     (
         lambda x, o, w: ops.deform_conv2d(x, o, w, 1, 1),
         r(1, 4, 5, 5), r(1, 18, 5, 5), r(2, 4, 3, 3),

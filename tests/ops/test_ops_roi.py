@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from mmcv.ops import RoIAlign
+from mmcv.ops import RoIAlign, RoIPool
 from torch import tensor
 
 SIZE = 8
@@ -49,10 +49,10 @@ def test_roi_align_has_no_maximum(device):
         RoIAlign(1, pool_mode='max')(columns(device), tensor([[0.0, 1, 1, 5, 5]], device=device))
 
 
-def test_memory_format_and_autocast_change_nothing(device, rng):
+@pytest.mark.parametrize('layer', [RoIAlign(3), RoIPool(3)])
+def test_memory_format_and_autocast_change_nothing(device, rng, layer):
     maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
     rois = random_rois(rng, 6).float()
-    layer = RoIAlign(3)
     expected = layer(maps, rois)
     assert torch.equal(layer(maps.contiguous(memory_format=torch.channels_last), rois), expected)
     with torch.autocast(device.type, torch.bfloat16):
@@ -61,13 +61,28 @@ def test_memory_format_and_autocast_change_nothing(device, rng):
     assert torch.equal(out, expected)
 
 
+def test_roi_pool_by_hand(device):
+    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
+    out = RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device))
+    assert out.tolist() == [[[[5, 7], [13, 15]]]]
+    # Of equal values the first counts, and the gradient goes there.
+    maps = torch.zeros(1, 1, 4, 4, device=device, requires_grad=True)
+    RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device)).sum().backward()
+    assert maps.grad[0, 0].nonzero().tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+    # Three columns in two bins: both reach over the middle one.
+    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
+    out = RoIPool((1, 2))(maps, tensor([[0.0, 0, 0, 2, 0]], device=device))
+    assert out.tolist() == [[[[1, 2]]]]
+
+
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIPool(2)])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
-def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, value):
+def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, layer, value):
     maps = torch.ones(2, 1, SIZE, SIZE, device=device, requires_grad=True)
     for column in range(5):
         rois = tensor([[1.0, 1, 1, 5, 5], [0, 1, 1, 5, 5]], device=device)
         rois[1, column] = value
-        out = RoIAlign(2)(maps, rois)
+        out = layer(maps, rois)
         assert (out[0] == 1).all()
         assert out[1].isnan().all()
         (grad,) = torch.autograd.grad(out.sum(), maps)
@@ -75,10 +90,11 @@ def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, value):
         assert grad[1].sum().item() == pytest.approx(4)
 
 
+@pytest.mark.parametrize('layer', [RoIAlign(2), RoIPool(2)])
 @pytest.mark.parametrize('image', [-1, 2, 1e9])
-def test_rois_of_images_that_are_not_there(device, image):
+def test_rois_of_images_that_are_not_there(device, layer, image):
     maps = torch.ones(2, 1, SIZE, SIZE, device=device)
     with pytest.raises(IndexError, match='where there are 2 images'):
-        RoIAlign(2)(maps, tensor([[image, 1, 1, 5, 5]], device=device))
+        layer(maps, tensor([[image, 1, 1, 5, 5]], device=device))
     with pytest.raises(IndexError, match='where there are 0 images'):
-        RoIAlign(2)(maps[:0], tensor([[0.0, 1, 1, 5, 5]], device=device))
+        layer(maps[:0], tensor([[0.0, 1, 1, 5, 5]], device=device))
