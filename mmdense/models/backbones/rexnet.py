@@ -129,12 +129,9 @@ def init_convs(module: nn.Module) -> None:
 class LinearBottleneck(nn.Module):
     """Map [N, C_in, H, W] to [N, C_out, ceil(H / stride), ceil(W / stride)].
 
-    Args:
-        expansion: Channels of the depthwise convolution, as a multiple of C_in.
-        gated: Squeeze-excite to a twelfth of its channels.
-        shortcut: Add the input to the first C_in channels, where stride and channels allow it.
-        drop_path: Probability that a sample skips the block; no effect without a shortcut.
-        memory: As of the network, which runs 'recompute' itself.
+    The depthwise convolution has ``expansion`` times C_in channels, ``gated`` squeeze-excites to a
+    twelfth of them, and ``shortcut`` adds the input to the first C_in channels, where stride and
+    channels allow it. ``drop_path`` is the probability that a sample skips a block with a shortcut.
     """
 
     def __init__(
