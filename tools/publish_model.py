@@ -40,9 +40,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if 'ema_state_dict' in done.left_out:
         console.print('weights: the moving average')
     console.print(f'left out: {", ".join(done.left_out) or "nothing"}')
-    if done.overflowing:
-        names = ', '.join(done.overflowing)
-        console.print(f'too large for float16, stored as they are: {names}')
 
 
 if __name__ == '__main__':

@@ -213,15 +213,11 @@ def misfits(runner: Runner) -> Iterator[str]:
     for i, schedule in (pair for group in groups for pair in enumerate(group)):
         limit, unit = limits[schedule.by_epoch], 'epoch' if schedule.by_epoch else 'iteration'
         kind, value, end = type(schedule).__name__, schedule.param_name, schedule.end
-        start, stop = (getattr(schedule, f'{key}_factor', 1.0) for key in ('start', 'end'))
         steps = sorted(schedule.begin + step for step in getattr(schedule, 'milestones', ()))
         if late := [str(step) for step in steps if limit <= step < end]:
             fault = f'changes {value} at {unit} {", ".join(late)}, which never comes'
         elif steps or not limit < end < INF:
             continue
-        elif start < stop:
-            share = start + (stop - start) * (limit - 1) / schedule.total_iters
-            fault = f'warms up until {unit} {end}: {value} gets to {share:.0%} of its full value'
         else:
             fault = f'goes on until {unit} {end}: {value} does not get to its last value'
         yield f'param_scheduler.{i}: {kind} {fault}, {length}'

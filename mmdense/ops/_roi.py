@@ -36,9 +36,8 @@ def roi_align_forward(
         raise not_provided("roi_align with pool_mode='max'")
     input, rois = widen(input, rois)
     rois, bad = _usable(rois, len(input))
-    size = aligned_height, aligned_width
-    roi_align = torch.ops.torchvision.roi_align
-    output.copy_(roi_align(input, rois, spatial_scale, *size, sampling_ratio, aligned))
+    size, options = (aligned_height, aligned_width), (sampling_ratio, aligned)
+    output.copy_(torch.ops.torchvision.roi_align(input, rois, spatial_scale, *size, *options))
     output.masked_fill_(bad[:, None, None, None], torch.nan)
 
 
@@ -58,12 +57,9 @@ def roi_align_backward(
     """Write the gradient of the feature maps to ``grad_input`` [N, C, H, W]."""
     grad, rois = widen(grad_output, rois)
     rois, _ = _usable(rois, len(grad_input))
-    size = aligned_height, aligned_width
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
-            grad, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
-        )
-    )
+    size, options = (aligned_height, aligned_width), (sampling_ratio, aligned)
+    backward = torch.ops.torchvision._roi_align_backward
+    grad_input.copy_(backward(grad, rois, spatial_scale, *size, *grad_input.shape, *options))
 
 
 def roi_pool_forward(

@@ -27,7 +27,6 @@ class Published:
     tensors: int  # in the file
     left_out: tuple[str, ...]  # entries of the checkpoint
     halves: int  # tensors in float16
-    overflowing: tuple[str, ...]  # tensors that stay float32, as float16 cannot hold their values
 
 
 def publish(source: str | Path, target: str | Path, *, half: bool = False) -> Published:
@@ -43,9 +42,8 @@ def publish(source: str | Path, target: str | Path, *, half: bool = False) -> Pu
     """
     source, target = Path(source).expanduser(), check_target(target, new=False)
     weights, meta, left_out = _split(read_checkpoint(source), source)
-    overflowing: tuple[str, ...] = ()
     if half:
-        weights, overflowing = _halve(weights)
+        weights = {name: _halve(value) for name, value in weights.items()}
     content = serialize(target, weights, meta)
     digest = hashlib.sha256(content).hexdigest()
     file = target.with_name(f'{target.stem}-{digest[:8]}{target.suffix}')
@@ -62,7 +60,6 @@ def publish(source: str | Path, target: str | Path, *, half: bool = False) -> Pu
         tensors=len(weights),
         left_out=left_out,
         halves=sum(v.dtype == torch.float16 for v in weights.values()),
-        overflowing=overflowing,
     )
 
 
@@ -90,14 +87,7 @@ def _split(
     return weights, meta, tuple(left_out)
 
 
-def _halve(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    halved, overflowing = dict(weights), []
-    for name, value in weights.items():
-        if value.ndim < 2 or not value.is_floating_point():
-            continue
-        small = value.half()
-        if (small.isinf() & value.isfinite()).any():
-            overflowing.append(name)
-        else:
-            halved[name] = small
-    return halved, tuple(overflowing)
+def _halve(value: Tensor) -> Tensor:
+    """Return a tensor in float16 if it has two dimensions or more, and float16 can hold it."""
+    small = value.half() if value.ndim > 1 and value.is_floating_point() else value
+    return value if (small.isinf() & value.isfinite()).any() else small

@@ -271,7 +271,7 @@ def short(folder, kind='epochs', **options):
         (
             'epochs',
             dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=101),
-            'LinearLR warms up until iteration 101: lr gets to 20% of its full value, since the '
+            'LinearLR goes on until iteration 101: lr does not get to its last value, since the '
             'training has 12 iterations (3 epochs of 4)',
         ),
         (
