@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention by hand and against mmcv's version in plain torch.
+"""Multi-scale deformable attention against mmcv's version in plain torch.
 
 test_ops_fuzz.py compares random cases with references.
 """
@@ -28,17 +28,6 @@ def inputs(rng, device):
     locations = torch.rand(2, 5, 2, 2, 4, 2, **options) * 1.4 - 0.2  # some off the maps
     weights = torch.rand(2, 5, 2, 2, 4, **options)
     return value, shapes, locations, weights
-
-
-def test_by_hand(device):
-    value = torch.arange(6.0, device=device).view(1, 6, 1, 1)  # a map of 2 x 3
-    shapes = torch.tensor([[2, 3]], device=device)
-    points = [[0.5, 0.25], [1 / 3, 0.75], [5 / 6, 0.5], [3.0, 0.5]]  # (x, y)
-    locations = torch.tensor(points, device=device).view(1, 4, 1, 1, 1, 2)
-    weights = torch.tensor([1.0, 1, 2, 1], device=device).view(1, 4, 1, 1, 1)
-    # The centre of pixel (0, 1); between (1, 0) and (1, 1); between (0, 2) and (1, 2); nowhere.
-    out = attend(value, shapes, locations, weights)
-    torch.testing.assert_close(out.flatten(), torch.tensor([1.0, 3.5, 7, 0], device=device))
 
 
 def test_equals_mmcv_in_plain_torch(inputs):

@@ -1,9 +1,7 @@
 """Suppression of boxes.
 
-test_ops_fuzz.py compares random cases with references.
+test_ops_fuzz.py compares random cases with references, test_ops_reference.py with mmcv.
 """
-
-import math
 
 import numpy as np
 import pytest
@@ -97,19 +95,6 @@ def test_batched_nms_can_ignore_classes_and_be_skipped(device):
     assert batched_nms(boxes, scores, labels, config)[1].tolist() == [2, 1, 0]
     assert batched_nms(boxes, scores, labels, config, class_agnostic=True)[1].tolist() == [2, 1]
     assert batched_nms(boxes, scores, labels, None)[1].tolist() == [2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ('method', 'decayed'),
-    [('naive', 0), ('linear', 0.8 * 0.5), ('gaussian', 0.8 * math.exp(-(0.5**2) / 0.5))],
-)
-def test_soft_nms_decays_by_overlap(device, method, decayed):
-    boxes, scores = tensor(BOXES, device=device), tensor(SCORES, device=device)
-    dets, keep = soft_nms(boxes, scores, 0.3, sigma=0.5, min_score=0.01, method=method)
-    expected = {0: 0.9, 2: 0.7, 1: decayed} if decayed else {0: 0.9, 2: 0.7}
-    assert keep.tolist() == list(expected)
-    torch.testing.assert_close(dets[:, 4].tolist(), list(expected.values()), rtol=1e-5, atol=0)
-    torch.testing.assert_close(dets[:, :4], boxes[keep])
 
 
 def test_nms_match_groups_by_the_box_that_suppresses(device):

@@ -1,12 +1,10 @@
 """Deformable convolution.
 
-test_ops_fuzz.py compares random cases with references.
+test_ops_fuzz.py compares random cases with references, test_ops_reference.py with mmcv.
 """
 
 import pytest
-import references
 import torch
-import torch.nn.functional as F
 from mmcv.ops import deform_conv2d, modulated_deform_conv2d
 
 from mmdense.ops import _deform
@@ -27,32 +25,6 @@ def leaves(rng, groups=1, deform_groups=1, size=(5, 6), dtype=torch.float64):
     )
 
 
-@pytest.mark.parametrize(
-    ('stride', 'padding', 'dilation'), [(1, 1, 1), (2, 1, 1), (1, 2, 2), (2, 0, 1)]
-)
-@pytest.mark.parametrize('groups', [1, 2])
-def test_without_offsets_it_is_a_convolution(device, rng, stride, padding, dilation, groups):
-    x, _, _, weight, bias = leaves(rng, groups)
-    expected = F.conv2d(x, weight, None, stride, padding, dilation, groups)
-    offset = x.new_zeros(2, 18, *expected.shape[2:])
-    out = deform_conv2d(x, offset, weight, stride, padding, dilation, groups, 1)
-    torch.testing.assert_close(out, expected)
-    half = torch.full_like(offset[:, :9], 0.5)
-    options = bias, stride, padding, dilation, groups, 1
-    out = modulated_deform_conv2d(x, offset, half, weight, *options)
-    torch.testing.assert_close(out, expected / 2 + bias[:, None, None])
-
-
-def test_offsets_are_y_then_x(device, rng):
-    x, offset, mask, weight, _ = leaves(rng)
-    offset.zero_()[:, 0::2] = 1  # y
-    offset[:, 1::2] = -2  # x
-    moved = F.conv2d(F.pad(x, (3, 0, 0, 2)), weight)[:, :, :, :6]  # down 1, left 2, padding 1
-    torch.testing.assert_close(deform_conv2d(x, offset, weight, 1, 1), moved)
-    out = modulated_deform_conv2d(x, offset, torch.ones_like(mask), weight, None, 1, 1)
-    torch.testing.assert_close(out, moved)
-
-
 def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
     x, offset, mask, weight, _ = (t.requires_grad_() for t in leaves(rng))
     small = x[:, :, :3, :2]
@@ -64,32 +36,6 @@ def test_version_two_reads_oversized_offsets_in_a_row(device, rng):
     torch.testing.assert_close(*grads)
     with pytest.raises(RuntimeError, match='offset output dims'):
         modulated_deform_conv2d(x, offset[:, :, :4], mask, weight, None, 1, 1)
-
-
-@pytest.mark.parametrize('kind', ['zero', 'whole pixels'])
-@pytest.mark.parametrize('modulated', [False, True])
-def test_gradients_at_the_rim_follow_mmcv(device, rng, kind, modulated):
-    """A sample exactly one pixel outside has no slope: every DCN begins with such a rim."""
-    x, offset, mask, weight, _ = leaves(rng)
-    if kind == 'zero':
-        offset.zero_()
-    else:  # they reach the rim and beyond it
-        offset = torch.randint(-7, 8, offset.shape, generator=rng, device=device).to(offset)
-    inputs = [t.requires_grad_() for t in (x, offset, weight, *([mask] if modulated else []))]
-    if modulated:
-        out = modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1)
-    else:
-        out = deform_conv2d(x, offset, weight, 1, 1)
-    expected = references.deform_conv2d(
-        x, offset, mask if modulated else None, weight, None, (1, 1), (1, 1), (1, 1), 1, 1
-    )
-    torch.testing.assert_close(out, expected)
-    grad = torch.randn(out.shape, generator=rng, device=device, dtype=out.dtype)
-    grads = [torch.autograd.grad(o, inputs, grad) for o in (out, expected)]
-    torch.testing.assert_close(*grads)
-    if kind == 'zero':  # rows and columns 0 read y = -1 and x = -1 at their first taps
-        assert not grads[0][1][:, 0, 0].any()
-        assert grads[0][1].any()
 
 
 @pytest.mark.parametrize('value', [torch.nan, torch.inf, -torch.inf, 1e30])
