@@ -27,7 +27,6 @@ from mmdense.weights.formats import Format, recognise, state_dict_of
 SHOWN = 3  # names in a message
 RGB = 3
 COUNTER = 'num_batches_tracked'  # optional: files from before torch 0.4.1 lack it
-FIX = 'remove it by tools/convert_weights.py --prefix {prefix}'
 SCRATCH = '(To train from scratch: --cfg-options model.backbone.init_cfg=None)'
 
 
@@ -112,17 +111,16 @@ def _first(names: Collection[str], part: str = '') -> str:
 
 
 def load_into(
-    module: nn.Module, checkpoint: Any, *, prefix: str | None = None, fix: str = FIX
+    module: nn.Module, checkpoint: Any, *, prefix: str | None = None
 ) -> tuple[dict[str, Tensor], LoadReport]:
     """Load the tensors of a checkpoint of any known format that fit a model.
 
     If a backbone of mmdense reads images with other than three channels, the weights of its first
     convolution are adapted as in timm: summed for one channel, repeated and scaled for more.
 
-    Of the checkpoint's keys those with ``prefix`` count, without it; ``fix`` says how to remove a
-    prefix, for the report's hint. Returns the weights with the model's names, unexpected ones
-    included, and the report. UserError if the checkpoint holds no weights, or tensors that cannot
-    be of its format or of the network.
+    Of the checkpoint's keys those with ``prefix`` count, without it. Returns the weights with the
+    model's names, unexpected ones included, and the report. UserError if the checkpoint holds no
+    weights, or tensors that cannot be of its format or of the network.
     """
     expected = module.state_dict()
     backbones = {
@@ -158,7 +156,7 @@ def load_into(
         unexpected = list(state_dict)
     hint = ''
     if missing or wrong_shape:
-        hint = _hint(state_dict, expected, len(expected.keys() & weights.keys()), fix)
+        hint = _hint(state_dict, expected, len(expected.keys() & weights.keys()))
     report = LoadReport(
         model=type(module).__name__,
         format=source_format,
@@ -182,14 +180,13 @@ def load_checked(
     min_loaded: float | None = 1.0,
     part: str = '',
     prefix: str | None = None,
-    fix: str = FIX,
 ) -> dict[str, Tensor]:
     """Load a checkpoint, log the report, and refuse a checkpoint that fills too little.
 
     Arguments and errors are those of :func:`load_into` and :meth:`LoadReport.require`;
     ``min_loaded=0`` only reports. Returns the weights with the model's names.
     """
-    weights, report = load_into(module, checkpoint, prefix=prefix, fix=fix)
+    weights, report = load_into(module, checkpoint, prefix=prefix)
     format_of = f' ({report.format.about})' if report.format else ''
     complete = not report.missing and not report.wrong_shape
     print_log(
@@ -245,12 +242,13 @@ def _adapt_first_conv(net: nn.Module, weights: dict[str, Tensor], prefix: str) -
             print_log(f'{key}: adapted from {RGB} to {channels} image channels', 'current')
 
 
-def _hint(state_dict: Mapping[str, Tensor], expected: Iterable[str], matched: int, fix: str) -> str:
+def _hint(state_dict: Mapping[str, Tensor], expected: Iterable[str], matched: int) -> str:
     """Return the prefix to remove, or to add, for more tensors to match; '' if none helps."""
     names = {name for name in expected if not name.endswith(COUNTER)}
     found = {}  # hint -> number of names that would match
     for prefix in ('', *_prefixes(state_dict)):
-        hint = f"without the prefix '{prefix}': {fix.format(prefix=prefix)}"
+        hint = f"without the prefix '{prefix}': add prefix='{prefix}' to init_cfg, or remove it by "
+        hint += f'tools/convert_weights.py --prefix {prefix}'
         with suppress(ValueError):
             weights = _map_keys(_below(prefix, state_dict), names)[0]
             found[hint if prefix else 'without a prefix'] = len(weights.keys() & names)
@@ -314,7 +312,6 @@ class PretrainedInit(MMEnginePretrainedInit):
                 source=self.checkpoint,
                 min_loaded=self.min_loaded,
                 prefix=self.prefix,
-                fix="add prefix='{prefix}' to init_cfg",
             )
         except UserError as error:
             message = str(error)
