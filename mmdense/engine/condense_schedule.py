@@ -37,9 +37,8 @@ class CondenseScheduleHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Find the network, whose frozen layers must be fully pruned, and its stage of pruning."""
+        """Find the network and its stage of pruning."""
         self._net = _find_network(runner.model)
-        _check_frozen(self._net)
         # As Python numbers, since reading the buffers would wait for the device.
         self._stage = self._net.stage
         self._share = self._net.connections()
@@ -77,18 +76,6 @@ def _find_network(model: nn.Module) -> CondenseNetV2:
             'from custom_hooks'
         )
     return learned[0]
-
-
-def _check_frozen(net: CondenseNetV2) -> None:
-    if net.frozen_stages < 1:
-        return
-    frozen = [layer.stage for layer in net.learned_layers() if not layer.conv.weight.requires_grad]
-    if min(frozen, default=net.last_stage) < net.last_stage:
-        raise UserError(
-            f'backbone.frozen_stages={net.frozen_stages} freezes layers at stage {min(frozen)} of '
-            f'{net.last_stage} of pruning, which cannot adapt to later stages: set '
-            'backbone.frozen_stages to -1 or 0, or load fully pruned weights'
-        )
 
 
 def _copy_to_averages(runner: Runner) -> None:

@@ -213,27 +213,6 @@ def test_a_pruned_model_continues_from_its_stage(tmp_path):
     assert all(torch.equal(*pair) for pair in zip(before, buffers(model), strict=True))
 
 
-def test_frozen_layers(tmp_path):
-    runner = build(tmp_path / 'refused', classifier(frozen_stages=2), iters=2)
-    with pytest.raises(UserError) as error:
-        runner.train()
-    assert str(error.value) == (
-        'backbone.frozen_stages=2 freezes layers at stage 0 of 3 of pruning, which cannot adapt to '
-        'later stages: set backbone.frozen_stages to -1 or 0, or load fully pruned weights'
-    )
-    stem = classifier(frozen_stages=0)
-    build(tmp_path / 'stem', stem, iters=2).train()
-    assert stem.backbone.stage == LAST
-    model = classifier(frozen_stages=2)
-    for block in ('denseblock_1', 'denseblock_2'):
-        for layer in learned(model.backbone.features[block]):
-            layer.prune_to(1)
-    runner = build(tmp_path / 'pruned', model, iters=2)
-    runner.train()
-    assert {layer.stage for layer in learned(model)} == {LAST}
-    assert len(stage_lines(runner)) == 1
-
-
 def test_nothing_or_too_much_to_prune(tmp_path):
     condensed = Classifier(CondenseNetV2(arch=ARCH, form='condensed'))
     other = Classifier(DenseNet(arch=dict(growth_rate=4, layers=(1, 1, 1, 1))))
