@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mmengine.dist import barrier, get_rank
+from mmengine.dist import barrier, get_rank, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper
 from mmengine.optim.scheduler.param_scheduler import INF
@@ -41,7 +41,7 @@ class _Resumable:
 
     SIGTERM ends the run at the next optimizer step, or within ten iterations if there are several
     processes, with a checkpoint to resume from exactly and status 143. A validation ends too, and
-    starts again on resuming; several processes finish it.
+    starts again on resuming; several processes save at once and finish it if they have the time.
 
     Checkpoints are written before validation. If that of the resumed checkpoint is missing, it runs
     first. A full or read-only disk raises WriteError.
@@ -71,7 +71,7 @@ class _Resumable:
     def _running(self) -> Iterator[None]:
         runner = self.runner
         runner.call_hook('before_train')
-        self._signal = StopSignal()
+        self._signal = StopSignal(self._save_in_validation)
         runner.register_hook(self._signal)
         for line in misfits(runner):
             runner.logger.warning(line)
@@ -99,14 +99,40 @@ class _Resumable:
             self._stop()
 
     def _stop(self) -> None:
-        hook = next((h for h in self.runner.hooks if isinstance(h, CheckpointHook)), None)
-        outcome = 'nothing was saved, since the config saves no checkpoints'
-        if hook is not None:
-            outcome = f'--resume continues from {hook.save_now(self.runner)}'
+        outcome = self._save()
         barrier()  # the launcher kills the processes that are late
-        progress = f'after {self._iter} of {self.max_iters} iterations'
-        self.runner.logger.warning(f'SIGTERM: stopped {progress}; {outcome}')
+        self._warn('stopped', outcome)
         sys.exit(STATUS)
+
+    def _save(self) -> str:
+        hook = next((h for h in self.runner.hooks if isinstance(h, CheckpointHook)), None)
+        if hook is None:
+            return 'nothing was saved, since the config saves no checkpoints'
+        return f'--resume continues from {hook.save_now(self.runner)}'
+
+    def _warn(self, action: str, outcome: str) -> None:
+        progress = f'after {self._iter} of {self.max_iters} iterations'
+        self.runner.logger.warning(f'SIGTERM: {action} {progress}; {outcome}')
+
+    def _save_in_validation(self) -> None:
+        """Write a checkpoint from the main process while the validation continues."""
+        # With a strategy, all processes would have to write together.
+        if not (is_main_process() and isinstance(self.runner, Runner)):
+            return
+        averages = self._leave_validation()
+        outcome = self._save()
+        for hook in averages:
+            hook.before_val_epoch(self.runner)
+        self._set_validated(self._iter)
+        self._warn('finishing the validation', outcome)
+
+    def _leave_validation(self) -> list[EMAHook]:
+        """Undo the start of a validation; return the hooks that swapped in averaged weights."""
+        self._set_validated(None)
+        averages = [hook for hook in self.runner.hooks if isinstance(hook, EMAHook)]
+        for hook in averages:
+            hook.after_val_epoch(self.runner)  # swaps the weights back
+        return averages
 
     def _set_validated(self, iteration: int | None) -> None:
         self.runner.message_hub.update_info(VALIDATED, iteration)
@@ -125,10 +151,7 @@ class _Resumable:
         try:
             runner.val_loop.run()
         except Stopped:
-            self._set_validated(None)
-            for hook in runner.hooks:
-                if isinstance(hook, EMAHook):
-                    hook.after_val_epoch(runner)  # swaps the weights back
+            self._leave_validation()
             self._stop()
 
 

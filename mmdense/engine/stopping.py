@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,11 +30,13 @@ class StopSignal(Hook):
     Signals within three seconds count as one. Several processes stop at the same iteration: they
     exchange whether to, with the NaN guard's numbers or every ten iterations, since they wait for
     the device. As a hook it ends a validation in a single process by :class:`Stopped`. Several
-    processes may have different numbers of batches left: they finish it.
+    processes may have different numbers of batches left: they call ``save`` and go on validating.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, save: Callable[[], None] | None = None) -> None:
         self._wanted, self._exchanged = False, 0  # the iteration
+        self._save = save
+        self._saved = False
         self._since: float | None = None
         self._previous: Any = None
 
@@ -71,6 +74,11 @@ class StopSignal(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """After SIGTERM, end the validation."""
-        if self._since is not None and not is_distributed():
+        """After SIGTERM, end the validation or save a checkpoint once."""
+        if self._since is None:
+            return
+        if not is_distributed():
             raise Stopped
+        if not self._saved:
+            self._saved = True
+            self._save()

@@ -18,7 +18,7 @@ from runs import build_runner
 
 def test_a_signal_is_recorded_and_the_handler_restored():
     before = signal.getsignal(signal.SIGTERM)
-    stop = StopSignal()
+    stop = StopSignal(save=pytest.fail)
     with stop:
         assert not stop.wanted(1)
         stop.after_val_iter(None, 0)
@@ -34,7 +34,7 @@ def test_other_threads_handle_no_signals():
     entered = []
 
     def enter():
-        with StopSignal() as stop:
+        with StopSignal(save=pytest.fail) as stop:
             entered.append(stop.wanted(1))
 
     thread = threading.Thread(target=enter)
@@ -49,7 +49,7 @@ def test_a_second_signal_ends_the_process_at_once():
     import os, signal
     from mmdense.engine import stopping
     stopping.ECHO = 0.0
-    with stopping.StopSignal():
+    with stopping.StopSignal(save=None):
         os.kill(os.getpid(), signal.SIGTERM)
         print('first', flush=True)
         os.kill(os.getpid(), signal.SIGTERM)
