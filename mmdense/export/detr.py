@@ -12,36 +12,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
-from mmcv.ops.multi_scale_deform_attn import (
-    MultiScaleDeformableAttention,
-    multi_scale_deformable_attn_pytorch,
-)
-from mmdet.models.dense_heads import DeformableDETRHead, DINOHead
-from mmdet.models.detectors import DINO, DeformableDETR
-from mmdet.models.layers import DeformableDetrTransformerDecoder, DinoTransformerDecoder
+from mmcv.ops import multi_scale_deform_attn as mmcv_attention
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
 from mmdense.errors import UserError
 from mmdense.export.nms import rows
 
-Sizes = Sequence[Sequence[int]]  # (H_i, W_i) of the feature maps
-PARTS = {
-    DeformableDETR: (DeformableDetrTransformerDecoder, DeformableDETRHead),
-    DINO: (DinoTransformerDecoder, DINOHead),
-}
+PARTS = (  # detector, decoder, head
+    ('DeformableDETR', 'DeformableDetrTransformerDecoder', 'DeformableDETRHead'),
+    ('DINO', 'DinoTransformerDecoder', 'DINOHead'),
+)
 
 
 def check_detr(model: nn.Module) -> None:
     """Raise a UserError if :func:`decode_detr` does not do what the model's prediction does."""
-    if PARTS.get(type(model)) != (type(model.decoder), type(model.bbox_head)):
+    parts = (model, model.decoder, model.bbox_head)
+    if tuple(type(part).__name__ for part in parts) not in PARTS:
         raise UserError(
-            f'ONNX export reads {" and ".join(x.__name__ for x in PARTS)} of the DETRs, with the '
-            f'decoder and head of mmdet, not this {type(model).__name__}: export its parts instead '
-            '(part neck or backbone)'
+            'ONNX export reads DeformableDETR and DINO of the DETRs, with the decoder and head of '
+            f'mmdet, not this {type(model).__name__}: export its neck or backbone instead'
         )
 
 
@@ -65,16 +59,15 @@ def decode_detr(
         mask = torch.cat([x.flatten(1) for x in masks], 1)
         ratios = torch.stack([model.get_valid_ratio(x) for x in masks], 1)
         positions = [model.positional_encoding(x) for x in masks]
-    positions = [_flatten(x) + e for x, e in zip(positions, model.level_embed, strict=True)]
-    shared = dict(
-        key_padding_mask=mask, spatial_shapes=sizes, valid_ratios=ratios, level_start_index=None
-    )
-    query, position = torch.cat([_flatten(x) for x in maps], 1), torch.cat(positions, 1)
+    positions = [x + e[:, None, None] for x, e in zip(positions, model.level_embed, strict=True)]
+    query, position = (torch.cat([x.flatten(2) for x in y], 2).mT for y in (maps, positions))
+    shared = dict(key_padding_mask=mask, spatial_shapes=sizes, valid_ratios=ratios)
+    shared['level_start_index'] = None
     centers = _centers(sizes, ratios)
     points = torch.cat(centers, 1)[:, :, None] * ratios[:, None]
     head = model.bbox_head
     with (
-        mock.patch.object(MultiScaleDeformableAttention, 'forward', _attend),
+        mock.patch.object(mmcv_attention.MultiScaleDeformableAttention, 'forward', _attend),
         mock.patch.object(model, 'gen_encoder_output_proposals', partial(_propose, model)),
     ):
         for layer in model.encoder.layers:
@@ -89,13 +82,6 @@ def decode_detr(
         )
     references = [inputs['reference_points'], *references][-len(states) - 1 :]
     scores, boxes = (layers[-1] for layers in head(states, references))
-    return _select(head, scores, boxes, size)
-
-
-def _select(
-    head: nn.Module, scores: Tensor, boxes: Tensor, size: Sequence[int]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what :func:`decode_detr` does for outputs [N, Q, C] and [N, Q, 4] of a head."""
     count = head.test_cfg.get('max_per_img', boxes.shape[1])
     if head.loss_cls.use_sigmoid:
         scores, index = scores.sigmoid().flatten(1).topk(count)
@@ -110,22 +96,14 @@ def _select(
     return torch.minimum(boxes.clamp(min=0), limit), scores, labels
 
 
-def _flatten(x: Tensor) -> Tensor:
-    """Return feature maps [N, D, H, W] by pixel, [N, H * W, D]."""
-    return x.flatten(2).transpose(1, 2)
-
-
 def _padding(x: Tensor, size: Sequence[int], padded: Sequence[int]) -> Tensor:
     """Return which pixels of feature maps are padding, [N, H_i, W_i], as nearest sampling does."""
-    outside = [
-        torch.arange(count) * full // count >= side
-        for count, side, full in zip(x.shape[2:], size, padded, strict=True)
-    ]
-    mask = outside[0][:, None] | outside[1]
-    return mask.expand(x.shape[0], -1, -1)
+    sides = zip(x.shape[2:], size, padded, strict=True)
+    row, column = (torch.arange(count) * full // count >= side for count, side, full in sides)
+    return (row[:, None] | column).expand(x.shape[0], -1, -1)
 
 
-def _centers(sizes: Sizes, ratios: Tensor) -> list[Tensor]:
+def _centers(sizes: Sequence[Sequence[int]], ratios: Tensor) -> list[Tensor]:
     """Return (x, y) of pixels by feature map, [N, P_i, 2], as a share of images without padding.
 
     ``ratios`` [N, L, 2] are the shares of width and height that are no padding.
@@ -151,37 +129,25 @@ def _propose(
     return memory, torch.where(valid, (boxes / (1 - boxes)).log(), torch.inf)
 
 
-def _attend(
-    layer: MultiScaleDeformableAttention,
-    query: Tensor,
-    key: None = None,
-    *,
-    value: Tensor,
-    reference_points: Tensor,
-    spatial_shapes: Sizes,
-    query_pos: Tensor | None = None,
-    key_padding_mask: Tensor | None = None,
-    **_: object,
-) -> Tensor:
+def _attend(layer: nn.Module, query: Tensor, *, value: Tensor, **options: Any) -> Tensor:
     """Return multi-scale deformable attention [N, Q, D], as mmcv's layer does."""
+    points, sizes = (options[name] for name in ('reference_points', 'spatial_shapes'))
+    points = points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
     identity = query
-    query = query if query_pos is None else query + query_pos
+    query = query + options['query_pos']
     value = layer.value_proj(value)
-    if key_padding_mask is not None:
-        value = value.masked_fill(key_padding_mask[..., None], 0.0)
+    if options['key_padding_mask'] is not None:
+        value = value.masked_fill(options['key_padding_mask'][..., None], 0.0)
     shape = (layer.num_heads, layer.num_levels, layer.num_points)
     weights = layer.attention_weights(query).unflatten(2, (layer.num_heads, -1)).softmax(-1)
     offsets = layer.sampling_offsets(query).unflatten(2, (*shape, 2))
-    points = reference_points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
-    if reference_points.shape[-1] == 2:
-        sides = torch.stack([query.new_full((), x) for size in spatial_shapes for x in size])
+    if points.shape[-1] == 2:
+        sides = torch.stack([query.new_full((), x) for size in sizes for x in size])
         offsets = offsets / sides.view(-1, 1, 2).flip(-1)
     else:
         offsets = offsets * points[..., 2:] * (0.5 / layer.num_points)
-    sampled = multi_scale_deformable_attn_pytorch(
-        value.unflatten(2, (layer.num_heads, -1)),
-        spatial_shapes,
-        points[..., :2] + offsets,
-        weights.unflatten(3, shape[1:]),
+    value, weights = value.unflatten(2, (layer.num_heads, -1)), weights.unflatten(3, shape[1:])
+    sampled = mmcv_attention.multi_scale_deformable_attn_pytorch(
+        value, sizes, points[..., :2] + offsets, weights
     )
     return layer.output_proj(sampled) + identity

@@ -149,13 +149,17 @@ class Detector(Network):
             check_roi_head(roi_head)
         else:
             self.head = getattr(model, 'bbox_head', None)
-            check_dense_head(self.head or model)
+            check_detr(model) if _is_detr(model) else check_dense_head(self.head or model)
         self.masks = bool(getattr(roi_head, 'with_mask', False))
         self.names = ('boxes', 'scores', 'labels', *(['masks'] if self.masks else []))
         self.task = 'instance segmentation' if self.masks else 'detection'
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         model, size = self.model, images.shape[2:]
+        if _is_detr(model):
+            x = self.preprocess(images)
+            padded = x.shape[2:] if self.preprocess.divisor > 1 else None
+            return decode_detr(model, model.extract_feat(x), size, padded)
         maps = self.probe(images)
         if not hasattr(model, 'roi_head'):
             return decode_dense(model.bbox_head, maps, size, model.bbox_head.test_cfg)
@@ -172,6 +176,9 @@ class Detector(Network):
     def override(self, score: float | None, iou: float | None, max_per_img: int | None) -> None:
         """Change the settings of the head's ``test_cfg`` that are not None."""
         cfg = self.head.test_cfg
+        if _is_detr(self.model) and (score, iou) != (None, None):
+            kind = type(self.model).__name__
+            raise UserError(f'{kind} has neither a score threshold nor NMS: select its boxes later')
         if score is not None:
             cfg.score_thr = score
         if iou is not None:
@@ -180,44 +187,15 @@ class Detector(Network):
             cfg.max_per_img = max_per_img
 
     def postprocessing(self) -> dict[str, Any]:
-        cfg = self.head.test_cfg
+        cfg, detr = self.head.test_cfg, _is_detr(self.model)
         settings = dict(
-            score_thr=float(cfg.get('score_thr', 0)),
-            nms_iou=float(cfg.nms.iou_threshold),
-            max_per_img=int(cfg.max_per_img),
+            score_thr=0.0 if detr else float(cfg.get('score_thr', 0)),
+            nms_iou=None if detr else float(cfg.nms.iou_threshold),
+            max_per_img=int(cfg.get('max_per_img') or self.model.num_queries),
         )
         if self.masks:
             settings['mask_thr'] = float(cfg.mask_thr_binary)
         return settings
-
-
-class Detr(Detector):
-    """Images to boxes, scores and labels as :class:`Detector` returns them, without NMS."""
-
-    names = ('boxes', 'scores', 'labels')
-    task = 'detection'
-    masks = False
-
-    def __init__(self, model: nn.Module) -> None:
-        Network.__init__(self, model)
-        check_detr(model)
-        self.head = model.bbox_head
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        x = self.preprocess(images)
-        padded = x.shape[2:] if self.preprocess.divisor > 1 else None
-        maps = self.model.extract_feat(x)
-        return decode_detr(self.model, maps, images.shape[2:], padded)
-
-    def override(self, score: float | None, iou: float | None, max_per_img: int | None) -> None:
-        if score is not None or iou is not None:
-            kind = type(self.model).__name__
-            raise UserError(f'{kind} has neither a score threshold nor NMS: select its boxes later')
-        super().override(None, None, max_per_img)
-
-    def postprocessing(self) -> dict[str, Any]:
-        count = self.head.test_cfg.get('max_per_img', self.model.num_queries)
-        return dict(score_thr=0.0, nms_iou=None, max_per_img=int(count))
 
 
 class Segmentor(Network):
@@ -313,7 +291,7 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         UserError: if the model does not have the part, or it cannot be exported.
     """
     kind = type(model).__name__
-    detr, two_stage = isinstance(model, DetectionTransformer), hasattr(model, 'roi_head')
+    two_stage = hasattr(model, 'roi_head')
     segments, detects = hasattr(model, 'decode_head'), hasattr(model, 'bbox_head')
     has_neck = getattr(model, 'neck', None) is not None
     if part is None:
@@ -323,7 +301,7 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         raise ValueError(f'part is {part!r}, must be one of {PARTS}')
     if part == 'neck' and not has_neck:
         raise UserError(f'{kind} has no neck: export its backbone')
-    if part == 'raw' and (detr or not (segments or detects)):
+    if part == 'raw' and (_is_detr(model) or not (segments or detects)):
         raise UserError(f'{kind} has no dense head with raw outputs: export the model or the neck')
     if part == 'model' and not (segments or detects or two_stage):
         raise UserError(f'{kind} has no head: export its backbone')
@@ -341,9 +319,11 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         if part == 'raw':
             network.part, network.names = part, network.names[-1:]
         return network
-    if part != 'model':
-        return Part(model, part)
-    return Detr(model) if detr else Detector(model)
+    return Detector(model) if part == 'model' else Part(model, part)
+
+
+def _is_detr(model: nn.Module) -> bool:
+    return isinstance(model, DetectionTransformer)
 
 
 class AdaptivePool(nn.AdaptiveAvgPool2d):
