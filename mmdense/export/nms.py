@@ -68,8 +68,8 @@ def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, count: int) ->
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` best of scores [B, P], in order, and their places; all if it is <= 0.
 
-    If there are fewer, -1 and place 0 fill the rest: lengths that do not depend on the image's size
-    export in less time, and TensorRT needs them. A large ``count`` is the most that is returned.
+    If there are fewer, scores of -1 fill the rest, unless ``count`` is large: lengths that do not
+    depend on the image's size export in less time, and TensorRT needs them.
     """
     total = scores.shape[1]
     if not 0 < count <= CONSTANT:
