@@ -133,14 +133,13 @@ def _attend(layer: nn.Module, query: Tensor, *, value: Tensor, **options: Any) -
     """Return multi-scale deformable attention [N, Q, D], as mmcv's layer does."""
     points, sizes = (options[name] for name in ('reference_points', 'spatial_shapes'))
     points = points[:, :, None, :, None]  # [N, Q, 1, L, 1, 2 or 4]
-    identity = query
-    query = query + options['query_pos']
+    placed = query + options['query_pos']
     value = layer.value_proj(value)
     if options['key_padding_mask'] is not None:
         value = value.masked_fill(options['key_padding_mask'][..., None], 0.0)
     shape = (layer.num_heads, layer.num_levels, layer.num_points)
-    weights = layer.attention_weights(query).unflatten(2, (layer.num_heads, -1)).softmax(-1)
-    offsets = layer.sampling_offsets(query).unflatten(2, (*shape, 2))
+    weights = layer.attention_weights(placed).unflatten(2, (layer.num_heads, -1)).softmax(-1)
+    offsets = layer.sampling_offsets(placed).unflatten(2, (*shape, 2))
     if points.shape[-1] == 2:
         sides = torch.stack([query.new_full((), x) for size in sizes for x in size])
         offsets = offsets / sides.view(-1, 1, 2).flip(-1)
@@ -150,4 +149,4 @@ def _attend(layer: nn.Module, query: Tensor, *, value: Tensor, **options: Any) -
     sampled = mmcv_attention.multi_scale_deformable_attn_pytorch(
         value, sizes, points[..., :2] + offsets, weights
     )
-    return layer.output_proj(sampled) + identity
+    return layer.output_proj(sampled) + query
