@@ -74,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
         '--int8',
         type=int,
         metavar='N',
-        help='also write NAME-int8.onnx, calibrated on N test images',
+        help='also write NAME-int8.onnx, calibrated on N training images',
     )
     parser.add_argument(
         '--rounds', type=int, default=20, help='timed runs with --half and --int8 (%(default)s)'
@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f'--size {height} {width}: must be positive')
     if args.max_per_img is not None and args.max_per_img < 1:
         raise UserError(f'--max-per-img {args.max_per_img}: must be positive')
+    if args.what and args.part:
+        raise UserError('--what is a deprecated alias of --part: give one of them')
     if args.what:
         warn(f'--what {args.what} is a deprecated alias of --part {WHAT[args.what]}')
     for option in ('deploy', 'normalize'):
@@ -103,9 +105,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     lower = args.half or args.int8 is not None
     if lower and part not in (None, 'model'):
         raise UserError(f'--half and --int8 are of complete models, not of --part {part}')
-    images = find_images(cfg, max(3, args.int8 or 0)) if lower else []
-    if args.int8 is not None and not 1 <= args.int8 <= len(images):
-        raise UserError(f'--int8 {args.int8}: the test data have {len(images)} images')
+    images = find_images(cfg) if lower else []
+    calibration = find_images(cfg, args.int8, 'train') if args.int8 is not None else []
+    if args.int8 is not None and not 1 <= args.int8 <= len(calibration):
+        raise UserError(f'--int8 {args.int8}: the training data have {len(calibration)} images')
     runner = build_runner(cfg, loaders=('test',) if images else ())
     checkpoint = load_weights(runner, args.checkpoint) if args.checkpoint else {}
     exported = export_onnx(
@@ -138,19 +141,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, wanted in (('half', args.half), ('int8', args.int8)):
             if wanted:
                 file = files[name] = exported.file.with_stem(f'{exported.file.stem}-{name}')
-                found = convert(exported, file, images, args.int8 if name == 'int8' else None)
+                found = convert(exported, file, images, calibration if name == 'int8' else ())
                 console.print(f'{file}: {describe_differences(found)}', **options)
         console.print(compare(files, runner, args.rounds if images else 0))
 
 
 def convert(
-    exported: Exported, file: Path, images: Sequence[Tensor], int8: int | None
+    exported: Exported, file: Path, images: Sequence[Tensor], calibration: Sequence[Tensor]
 ) -> Mapping[str, float]:
     """Write a file of lower precision, and return its differences from the model."""
     from mmdense.export.quantize import to_half, to_int8  # imports onnx
 
-    if int8:
-        to_int8(exported.file, file, images[:int8])
+    if calibration:
+        to_int8(exported.file, file, calibration)
     else:
         to_half(exported.file, file)
     try:

@@ -20,7 +20,7 @@ from mmdense.apis.classes import class_names, coco_categories, num_classes_of
 from mmdense.errors import UserError, one_line
 from mmdense.export.check import check_file, find_images
 from mmdense.export.graph import AXES, write_graph
-from mmdense.export.metadata import build_metadata, test_dataset
+from mmdense.export.metadata import build_metadata, inner_dataset
 from mmdense.export.networks import Detector, Network, Part, Preprocessing, build_network
 from mmdense.files import check_writable
 from mmdense.models.deploy import deploy as deploy_backbone
@@ -146,7 +146,7 @@ def export_onnx(
 
 def _names(model: nn.Module, config: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Return the classes, palette and categories of a model's config and checkpoint."""
-    dataset, count = test_dataset(config), num_classes_of(model)
+    dataset, count = inner_dataset(config), num_classes_of(model)
     if dataset is None or count is None:
         return {}
     segments = hasattr(model, 'decode_head')

@@ -30,7 +30,7 @@ from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
 from mmdense.errors import UserError, one_line
-from mmdense.export.metadata import test_dataset
+from mmdense.export.metadata import inner_dataset
 from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.runtime.images import ImageSource, check_pixels
 from mmdense.runtime.results import BasePredictor
@@ -216,7 +216,7 @@ def _build_pipeline(cfg: Config, name: str) -> tuple[ConfigDict, LoadImageFromFi
     """Return the test data set's config, and its pipeline: the image loader, and the rest."""
     if not cfg.get('test_dataloader'):
         raise UserError(f'{name} has no test_dataloader, whose pipeline preprocesses images')
-    dataset = test_dataset(cfg)
+    dataset = inner_dataset(cfg)
     transforms = list(dataset.get('pipeline') or [])
     loader = TRANSFORMS.build(transforms[0]) if transforms else None
     if not isinstance(loader, LoadImageFromFile):

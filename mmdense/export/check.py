@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mmdense.errors import UserError, one_line
+from mmdense.export.metadata import inner_dataset
 from mmdense.export.networks import Network
 from mmdense.export.onnx_model import OnnxModel
 
@@ -31,6 +33,7 @@ from mmdense.export.onnx_model import OnnxModel
 LIMITS = dict(lost=0.0, boxes=1e-3, scores=1e-5, masks=1e-3, segmentation=1e-4)
 VALUES = 1e-4  # of the largest value of other outputs
 NOISE = 1e-5  # of normalized pixels
+TIES = 1e-5  # of scores
 SEVERAL = 10  # times the change by noise: the rounding of all layers adds up
 ROUGH = dict.fromkeys(LIMITS, math.inf) | dict(lost=0.5, segmentation=0.5)  # of lower precision,
 CONFIDENT = 0.3  # for boxes with such a score
@@ -38,13 +41,14 @@ CONFIDENT = 0.3  # for boxes with such a score
 Batches = Iterable[tuple[int, int, int]]  # N, H and W of each
 
 
-def find_images(cfg: Config | None, count: int = 3) -> list[Tensor]:
-    """Return images of the test data, uint8 [3, H, W] in BGR, from its pipeline; none without."""
+def find_images(cfg: Config | None, count: int = 3, loader: str = 'test') -> list[Tensor]:
+    """Return images of a loader's data, uint8 [3, H, W] in BGR, by the test pipeline, or none."""
     try:
+        dataset = dict(inner_dataset(cfg, loader), pipeline=inner_dataset(cfg).pipeline)
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            dataset = DATASETS.build(cfg.test_dataloader.dataset)
+            dataset = DATASETS.build(dataset)
         images = [dataset[i]['inputs'] for i in range(min(count, len(dataset)))]
-    except (AttributeError, OSError, UserError):  # no loader, no files
+    except (AttributeError, OSError, TypeError, UserError):  # no loader, no files
         return []
     return [x.round().byte() if x.is_floating_point() else x for x in images]
 
@@ -62,7 +66,8 @@ def check_file(
 
     Of a complete model, predictions are compared, with a score threshold of 0 where there are no
     boxes, and in lower precision only that they overlap; of a part, outputs on random images.
-    ``images`` come from :func:`find_images`; by default they are smooth noise.
+    ``images`` come from :func:`find_images`; by default they are smooth noise. Scores within
+    1e-5 of the threshold, or of the last of a full list, are ties.
 
     Raises:
         UserError: if more than rounding differs, or onnxruntime cannot run the file.
@@ -112,13 +117,15 @@ def _compare_predictions(
         file, model = _without_threshold(file, model)
         expected = _predict(model, inputs)
     onnx_model = OnnxModel(file)
-    exact = onnx_model.session.metadata['precision'] == 'float32'
-    found = _differences(_predict(onnx_model, inputs), expected, exact)
+    metadata = onnx_model.session.metadata
+    exact = metadata['precision'] == 'float32'
+    settings = metadata['postprocessing']
+    found = _differences(_predict(onnx_model, inputs), expected, exact, settings)
     if not exact or all(value <= LIMITS[name] for name, value in found.items()):
         return found, LIMITS if exact else ROUGH
     add_noise = partial(torch.normal, std=NOISE, generator=torch.Generator().manual_seed(0))
     with model.backbone.register_forward_pre_hook(lambda _, args: (add_noise(args[0]), *args[1:])):
-        noisy = _differences(_predict(model, inputs), expected, exact)
+        noisy = _differences(_predict(model, inputs), expected, exact, settings)
     factors = dict.fromkeys(LIMITS, SEVERAL) | dict(lost=1)
     return found, {k: max(limit, factors[k] * noisy.get(k, 0)) for k, limit in LIMITS.items()}
 
@@ -152,7 +159,10 @@ def _without_threshold(file: Path, model: nn.Module) -> tuple[Path, nn.Module]:
 
 
 def _differences(
-    results: Sequence[BaseDataElement], expected: Sequence[BaseDataElement], exact: bool
+    results: Sequence[BaseDataElement],
+    expected: Sequence[BaseDataElement],
+    exact: bool,
+    settings: Mapping[str, Any],
 ) -> dict[str, float]:
     values: dict[str, list[float]] = defaultdict(list)
     lost, count = 0, 0
@@ -175,6 +185,15 @@ def _differences(
         if 'masks' in b:  # but for one pixel
             other = ((a.masks[i] != b.masks[j]).sum((1, 2)) - 1).clamp(min=0)
             values['masks'] += (other / b.masks[j].sum((1, 2)).clamp(min=1)).tolist()
-        lost, count = lost + len(a) + len(b) - 2 * len(i), count + len(a) + len(b)
+        # At the threshold, and at the end of full lists, which boxes are kept is a matter of ties.
+        full = min(len(a), len(b)) == settings.get('max_per_img')
+        last = torch.cat([a.scores, b.scores]).min() if full else settings.get('score_thr', 0)
+        single = (
+            x.scores[~torch.isin(torch.arange(len(x)), paired)] for x, paired in ((a, i), (b, j))
+        )
+        lost, count = (
+            lost + sum(int((x > last + TIES).sum()) for x in single),
+            count + len(a) + len(b),
+        )
     largest = {name: float(np.max(x, initial=0)) for name, x in values.items()}
     return largest if 'segmentation' in largest else dict(lost=lost / max(count, 1)) | largest

@@ -65,9 +65,9 @@ def build_metadata(
     return metadata, reason
 
 
-def test_dataset(config: Config | None) -> ConfigDict | None:
-    """Return the config of the test data set inside its wrappers, if there is one."""
-    dataset = ((config or {}).get('test_dataloader') or {}).get('dataset')
+def inner_dataset(config: Config | None, loader: str = 'test') -> ConfigDict | None:
+    """Return the config of a loader's (first) data set inside its wrappers, if there is one."""
+    dataset = ((config or {}).get(f'{loader}_dataloader') or {}).get('dataset')
     while dataset and 'pipeline' not in dataset and ('dataset' in dataset or 'datasets' in dataset):
         dataset = dataset.dataset if 'dataset' in dataset else dataset.datasets[0]
     return dataset
@@ -81,7 +81,7 @@ def read_geometry(
     ``resize`` is ``dict(scale=[width, height], keep_ratio=...)`` of mmcv's Resize,
     bilinear; ``pad`` is ``dict(size=[width, height], value=...)``, at the right and bottom.
     """
-    dataset = test_dataset(config)
+    dataset = inner_dataset(config)
     if dataset is None:
         return None, None, 'there is no test_dataloader with a pipeline'
     found: dict[str, Any] = dict(Resize=None, Pad=None)

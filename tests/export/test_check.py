@@ -125,10 +125,27 @@ def test_lower_precision_may_lose_half_of_the_boxes(tmp_path):
         check(file, Fake(**shifted(30)))
 
 
+def test_ties_at_the_threshold_and_at_the_end_of_full_lists():
+    def lost(*scores, **settings):
+        samples = []
+        for values in scores:
+            boxes = torch.tensor([[100 * v, 0, 100 * v + 9, 9] for v in values])
+            boxes[1:, 1::2] += 50 * len(samples)  # the first ones are pairs
+            found = dict(bboxes=boxes, scores=torch.tensor(values), labels=torch.zeros(len(values)))
+            samples.append(DetDataSample(pred_instances=InstanceData(**found)))
+        return _differences(samples[:1], samples[1:], True, settings)['lost']
+
+    assert lost([0.9, 0.500001], [0.9], score_thr=0.5) == 0
+    assert lost([0.9, 0.51], [0.9], score_thr=0.5) == 1 / 3
+    assert lost([0.9, 0.6], [0.9, 0.600001], max_per_img=2) == 0
+    assert lost([0.9, 0.6], [0.9, 0.61], max_per_img=2) == 0.25
+    assert lost([0.9, 0.6], [0.9, 0.600001], max_per_img=3) == 0.5
+
+
 def test_segmentations_differ_in_pixels_alone():
     maps = torch.zeros(1, 2, 2), torch.tensor([[[0, 0], [0, 1]]])
     a, b = (SegDataSample(pred_sem_seg=PixelData(data=x)) for x in maps)
-    assert _differences([a], [b], True) == dict(segmentation=0.25)
+    assert _differences([a], [b], True, {}) == dict(segmentation=0.25)
 
 
 def test_without_boxes_the_threshold_is_lowered(tmp_path):
