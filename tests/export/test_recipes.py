@@ -99,10 +99,10 @@ def randomise(model):
 
 
 @pytest.fixture(scope='module')
-def pictures(project):
+def pictures(project, tmp_path_factory):
     """Three files: two of one size, and an upright one."""
     files = sorted((project / 'data/digits/val').glob('*'))[:3]
-    upright = files[2].with_name('upright.png')
+    upright = tmp_path_factory.mktemp('pictures') / 'upright.png'
     Image.open(files[2]).crop((20, 0, 120, 170)).save(upright)
     return [*map(str, files[:2]), str(upright)]
 

@@ -176,9 +176,10 @@ def test_errors_of_constructors_are_one_line(part, message):
 
 def test_a_runner_makes_all_checks(tmp_path, monkeypatch):
     checks = []
-    names = ['data_files', 'metric_files', 'parts', 'data', 'channels', 'neck', 'classes']
+    names = ['data_files', 'metric_files', 'parts', 'loops', 'data', 'channels', 'neck', 'classes']
     for name in names:
-        monkeypatch.setattr(engine, f'check_{name}', lambda *_, name=name: checks.append(name))
+        room = engine if hasattr(engine, f'check_{name}') else engine.validate
+        monkeypatch.setattr(room, f'check_{name}', lambda *_, name=name: checks.append(name))
     cfg = read.load_config(str(DETECTOR), work_dir=str(tmp_path))
     engine.build_runner(cfg, loaders=('test',))
     assert checks == names
