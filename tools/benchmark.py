@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from mmdense import cli  # sets what torch reads when it is loaded
+
+# isort: split
 import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress
 
-from mmdense import cli
 from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.runs import run_as_job

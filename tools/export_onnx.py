@@ -10,13 +10,15 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mmdense import cli  # sets what torch reads when it is loaded
+
+# isort: split
 from mmengine.dataset import pseudo_collate
 from mmengine.runner import Runner
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmdense import cli
 from mmdense.apis.export import Exported, export_onnx
 from mmdense.benchmark.timing import inference_run, measure
 from mmdense.engine.runner import build_runner, load_weights, unwrap

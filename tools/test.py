@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+from mmdense import cli  # sets what torch reads when it is loaded
+
+# isort: split
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from mmdense import cli
 from mmdense.apis import deploy
 from mmdense.apis.classes import num_classes_of
 from mmdense.config import edit

@@ -145,7 +145,8 @@ class TimmBackbone(Backbone):
         """Return feature maps [N, C_i, ~H / s_i, ~W / s_i] for images [N, in_channels, H, W]."""
         self._check_size(x)
         height, width = x.shape[-2:]
-        x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+        if self._multiple > 1:  # else it would copy the images
+            x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
         maps = self._net.forward_intermediates(
             x, indices=list(self.out_indices), intermediates_only=True, output_fmt='NCHW'
         )
