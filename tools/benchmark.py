@@ -250,18 +250,14 @@ class Lines:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.last = ('', '', 0.0)
+        self.last: dict[str, tuple[str, float]] = {}  # by name, since several train at a time
 
     def show(self, name: str, state: str) -> None:
-        activity = state.partition(' ')[0]
-        now = time.monotonic()
-        if (
-            self.console.is_terminal
-            or (name, activity) == self.last[:2]
-            and now < self.last[2] + 60
-        ):
+        activity, now = state.partition(' ')[0], time.monotonic()
+        before, then = self.last.get(name, ('', 0.0))
+        if self.console.is_terminal or (activity == before and now < then + 60):
             return
-        self.last = name, activity, now
+        self.last[name] = activity, now
         self.console.print(f'{name}: {state}', soft_wrap=True, markup=False, highlight=False)
 
 

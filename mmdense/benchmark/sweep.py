@@ -365,7 +365,8 @@ class Sweep:
         # Reports are read on other machines.
         here, file = Path.cwd(), Path(self.cfg.filename).resolve()
         loop = self.cfg.train_cfg
-        by_epoch = 'max_epochs' in loop
+        unit = 'epoch' if 'max_epochs' in loop else 'iteration'
+        length = loop.get('max_epochs', loop.get('max_iters'))
         results = dict(
             version=VERSION,
             task=task,
@@ -373,7 +374,7 @@ class Sweep:
             command=self.command,
             commit=get_git_hash(),
             changes=_changes(self.cfg),
-            schedule=f'{loop.max_epochs} epochs' if by_epoch else f'{loop.max_iters} iterations',
+            schedule=f'{length} {unit}{"s" * (length != 1)}',
             data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
             data_sets=measured.get('data_sets', {}),
             pretrained=self.pretrained,

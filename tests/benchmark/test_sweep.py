@@ -345,12 +345,14 @@ def test_why_a_training_failed(tmp_path, log, end, message):
 
 
 def test_progress_in_lines_without_a_terminal(monkeypatch, capsys):
-    seconds = iter((0, 10, 59, 60, 61, 62))
+    seconds = iter((0, 10, 59, 60, 61, 61, 62, 62, 63))
     monkeypatch.setattr(time, 'monotonic', lambda: next(seconds))
     lines = load_tool('benchmark').Lines(Console(width=20))
     for step in range(4):
         lines.show('a', f'epoch {step} of 4')
-    lines.show('b', 'starting')
+    for _ in range(2):  # two trainings at a time
+        lines.show('b', 'starting')
+        lines.show('a', 'epoch 3 of 4')
     lines.show('b', 'no file [x] in a long folder')
     text = 'a: epoch 0 of 4\na: epoch 3 of 4\nb: starting\nb: no file [x] in a long folder\n'
     assert capsys.readouterr().out == text
