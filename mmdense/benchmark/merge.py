@@ -70,7 +70,7 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f'{folder} is not the folder of a sweep: no results.json') from error
     if results.get('version') != VERSION:
-        raise UserError(f'{folder} is of another version: start its sweep again, which measures')
+        raise UserError(f'{folder} was written by another version: run its sweep again')
     return results
 
 

@@ -79,6 +79,7 @@ class TrainingRun:
             state = self.state
             if state['status'] == 'done':
                 return
+            self.save_state('training', state['seconds'])  # no longer failed, if it is killed now
             begin = time.monotonic() - state['seconds']
             with self.log.open('w') as output:
                 process = subprocess.Popen(

@@ -317,7 +317,7 @@ def test_sweeps_in_one_report(tmp_path):
         ([a, d], "its schedule is '9 epochs', not '8 epochs'"),
         ([a, a], 'net-0 is in two sweeps'),
         ([a, tmp_path], 'not the folder of a sweep'),
-        ([a, e], 'of another version'),
+        ([a, e], 'by another version'),
     ):
         with pytest.raises(UserError, match=message):
             merge_sweeps(folders, tmp_path / 'x')
