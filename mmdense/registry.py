@@ -22,7 +22,7 @@ MODELS = parents.Registry(
     'model',
     parent=parents.MODELS,
     scope='mmdense',
-    locations=['mmdense.models', 'mmdense.models.heads', *ENGINE],
+    locations=['mmdense.models', 'mmdense.models.necks', 'mmdense.models.heads', *ENGINE],
 )
 DATASETS = parents.Registry(
     'dataset', parent=parents.DATASETS, scope='mmdense', locations=['mmdense.datasets.label_maps']

@@ -10,6 +10,13 @@ from torch.nn import functional as F
 # clovaai's ReXNet 1.0: channels of the 16 blocks; those that halve the resolution.
 CHANNELS = (16, 27, 38, 50, 61, 72, 84, 95, 106, 117, 128, 140, 151, 162, 174, 185)
 HALVING = (1, 3, 5, 11)
+# ReXNet-lite: width -> channels of the stem, the 16 blocks and the last convolution.
+LITE = {
+    '1.0': (32, (16, 32, 40, 48, 64, 72, 80, 96, 104, 112, 128, 136, 144, 160, 168, 184), 1280),
+    '1.3': (40, (24, 32, 48, 64, 80, 96, 104, 120, 136, 152, 160, 176, 192, 208, 224, 232), 1664),
+    '1.5': (48, (24, 40, 56, 72, 88, 104, 120, 136, 152, 176, 192, 208, 224, 240, 256, 272), 1920),
+    '2.0': (64, (32, 56, 80, 96, 120, 144, 160, 184, 208, 232, 248, 272, 296, 320, 336, 360), 2560),
+}
 STRIDE_ENDS = (3, 5, 7, 13, 18, 21)  # the last modules of strides 2 to 32; the last activation
 
 
@@ -25,11 +32,11 @@ class Gate(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    def __init__(self, inp, out, *, stride=1, expansion=1, gated=True, shortcut=False):
+    def __init__(self, inp, out, *, stride=1, expansion=1, gated=True, shortcut=False, act=nn.SiLU):
         super().__init__()
         wide, layers = expansion * inp, []
         if expansion > 1:
-            layers = [nn.Conv2d(inp, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.SiLU()]
+            layers = [nn.Conv2d(inp, wide, 1, bias=False), nn.BatchNorm2d(wide), act()]
         layers += [nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False)]
         layers += [nn.BatchNorm2d(wide), *([Gate(wide)] if gated else []), nn.ReLU6()]
         layers += [nn.Conv2d(wide, out, 1, bias=False), nn.BatchNorm2d(out)]
@@ -44,23 +51,31 @@ class Bottleneck(nn.Module):
 
 
 class ClovaaiReXNet(nn.Module):
-    def __init__(self):
+    def __init__(self, lite=None):
         super().__init__()
-        modules = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.SiLU()]
-        for i, (inp, out) in enumerate(zip((32, *CHANNELS), CHANNELS, strict=False)):
+        stem, channels, last = LITE[lite] if lite else (32, CHANNELS, 1280)
+        act = nn.ReLU6 if lite else nn.SiLU
+        modules = [nn.Conv2d(3, stem, 3, 2, 1, bias=False), nn.BatchNorm2d(stem), act()]
+        for i, (inp, out) in enumerate(zip((stem, *channels), channels, strict=False)):
             modules.append(
                 Bottleneck(
                     inp,
                     out,
                     stride=2 if i in HALVING else 1,
                     expansion=6 if i else 1,
-                    gated=i > 2,
+                    gated=i > 2 and not lite,
                     shortcut=i > 0 and i not in HALVING,
+                    act=act,
                 )
             )
-        modules += [nn.Conv2d(185, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.SiLU()]
+        modules += [nn.Conv2d(channels[-1], last, 1, bias=False), nn.BatchNorm2d(last), act()]
         self.features = nn.Sequential(*modules)
-        self.output = nn.Sequential(nn.Dropout(0.2), nn.Conv2d(1280, 1000, 1))
+        head = [nn.Conv2d(last, 1024, 1), nn.BatchNorm2d(1024), nn.ReLU6()] if lite else []
+        linear = nn.Conv2d(1024 if lite else last, 1000, 1)
+        self.output = nn.Sequential(*head, nn.Dropout(0.2), linear)
+
+    def logits(self, x):
+        return self.output(self(x)[-1].mean((2, 3), keepdim=True)).flatten(1)
 
     def forward(self, x):
         maps = []
@@ -151,6 +166,9 @@ class MMPretrainDenseNet(nn.Module):
         backbone = dict(stem=nn.Sequential(*stem), stages=stages, transitions=transitions)
         self.backbone = nn.ModuleDict(backbone)
         self.head = nn.ModuleDict(dict(fc=nn.Linear(1024, 1000)))
+
+    def logits(self, x):
+        return self.head['fc'](self(x).mean((2, 3)))
 
     def forward(self, x):
         x = self.backbone['stem'](x)
@@ -338,15 +356,28 @@ class CondenseNetV2:
     def state_dict(self):
         return self.state
 
+    def logits(self, x):
+        x = self._normed(self(x)[-1], 'features.norm_last', F.relu).mean((2, 3))
+        state = self._state(x)
+        gate = F.relu(F.linear(x, state['features.se_last.fc.0.weight']))
+        x = x * torch.sigmoid(F.linear(gate, state['features.se_last.fc.2.weight']))
+        x = F.linear(x, state['fc.weight'], state['fc.bias'])
+        x = x * F.relu6(x + 3) / 6
+        return F.linear(x, state['classifier.weight'], state['classifier.bias'])
+
+    def _state(self, x):
+        return {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in self.state.items()}
+
+    def _normed(self, x, name, act):
+        names = ('running_mean', 'running_var', 'weight', 'bias')
+        values = (self.state[f'{name}.{n}'].to(x.dtype) for n in names)
+        return act(F.batch_norm(x, *values, eps=1e-5))
+
     def __call__(self, x):
         """Return the feature maps, step by step."""
         groups = CONDENSENETV2[self.arch][2]
-        state = {k: v.to(x.dtype) if v.is_floating_point() else v for k, v in self.state.items()}
+        state, normed = self._state(x), self._normed
         maps, before = [], 1
-
-        def normed(x, name, act):
-            names = ('running_mean', 'running_var', 'weight', 'bias')
-            return act(F.batch_norm(x, *(state[f'{name}.{n}'] for n in names), eps=1e-5))
 
         def shuffled(x, rows):
             n, c, h, w = x.shape

@@ -17,7 +17,7 @@ import mmdense
 from mmdense.errors import UserError
 from mmdense.files import sha256_of
 from mmdense.weights.files import check_target, read_checkpoint, write_checkpoint
-from mmdense.weights.formats import FORMATS, recognise, state_dict_of
+from mmdense.weights.formats import FORMATS, LINEAR, recognise, state_dict_of
 from mmdense.weights.loading import LoadReport, load_into
 from mmdense.weights.sources import fetch
 
@@ -51,7 +51,7 @@ def convert_weights(
         format: One of ``mmdense.weights.formats.FORMATS``; recognised by default.
         prefix: Take the source's keys with this prefix, without it.
         config: Config of a model that the weights must fill completely, or whose backbone they
-            must fill.
+            must fill. Without one a classifier's last layers are left out.
 
     Raises:
         UserError: The source cannot be read or is of no known format, the format lacks some of its
@@ -73,18 +73,20 @@ def convert_weights(
                 f'keys such as {list(weights)[:3]} are of no known format; name one of '
                 f"{list(FORMATS)} by --from, or, if they are mmdense's, the model by --config"
             )
-        dropped = []
+        dropped, model = [], None
+        if config is not None:
+            init_default_scope(config.get('default_scope', 'mmdet'))
+            model = MODELS.build(config.model)
         if known:
-            mapped = known.map(weights, strict=True)
+            complete = model is not None and LINEAR in model.state_dict()
+            mapped = known.map(weights, strict=True, complete=complete)
             weights, dropped = mapped.weights, mapped.dropped
         if not weights:
             raise ValueError(f'nothing is left without {dropped}')
     except ValueError as error:
         raise UserError(f'{source}: {error}') from error
     report = None
-    if config is not None:
-        init_default_scope(config.get('default_scope', 'mmdet'))
-        model = MODELS.build(config.model)
+    if model is not None:
         complete = any(name.startswith('backbone.') for name in weights)
         _, report = load_into(model if complete else model.backbone, weights)
         report.require(1.0, source=source)

@@ -22,7 +22,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 from mmdense.errors import UserError, one_line
-from mmdense.weights.formats import Format, recognise, state_dict_of
+from mmdense.weights.formats import LINEAR, Format, recognise, state_dict_of
 
 SHOWN = 3  # names in a message
 RGB = 3
@@ -44,7 +44,7 @@ class LoadReport:
     wrong_shape: Mapping[str, str]  # -> both shapes
     # The checkpoint's keys.
     unexpected: tuple[str, ...]
-    dropped: tuple[str, ...]  # that dense prediction doesn't need, such as a classifier's
+    dropped: tuple[str, ...]  # that the model doesn't need, such as a classifier's
     hint: str = ''  # the prefix that would let more tensors match, if there is one
 
     def share(self, part: str = '') -> float:
@@ -208,7 +208,8 @@ def _map_keys(
     """
     source_format = recognise(state_dict)
     if source_format is not None:
-        mapped, expected = source_format.map(state_dict), set(expected)
+        expected = set(expected)
+        mapped = source_format.map(state_dict, complete=LINEAR in expected)
         if len(expected & mapped.weights.keys()) >= len(expected & state_dict.keys()):
             return mapped.weights, mapped.dropped, source_format
     return dict(state_dict), [], None

@@ -104,6 +104,10 @@ def named_as_in_2017(state):
     }
 
 
+def named_as_by_gpleiss(state):
+    return {key.replace('norm5', 'norm_final'): value for key, value in state.items()}
+
+
 def named_as_by_naver(state):
     return {re.sub(r'^stem\.', 'stem.stem.', key): value for key, value in state.items()}
 
@@ -159,6 +163,13 @@ SAMPLES = dict(
     torchvision_2017=Sample(
         'densenet', torchvision.models.densenet121, DenseNet, torchvision_blocks, named_as_in_2017
     ),
+    gpleiss=Sample(
+        'densenet',
+        torchvision.models.densenet121,
+        DenseNet,
+        torchvision_blocks,
+        named_as_by_gpleiss,
+    ),
     mmpretrain=Sample('densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage),
     mmpretrain_backbone=Sample(
         'densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage, without_backbone
@@ -178,6 +189,12 @@ SAMPLES = dict(
     rexnet_features=Sample('rexnet', from_timm('rexnet_100', features_only=True), ReXNet, features),
     clovaai=Sample(
         'rexnet-clovaai', published.ClovaaiReXNet, lambda: ReXNet(out_indices=range(6)), outputs
+    ),
+    lite=Sample(
+        'rexnet-lite',
+        lambda: published.ClovaaiReXNet('1.0'),
+        lambda: ReXNet(arch='lite-1.0', out_indices=range(6)),
+        outputs,
     ),
     unet=Sample('rexnet-unet', published.ReXUNet, unet, outputs),
 )
@@ -251,6 +268,7 @@ def test_descriptions():
     assert len(state_of('mmpretrain')) == 727
     assert len(state_of('clovaai')) == 413
     assert state_of('clovaai')['output.1.weight'].shape == (1000, 1280, 1, 1)
+    assert len(state_of('lite')) == 303
     assert len(state_of('unet')) == 547
     assert sum(value.numel() for key, value in state_of('unet').items() if not is_buffer(key)) == (
         4_009_167

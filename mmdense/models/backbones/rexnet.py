@@ -6,7 +6,8 @@ convolution to many channels, which a classifier reads. Feature maps are taken a
 resolution, or as in the ReXNet U-Net: after the first block of each resolution, and after the 1x1
 convolution.
 
-Parameter names are those of timm's ``rexnet_*``; tests compare the outputs.
+ReXNet-lite is the authors' variant for fast inference: no gates, ReLU6 throughout, and channels in
+multiples of 8. Parameter names are those of timm's ``rexnet_*``; tests compare the outputs.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from math import ceil, sqrt
 from typing import Any
 
 import torch
-from timm.layers import DropPath, SEModule
+from timm.layers import DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -42,6 +43,7 @@ class Arch:
     depth: float = 1.0  # multiplier of the blocks per group, which are rounded up
     first: int = 16  # channels of the first block at width 1
     growth: int = 180  # channels that all blocks together add to these, at width 1
+    lite: bool = False  # ReXNet-lite
 
     def __post_init__(self) -> None:
         if min(self.width, self.depth) <= 0 or self.first < 1 or self.growth < 0:
@@ -59,12 +61,23 @@ class Arch:
         thin = min(self.width, 1)  # cancels a width below 1 for the stem and the first block
         blocks, base = [], self.first / thin
         for _ in range(number):
-            blocks.append(round(base * self.width))
-            base += self.growth / number  # a sum, as published: a product would round differently
-        return round(32 / thin * self.width), blocks, round(1280 * self.width)
+            blocks.append(self._rounded(base * self.width))
+            # A sum, as published: a product would round differently. ReXNet-lite counts the steps.
+            base += self.growth / (number - self.lite)
+        last = 1280 * (max(self.width, 1) if self.lite else self.width)
+        return self._rounded(32 / thin * self.width), blocks, self._rounded(last)
+
+    def _rounded(self, channels: float) -> int:
+        return make_divisible(round(channels), 8 if self.lite else 1)
 
 
-ARCHS = {width: Arch(width=float(width)) for width in ('1.0', '1.3', '1.5', '2.0', '3.0')}
+ARCHS = {
+    width: Arch(width=float(width)) for width in ('0.9', '1.0', '1.3', '1.5', '2.0', '2.2', '3.0')
+}
+ARCHS |= {
+    f'lite-{width}': Arch(width=float(width), growth=164, lite=True)
+    for width in ('1.0', '1.3', '1.5', '2.0')
+}
 
 
 # In place, unless autograd saves the input: it would have to be copied.
@@ -100,7 +113,7 @@ def _conv_norm(
     *,
     stride: int = 1,
     groups: int = 1,
-    act: bool = False,
+    act: type[nn.Module] | None = None,
 ) -> nn.Sequential:
     # timm's ConvNormAct has the same parameter names, but its norm contains the activation, which
     # conversion to SyncBatchNorm or folding would silently drop.
@@ -111,7 +124,7 @@ def _conv_norm(
         bn=nn.BatchNorm2d(channels),
     )
     if act:
-        layers['act'] = _SiLU(inplace=True)
+        layers['act'] = act(inplace=True)
     return nn.Sequential(layers)
 
 
@@ -129,9 +142,10 @@ def init_convs(module: nn.Module) -> None:
 class LinearBottleneck(nn.Module):
     """Map [N, C_in, H, W] to [N, C_out, ceil(H / stride), ceil(W / stride)].
 
-    The depthwise convolution has ``expansion`` times C_in channels, ``gated`` squeeze-excites to a
-    twelfth of them, and ``shortcut`` adds the input to the first C_in channels, where stride and
-    channels allow it. ``drop_path`` is the probability that a sample skips a block with a shortcut.
+    The depthwise convolution has ``expansion`` times C_in channels, ``act`` is the activation
+    before it, ``gated`` squeeze-excites to a twelfth of the channels, and ``shortcut`` adds the
+    input to the first C_in channels, where stride and channels allow it. ``drop_path`` is the
+    probability that a sample skips a block with a shortcut.
     """
 
     def __init__(
@@ -142,13 +156,14 @@ class LinearBottleneck(nn.Module):
         stride: int = 1,
         expansion: int = 1,
         gated: bool = False,
+        act: type[nn.Module] = _SiLU,
         shortcut: bool = True,
         drop_path: float = 0.0,
         memory: str = 'plain',
     ) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        self.conv_exp = _conv_norm(in_channels, hidden, act=True) if expansion > 1 else None
+        self.conv_exp = _conv_norm(in_channels, hidden, act=act) if expansion > 1 else None
         self.conv_dw = _conv_norm(hidden, hidden, 3, stride=stride, groups=hidden)
         self.se = None
         if gated:
@@ -191,7 +206,8 @@ class ReXNet(Backbone):
     single image torch raises 'Expected more than 1 value per channel when training'.
 
     Args:
-        arch: '1.0', '1.3', '1.5', '2.0', '3.0', or a dict of :class:`Arch`'s fields.
+        arch: '0.9', '1.0', '1.3', '1.5', '2.0', '2.2', '3.0', ReXNet-lite's 'lite-1.0', 'lite-1.3',
+            'lite-1.5', 'lite-2.0', or a dict of :class:`Arch`'s fields.
         taps: Where five of six feature maps are taken: 'stages' at the end of strides 2, 4, 8, 16
             and 32 (16, 38, 61, 128 and 185 channels at width 1), 'unet' after the first block of
             each stride (16, 27, 50, 72 and 140). The sixth is the last convolution's, at stride 32
@@ -201,7 +217,10 @@ class ReXNet(Backbone):
     """
 
     archs = ARCHS
-    weights = {arch: f'timm://rexnet_{arch.replace(".", "")}0.nav_in1k' for arch in ARCHS}
+    weights = {
+        arch: f'timm://rexnet_{arch.replace(".", "")}0.nav_in1k'
+        for arch in ('1.0', '1.3', '1.5', '2.0', '3.0')
+    }
     form_marks = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
     def __init__(
@@ -247,7 +266,8 @@ class ReXNet(Backbone):
             init_cfg=init_cfg,
         )
         self._ends = ends
-        self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=True)
+        act = _ReLU6 if arch.lite else _SiLU
+        self.stem = _conv_norm(in_channels, stem, 3, stride=2, act=act)
         built = ends[self.out_indices[-1]] + 1
         inputs = [stem, *channels]
         self.features = nn.ModuleList(
@@ -256,14 +276,15 @@ class ReXNet(Backbone):
                 channels[i],
                 stride=stride,
                 expansion=6 if group >= EXPANDED_FROM else 1,
-                gated=group >= GATED_FROM,
+                gated=group >= GATED_FROM and not arch.lite,
+                act=act,
                 drop_path=drop_path_rate * i / (num_blocks - 1),
                 memory=self.memory,
             )
             for i, (group, stride) in enumerate(groups[:built])
         )
         if built > num_blocks:
-            self.features.append(_conv_norm(channels[-1], last, act=True))
+            self.features.append(_conv_norm(channels[-1], last, act=act))
         init_convs(self)
         self._freeze()
 

@@ -15,14 +15,15 @@ from mmdense.models.deploy.fold import fold_norm
 
 
 class DeployedConv(nn.Module):
-    """``conv``, ``bn`` and SiLU: [N, C_in, H, W] to [N, C_out, H', W'], channels-last."""
+    """``conv``, ``bn`` and ``act``: [N, C_in, H, W] to [N, C_out, H', W'], channels-last."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
         self.conv = fold_norm(layers.conv, layers.bn)
+        self.act = layers.act
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.silu(self.conv(x), inplace=True)
+        return self.act(self.conv(x))
 
 
 class DeployedGate(nn.Module):

@@ -27,11 +27,13 @@ FORMATS = {
         condensenetv2.CONDENSENETV2,
         rexnet.REXNET,
         rexnet.CLOVAAI,
+        rexnet.LITE,
         rexnet.UNET,
     )
 }
 # Entries of checkpoints that hold weights; moving averages first.
 ENTRIES = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+LINEAR = 'head.fc.weight'  # of an ImageClassifier
 PARALLEL, COMPILED = 'module.', '_orig_mod.'  # added to names by wrappers
 
 

@@ -59,11 +59,11 @@ CONDENSENETV2 = Format(
             rf'{LAYER}\.(?:conv_1|sfr)\.(?:_mask|_count|_stage|index)',
             r'\g<0>',
         ),
-        (
-            rf'features\.norm_last\.{NORM}|features\.se_last\.fc\.[02]\.weight|'
-            rf'(?:fc|classifier)\.{AFFINE}',
-            None,
-        ),
+    ),
+    classifier=(
+        (rf'features\.(norm|se)_last\.({NORM}|fc\.[02]\.weight)', r'neck.\1.\2'),
+        (rf'fc\.{AFFINE}', r'neck.\g<0>'),
+        (rf'classifier\.({AFFINE})', r'head.fc.\1'),
     ),
     values=_values,
 )

@@ -11,14 +11,16 @@ DENSENET = Format(
     sign=r'features[._]denseblock\d+\.denselayer\d',
     rules=(
         (rf'features[._](conv\d\.weight|norm\d\.{NORM})', r'features.\1'),
+        # gpleiss's memory-efficient implementation.
+        (rf'features\.norm_final\.({NORM})', r'features.norm5.\1'),
         # torchvision's files of 2017 name the layers norm.1, conv.1, norm.2, conv.2.
         (
             rf'features[._](denseblock\d+\.denselayer\d+)\.({LAYER})\.?([12]\.{NORM})',
             r'features.\1.\2\3',
         ),
         (rf'features[._](transition\d+\.{LAYER}\.{NORM})', r'features.\1'),
-        (rf'classifier\.{AFFINE}', None),
     ),
+    classifier=((rf'classifier\.({AFFINE})', r'head.fc.\1'),),
 )
 BACKBONE = r'(?:backbone\.)?'
 
@@ -41,6 +43,6 @@ MMPRETRAIN = Format(
         ),
         # The fourth is the network's last norm, with an activation and no convolution.
         (rf'{BACKBONE}transitions\.3\.0\.({NORM})', r'features.norm5.\1'),
-        (rf'head\.fc\.{AFFINE}', None),
     ),
+    classifier=((rf'head\.fc\.{AFFINE}', r'\g<0>'),),
 )

@@ -15,13 +15,16 @@ RULES = (
         r'dense_stages.\1',
     ),
     (rf'(?:norm_modules|output_norms)\.(\d+\.{AFFINE})', r'output_norms.\1'),
-    (rf'{OUTER}head\.(?:norm|fc)\.{AFFINE}', None),
 )
 RDNET = Format(
     name='rdnet',
     about="RDNet: timm's and NAVER's classifiers, timm's feature extractors",
     sign=rf'{OUTER}dense_stages[._]\d',
     rules=RULES,
+    classifier=(
+        (rf'{OUTER}head\.norm\.({AFFINE})', r'neck.norm.\1'),
+        (rf'{OUTER}head\.fc\.({AFFINE})', r'head.fc.\1'),
+    ),
 )
 # Necks and heads have the same names in mmdet 2 and 3, and in mmseg 0 and 1. mmcv's EMAHook saves
 # the weights that the average replaced as ema_...
@@ -31,8 +34,8 @@ MMLAB = Format(
     about='RDNet: detectors of mmdet 2.x and segmentors of mmseg 0.x',
     sign=r'backbone\.timm_model\.(?:stem|dense_stages)[._]',
     rules=(
-        *((rf'backbone\.{key}', target and f'backbone.{target}') for key, target in RULES),
+        *((rf'backbone\.{key}', f'backbone.{target}') for key, target in RULES),
         (rf'{PARTS}\..+', r'\g<0>'),
-        (r'ema_\w+', None),
+        (rf'backbone\.{OUTER}head\..+|ema_\w+', None),
     ),
 )

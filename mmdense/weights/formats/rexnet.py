@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmdense.weights.formats.format import AFFINE, NORM, Format, Rule
 
 GATE = rf'(?:fc[12]\.{AFFINE}|bn\.{NORM})'
@@ -16,8 +18,8 @@ REXNET = Format(
             rf'features[._](\d+\.(?:(?:conv_(?:exp|dw|pwl)\.)?{CONV_NORM}|se\.{GATE}))',
             r'features.\1',
         ),
-        (rf'head\.fc\.{AFFINE}', None),
     ),
+    classifier=((rf'head\.fc\.{AFFINE}', r'\g<0>'),),
 )
 
 
@@ -43,21 +45,41 @@ def _block(source: str, target: str, *, expanded: bool = True, gated: bool = Tru
     return rules
 
 
-def _encoder(sequence: str, target: str) -> list[Rule]:
+def _encoder(sequence: str, target: str, *, gated_from: int = 3) -> list[Rule]:
     """Return the rules for clovaai's sequence: stem, activation, 16 blocks, last convolution."""
     numbers = {0: 'stem.conv', 1: 'stem.bn', 19: 'features.16.conv', 20: 'features.16.bn'}
     rules = [_module(rf'{sequence}\.{k}', target + module) for k, module in numbers.items()]
     for i in range(16):
         block = rf'{sequence}\.{i + 3}'
-        rules += _block(block, f'{target}features.{i}', expanded=i > 0, gated=i > 2)
+        rules += _block(block, f'{target}features.{i}', expanded=i > 0, gated=i >= gated_from)
     return rules
+
+
+def _as_linear(weights: dict[str, Any]) -> dict[str, Any]:
+    """Make linear layers of clovaai's 1x1 convolutions of pooled features."""
+    linear = ('neck.fc.weight', 'head.fc.weight')
+    return {key: value.flatten(1) if key in linear else value for key, value in weights.items()}
 
 
 CLOVAAI = Format(
     name='rexnet-clovaai',
     about="ReXNet: clovaai's (the authors') classifiers",
-    sign=r'features\.\d+\.out\.\d',
-    rules=(*_encoder('features', ''), (rf'output\.1\.{AFFINE}', None)),
+    sign=r'features\.\d+\.out\.5\.fc\.',
+    rules=tuple(_encoder('features', '')),
+    classifier=((rf'output\.1\.({AFFINE})', r'head.fc.\1'),),
+    values=_as_linear,
+)
+LITE = Format(
+    name='rexnet-lite',
+    about="ReXNet-lite: clovaai's classifiers",
+    sign=r'features\.(?:[6-9]|1\d)\.out\.6\.',
+    rules=tuple(_encoder('features', '', gated_from=16)),
+    classifier=(
+        (rf'output\.0\.({AFFINE})', r'neck.fc.\1'),
+        (rf'output\.1\.({NORM})', r'neck.bn.\1'),
+        (rf'output\.4\.({AFFINE})', r'head.fc.\1'),
+    ),
+    values=_as_linear,
 )
 # The U-Net's encoder is the same sequence, cut into slices that keep the numbers. In mmdense it is
 # an EncoderDecoder or DepthEstimator of ReXNet(taps='unet') and ReXUNetHead or ReXUNetDepthHead,
