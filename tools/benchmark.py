@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress
 
 from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
+from mmdense.benchmark.published import PUBLISHED, find_published
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import Sweep
 from mmdense.benchmark.timing import FORMS, PRECISIONS, Conditions
@@ -51,7 +52,13 @@ def parser() -> argparse.ArgumentParser:
         nargs='+',
         default=[],
         metavar='NAME',
-        help='FAMILY-ARCH such as rdnet-t, timm:NETWORK, or a config file to take one from',
+        help='FAMILY-ARCH such as rdnet-t, timm:NETWORK, or a config file to take one from; with '
+        '@CHECKPOINT tested, not trained; published:NAME shows published figures',
+    )
+    sweep.add_argument(
+        '--published',
+        action='store_true',
+        help="show published figures of the backbones with the config's head and data set",
     )
     sweep.add_argument(
         '--rows', metavar='FILE', help='YAML or Python file of rows with settings of their own'
@@ -162,8 +169,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrained = args.pretrained or (has_weights and not args.from_scratch)
     detection = cfg.get('default_scope') != 'mmseg'
     start = dict(pretrained=pretrained, detection=detection)
-    backbones = [find_backbone(name, **start) for name in args.backbones]
+    asked = [name for name in args.backbones if name.startswith(PUBLISHED)]
+    backbones = [find_backbone(name, **start) for name in args.backbones if name not in asked]
     backbones += read_rows(args.rows, **start) if args.rows else []
+    task = 'detection' if detection else 'segmentation'
+    published = find_published([name.removeprefix(PUBLISHED) for name in asked], task)
+    if args.published:
+        like = find_published((b.name for b in backbones), task, like=args.config)
+        published += [row for row in like if row not in published]
     if not backbones:
         raise UserError('name --backbones, or a file of --rows')
     if min(args.seeds, args.parallel or 1, args.batch) < 1:
@@ -179,6 +192,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         size=tuple(args.size) if args.size else None,
         seeds=args.seeds,
         columns=args.columns,
+        published=published,
     )
     cluster = args.launcher == 'slurm'
     jobs = None

@@ -33,6 +33,7 @@ class BackboneSpec:
     hooks: tuple[dict[str, Any], ...] = ()  # that its training needs
     preprocessor: dict[str, Any] = field(default_factory=dict)  # settings that its weights need
     settings: dict[str, Any] = field(default_factory=dict)  # of its row alone, see read_rows()
+    checkpoint: str | None = None  # of the complete model, which is tested, not trained
 
 
 def known_backbones() -> dict[str, tuple[type[Backbone], str]]:
@@ -75,15 +76,27 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
 
     Args:
         name: One of :func:`known_backbones`, a network of timm as ``timm:NAME`` or with arguments
-            ``timm:NAME?drop_path_rate=0.1&...``, or a config file; UserError if it is unknown.
+            ``timm:NAME?drop_path_rate=0.1&...``, or a config file; UserError if it is unknown. With
+            ``@CHECKPOINT``, the file or URL of a complete model, it needs no training.
         pretrained: Start from the recipes' ImageNet weights, else UserError. A CondenseNetV2
             without them learns its connections.
         detection: For a detector, else for a segmentor.
     """
+    name, _, checkpoint = name.partition('@')
     if name.endswith('.py'):
-        return _from_file(name, pretrained)
-    if name.startswith(TIMM):
-        return _from_timm(name, pretrained)
+        spec = _from_file(name, pretrained)
+    elif name.startswith(TIMM):
+        spec = _from_timm(name, pretrained)
+    else:
+        spec = _from_name(name, pretrained, detection)
+    if checkpoint:
+        return replace(spec, name=f'{spec.name}@{checkpoint}', checkpoint=checkpoint)
+    if pretrained and not spec.config.get('init_cfg'):
+        raise UserError(f'{name} has no weights to start from: add --from-scratch')
+    return spec
+
+
+def _from_name(name: str, pretrained: bool, detection: bool) -> BackboneSpec:
     known = known_backbones()
     if name not in known:
         raise UserError(
@@ -98,10 +111,9 @@ def find_backbone(name: str, *, pretrained: bool, detection: bool = True) -> Bac
     if not pretrained:
         hooks = (dict(type=PRUNING),) if family is CondenseNetV2 else ()
         return BackboneSpec(name, kind, config, hooks)
-    if arch not in family.weights:
-        raise UserError(f'{name} has no published weights: leave it out, or add --from-scratch')
     config |= family.pretrained_recipe
-    config['init_cfg'] = dict(type='Pretrained', checkpoint=family.weights[arch])
+    if arch in family.weights:
+        config['init_cfg'] = dict(type='Pretrained', checkpoint=family.weights[arch])
     return BackboneSpec(name, kind, config)
 
 
@@ -137,8 +149,6 @@ def _from_file(path: str, pretrained: bool) -> BackboneSpec:
         raise UserError(f'{path} has no backbone')
     if not pretrained:
         config.pop('init_cfg', None)
-    elif not config.get('init_cfg'):
-        raise UserError(f'the backbone of {path} has no weights to start from: add --from-scratch')
     hooks = tuple(hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == PRUNING)
     name = Path(path).stem.split('_')[:2][-1]  # {algorithm}_{backbone}_...
     return BackboneSpec(name, str(config['type']).removeprefix('mmdense.'), config, hooks)

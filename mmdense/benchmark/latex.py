@@ -25,10 +25,16 @@ def escape(text: str) -> str:
     return re.sub('|'.join(map(re.escape, table)), lambda match: table[match[0]], text)
 
 
-def latex_table(names: Sequence[str], columns: Sequence[Column], rows: Sequence[int]) -> str:
+def latex_table(
+    names: Sequence[str],
+    columns: Sequence[Column],
+    rows: Sequence[int],
+    published: Sequence[Sequence[str]] = (),
+) -> str:
     """Return a tabular: a line for each row in this order, the best value of a column bold.
 
     ``rows`` are their numbers, ``names`` those of all; groups are headings over several columns.
+    ``published`` are names and cells of lines below a rule.
     """
     heads, rules, place = [''], [], 2
     for group, members in itertools.groupby(columns, lambda column: column.group):
@@ -45,7 +51,10 @@ def latex_table(names: Sequence[str], columns: Sequence[Column], rows: Sequence[
             best = column.best is not None and column.values[i] == column.best
             cells.append(rf'\textbf{{{text}}}' if best else text)
         lines.append(cells)
+    lines += [[escape(cell) for cell in cells] for cells in published]
     body = [' & '.join(cells) + r' \\' for cells in (heads, titles, *lines)]
+    if published:
+        body.insert(-len(published), r'\midrule')
     return '\n'.join(
         [
             r'% \usepackage{booktabs}',

@@ -57,6 +57,7 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
         metrics=[*metrics],
         columns=list(columns),
         rows=rows,
+        published=[*{row['name']: row for r in results for row in r['published']}.values()],
         truth=[_copy(folders[0], file, out) for file in first['truth']],
         legend={k: v for r in results for k, v in r['legend'].items()},
     )

@@ -38,7 +38,7 @@ from mmdense.benchmark.plots import (
 from mmdense.benchmark.timing import FORMS
 from mmdense.visualization.logs import METRIC_NAMES
 
-VERSION = 3  # of results.json; docs/comparing.md describes it
+VERSION = 4  # of results.json; docs/comparing.md describes it
 NAMES = {*METRIC_NAMES.values()}
 MISSING = '–'
 CURVE_POINTS = 150
@@ -128,8 +128,9 @@ def write_report(folder: Path) -> None:
     results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     report = Report(folder, results)
     report.write_csv(folder / 'results.csv')
-    names = [row['backbone'] for row in report.rows]
-    table = latex_table(names, report.columns, report.ranked)
+    names = [row['backbone'] + ' (not trained here)' * bool(row['source']) for row in report.rows]
+    table = latex_table(names, report.columns, report.ranked, report.published)
+    table += ''.join(f'% {row["name"]}: {row["source"]}\n' for row in results['published'])
     (folder / 'results.tex').write_text(table, encoding='utf-8')
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name('templates')),
@@ -206,7 +207,7 @@ class Report:
             parts = [row['parts'].values() for row in self.rows]
             values = [sum(part[key] for part in p) / size if p else None for p in parts]
             yield Column(slug, 'Model', title, unit, values, better)
-        minutes = [row and row['seconds'] / 60 for row in self.finished]
+        minutes = [row and _finite(row['seconds'], 60) for row in self.finished]
         yield Column('training_min', 'Training', 'time', 'min', minutes)
 
     def _parts(self) -> Iterable[Column]:
@@ -321,12 +322,22 @@ class Report:
         ]
 
     @property
+    def published(self) -> list[list[str]]:
+        """Names and cells of published figures. No column has them, so nothing compares them."""
+        return [
+            [f'{row["name"]} (published)']
+            + [column.text(row['metrics'].get(column.full_title)) for column in self.columns]
+            for row in self.results['published']
+        ]
+
+    @property
     def markdown_table(self) -> Markup:
         lines = []
         for i in self.ranked:
             name, status = self.rows[i]['backbone'], self.statuses[i]
             cells = (column.cell(i) for column in self.columns)
             lines.append([_plain(f'{name} ({status})' if status else name), *cells])
+        lines += [[_plain(name), *cells] for name, *cells in self.published]
         titles = (f'{PREFIXES.get(c.group, "")}{c.full_title}' for c in self.columns)
         align = ('left', *('right' for _ in self.columns))
         headers = ['backbone', *map(_plain, titles)]
@@ -336,7 +347,7 @@ class Report:
         """Write a line for each backbone; units are in the names of the columns."""
         columns = [*self.all_columns, *self.parts]
         columns += [*filter(None, (column.spread for column in self.all_columns))]
-        words = ('backbone', 'family', 'status', 'error')
+        words = ('backbone', 'family', 'status', 'error', 'source')
         with file.open('w', encoding='utf-8', newline='') as output:
             writer = csv.writer(output, lineterminator='\n')
             writer.writerow([*words, *(column.name for column in columns)])
@@ -344,6 +355,9 @@ class Report:
                 values = (column.values[i] for column in columns)
                 figures = ('' if value is None else f'{value:.6g}' for value in values)
                 writer.writerow([*(row.get(word) or '' for word in words), *figures])
+            for row in self.results['published']:
+                figures = (row['metrics'].get(column.full_title, '') for column in columns)
+                writer.writerow([row['name'], '', 'published', '', row['source'], *figures])
 
 
 def _finite(value: float | None, unit: float = 1) -> float | None:
@@ -366,7 +380,8 @@ def _listed(names: Iterable[str]) -> str:
 def _status(row: Mapping[str, Any]) -> str:
     if row['status'] == 'failed':
         return f'failed: {row["error"]}'
-    return row.get('error') or ('' if row['status'] == 'done' else row['status'])
+    done = f'not trained here: {row["source"]}' if row['source'] else ''
+    return row.get('error') or (done if row['status'] == 'done' else row['status'])
 
 
 def _plain(text: str) -> Markup:

@@ -39,13 +39,14 @@ Progress = Callable[[str, str, float], None]  # name, state, share
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A training of a sweep; calling it trains."""
+    """A training of a sweep, or the test of a checkpoint; calling it runs it."""
 
     name: str  # for people
     seed: int
     config: Path
     folder: Path
     epochs: int | None  # None if it counts iterations
+    weights: str | None = None  # checkpoint that is tested
 
     @property
     def state(self) -> dict[str, Any]:
@@ -81,9 +82,11 @@ class TrainingRun:
                 return
             self.save_state('training', state['seconds'])  # no longer failed, if it is killed now
             begin = time.monotonic() - state['seconds']
+            if self.weights:
+                command = [part.replace('train.py', 'test.py') for part in command]
             with self.log.open('w') as output:
                 process = subprocess.Popen(
-                    [*command, str(self.config), '--resume'],
+                    [*command, str(self.config), self.weights or '--resume'],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **(env or {})},
@@ -120,7 +123,7 @@ class TrainingRun:
         """Return the state and the share of the training that is done."""
         text = self.log.read_text(errors='replace')[-LOG_TAIL:] if self.log.exists() else ''
         if not (matches := STATE.findall(text)):
-            return 'starting', 0.0
+            return 'testing' if self.weights else 'starting', 0.0
         epoch, step, steps, left = matches[-1]
         share = int(step) / int(steps)
         if not epoch or not self.epochs:

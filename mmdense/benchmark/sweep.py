@@ -57,7 +57,13 @@ from mmdense.export.onnx_model import OnnxModel
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
-from mmdense.visualization.logs import METRIC_NAMES, NO_METRICS, main_metrics, read_scalars
+from mmdense.visualization.logs import (
+    METRIC_NAMES,
+    NO_METRICS,
+    main_metrics,
+    numbers_of,
+    read_scalars,
+)
 
 MEASURED = 'measurements.json'
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
@@ -79,6 +85,7 @@ class Sweep:
         seeds: Number of trainings of each backbone, with the config's seed and the next ones.
         columns: Names of the columns to show, as in the CSV file; by default those of COCO's and
             mmseg's metrics and of the costs.
+        published: Published figures to show, as :func:`.find_published` returns them.
 
     A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
     depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
@@ -97,6 +104,7 @@ class Sweep:
         size: tuple[int, int] | None = None,
         seeds: int = 1,
         columns: Sequence[str] = (),
+        published: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
@@ -105,10 +113,11 @@ class Sweep:
             raise UserError(f'two backbones have the same name: {", ".join(names)}')
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
-        self.columns = list(columns)
+        self.columns, self.published = list(columns), list(published)
         self.size = size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
+        self.seeds = [*range(first, first + seeds)]
         self.errors: dict[str, str] = {}  # of backbones that cannot be trained
         self.configs: dict[str, Config] = {}  # of the first seed
         self.runs: dict[str, list[TrainingRun]] = {}  # of each backbone, by its name
@@ -120,12 +129,13 @@ class Sweep:
                 self.errors[name] = str(error.args[0])
             config = self.configs.get(name, cfg)
             epochs = config.train_cfg.get('max_epochs')
-            for number in range(seeds):
-                file = _slug(name) + (f'.seed{first + number}' if number else '')
-                title = f'{name}, seed {first + number}' if seeds > 1 else name
+            several = seeds > 1 and not backbone.checkpoint
+            for seed in self.seeds if several else [first]:
+                file = _slug(name) + (f'.seed{seed}' if seed > first else '')
+                title = f'{name}, seed {seed}' if several else name
                 # Not in the work dir, where mmengine writes the config as the runner changed it.
                 paths = folder / 'configs' / f'{file}.py', folder / 'runs' / file
-                runs.append(TrainingRun(title, first + number, *paths, epochs))
+                runs.append(TrainingRun(title, seed, *paths, epochs, backbone.checkpoint))
                 if name in self.configs:
                     _write_config(runs[-1], config)
 
@@ -145,6 +155,12 @@ class Sweep:
         if backbone.preprocessor:
             cfg.model.data_preprocessor.update(backbone.preprocessor)
         cfg.sweep = dict(gpus=self.gpus)
+        if checkpoint := backbone.checkpoint:
+            if '://' not in checkpoint:
+                if not Path(checkpoint).is_file():
+                    raise UserError(f'no checkpoint {checkpoint}')
+                cfg.sweep.modified = Path(checkpoint).stat().st_mtime
+            cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
         others = [hook for hook in cfg.get('custom_hooks') or [] if hook['type'] != PRUNING]
         cfg.custom_hooks = [*others, *backbone.hooks]
         hooks = cfg.default_hooks
@@ -186,7 +202,7 @@ class Sweep:
         The images, one or two, are random and have the training's size.
         """
         for name, cfg in self.configs.items():
-            if self.state(name)['status'] in ('done', 'training'):
+            if self.runs[name][0].weights or self.state(name)['status'] in ('done', 'training'):
                 continue
             progress(name)
             size = self.size
@@ -208,9 +224,10 @@ class Sweep:
         progress: Progress = lambda name, state, share: None,
         jobs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Train what isn't done, each in a process of its own.
+        """Train what isn't done, or test its checkpoint, each in a process of its own.
 
-        ``command``, with ``CONFIG --resume`` appended, trains a config and validates at the end.
+        ``command``, with ``CONFIG --resume`` appended, trains a config and validates at the end;
+        with ``test.py`` in place of ``train.py`` and ``CONFIG CHECKPOINT`` it tests a checkpoint.
         ``progress`` is called twice a second with a training's name, its state, such as 'epoch 3 of
         8, 0:01:20 left', and the share of the training that is done, from 0 to 1. ``jobs`` are
         ``cluster``, ``parallel`` and ``options`` of :func:`.train_as_jobs`; None trains one after
@@ -223,8 +240,8 @@ class Sweep:
             progress(run.name, state.get('error', 'done'), float(state['status'] == 'done'))
 
         todo = []
-        pairs = [[(name, run) for run in runs] for name, runs in self.runs.items()]
-        for name, run in itertools.chain(*zip(*pairs, strict=True)):
+        pairs = [(name, run) for name, runs in self.runs.items() for run in runs]
+        for name, run in sorted(pairs, key=lambda pair: pair[1].seed):
             if name in self.errors:
                 progress(run.name, self.errors[name], 0.0)
             elif run.state['status'] == 'done':
@@ -378,12 +395,13 @@ class Sweep:
             data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
             data_sets=measured.get('data_sets', {}),
             pretrained=self.pretrained,
-            seeds=[run.seed for run in next(iter(self.runs.values()))],
+            seeds=self.seeds,
             columns=self.columns,
             **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
             measured=measured.get('measured'),
             rows=rows,
+            published=self.published,
             truth=measured.get('truth', []),
             legend=measured.get('legend', {}),  # of segmentations: class -> RGB
         )
@@ -420,16 +438,17 @@ class Sweep:
             backbone=name,
             family=backbone.family,
             settings=backbone.settings,
+            source=backbone.checkpoint,
             config=str(runs[0].config.relative_to(self.folder)),
             run=str(runs[0].folder.relative_to(self.folder)),
             status=state['status'],
             error=state.get('error'),
-            seconds=state['seconds'],
+            seconds=None if backbone.checkpoint else state['seconds'],
             metrics=metrics,
             deviations=deviations,
             seeds=seeds,
             losses=losses,
-            validations=validations,
+            validations=validations if losses else [],
         )
         unmeasured = dict(parts={}, infer={}, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
@@ -450,11 +469,16 @@ def _write_config(run: TrainingRun, cfg: Config) -> None:
         free = (folder.with_name(f'{folder.name}.failed{n}') for n in itertools.count(1))
         folder.rename(next(path for path in free if not path.exists()))
     folder.mkdir(parents=True, exist_ok=True)
+    if run.weights:
+        (folder / 'last_checkpoint').write_text(run.weights)
     atomic_write(file, text.encode())
 
 
 def _read_log(run: TrainingRun) -> tuple[list[list[float]], list[dict[str, float]]]:
-    """Return a training's losses, by iteration, and validations."""
+    """Return a training's losses, by iteration, and validations, or the test of a checkpoint."""
+    if run.weights:
+        tests = (json.loads(file.read_text()) for file in sorted(run.folder.glob('*/*.json')))
+        return [], [dict(iter=0) | _rename(numbers_of(test)) for test in tests]
     losses, validations = [], []
     with suppress(UserError):  # nothing logged yet
         losses, validations = read_scalars(run.folder)

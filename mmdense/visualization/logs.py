@@ -50,6 +50,12 @@ def is_empty(name: str, value: Any) -> bool:
     return ('AP' in name or 'AR' in name) and isinstance(value, float) and value == -1
 
 
+def numbers_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return a record without empty metrics and without what is no number."""
+    numbers = ((k, v) for k, v in record.items() if isinstance(v, int | float))
+    return {k: v for k, v in numbers if not is_empty(k, v)}
+
+
 def main_metrics(names: Iterable[str]) -> list[str]:
     """Return the metrics to show of those that are logged: of :data:`METRICS`, or the first."""
     names = [name for name in names if name not in NO_METRICS]
@@ -80,9 +86,7 @@ def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
                 last, resumed = record['step'], False
                 losses[last] = record
             elif last and record['step'] and main_metrics(record):  # a test's step is 0
-                numbers = ((k, v) for k, v in record.items() if isinstance(v, int | float))
-                record = {k: v for k, v in numbers if not is_empty(k, v)}
-                metrics[last] = dict(record, iter=last)
+                metrics[last] = dict(numbers_of(record), iter=last)
     if not losses:
         raise UserError(f'no training log in {work_dir}: train first, or pass its --work-dir')
     return [losses[i] for i in sorted(losses)], [metrics[i] for i in sorted(metrics)]

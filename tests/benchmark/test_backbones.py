@@ -35,6 +35,12 @@ def test_weights_and_settings_are_those_of_the_recipes(path):
     assert 'output_norm' not in segmentor.config
 
 
+def test_a_checkpoint_needs_no_weights_to_start_from():
+    spec = find_backbone('densenet-264@a/b.pth', pretrained=True)
+    assert (spec.name, spec.checkpoint) == ('densenet-264@a/b.pth', 'a/b.pth')
+    assert find_backbone('condensenetv2-a@b.pth', pretrained=True).config['form'] == 'condensed'
+
+
 def test_condensenetv2_learns_its_connections_from_scratch():
     spec = find_backbone('condensenetv2-a', pretrained=False)
     assert 'form' not in spec.config
@@ -109,7 +115,7 @@ def test_from_a_config_file():
     [
         ('rdnet-tiny', False, "unknown backbone 'rdnet-tiny'; did you mean 'rdnet-t'.*timm:"),
         ('timm:resnet19', False, "timm has no network 'resnet19'; close: .*resnet18"),
-        ('densenet-264', True, 'no published weights: .*--from-scratch'),
+        ('densenet-264', True, 'densenet-264 has no weights to start from: add --from-scratch'),
         (str(DEMOS['detection']), True, 'has no weights to start from: add --from-scratch'),
         ('nowhere.py', False, 'no config nowhere.py'),
     ],

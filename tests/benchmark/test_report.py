@@ -28,6 +28,7 @@ def make_row(i=0, **changes):
         backbone=f'net-{i}',
         family=NAMES[i % len(NAMES)],
         settings=dict(epochs=9) if i == 2 else {},
+        source=None,
         status='done',
         seconds=120.0 + i,
         metrics={'box AP': round(rng.uniform(0.3, 0.8), 3), 'box AP50': 0.9},
@@ -87,6 +88,7 @@ def make_results(rows, **changes):
             forms=['deployed', 'trained'],
         ),
         rows=rows,
+        published=[],
         truth=[],
         legend={},
     )
@@ -286,6 +288,26 @@ def test_the_latex_table(report, tmp_path):
     name = r'50\% \& more\textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\#\$'
     assert [line.split(' & ')[0] for line in lines[2:4]] == [name.split(' & ')[0], r'a\_b']
     assert not re.search(r'(?<!\\)[_#]', text.partition('toprule')[2].replace('cmidrule', ''))
+
+
+def test_published_figures_are_compared_with_nothing(report, tmp_path):
+    rows = [make_row(i, metrics={'box AP': 0.5 - i / 10}) for i in range(2)]
+    known = dict(name='rdnet_x_coco', source='https://a/b', metrics={'box AP': 0.9})
+    page, text, markdown = report(rows, published=[known], metrics=['box AP'])
+    assert 'Best box AP: net-0, 0.500.' in page.text
+    assert text.count('rdnet') == 2  # a line and its source
+    (row,) = [row for row in page.rows if row and 'rdnet' in row[0]]
+    assert (row[0].strip(), row[1]) == ('rdnet_x_coco (published)', '0.900')
+    lines = [re.sub(' +', ' ', line) for line in markdown.splitlines() if line[:1] == '|']
+    assert lines[-1].startswith('| rdnet_x_coco (published) | 0.900 | – |')
+    assert 'rdnet_x_coco is published, on the data set that its name ends with (https' in markdown
+    latex = (tmp_path / 'results.tex').read_text()
+    assert '\\midrule\nrdnet\\_x\\_coco (published) & 0.900 & --' in latex
+    assert r'\textbf{0.500}' in latex
+    assert '% rdnet_x_coco: https://a/b\n' in latex
+    *_, line = csv.DictReader((tmp_path / 'results.csv').read_text().splitlines())
+    named = [line[name] for name in ('backbone', 'status', 'source', 'box_ap', 'macs_g')]
+    assert named == ['rdnet_x_coco', 'published', 'https://a/b', '0.9', '']
 
 
 def test_sweeps_in_one_report(tmp_path):

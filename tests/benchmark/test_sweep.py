@@ -27,11 +27,14 @@ NAMES = [str(DEMOS['detection']), 'timm:resnet18']
 # of the seed KILLED takes its job with it.
 STAND_IN = """
 import json, os, pathlib, re, signal, sys
-assert sys.argv[2:] == ['--resume']
-config = pathlib.Path(sys.argv[1])
+config, checkpoint = pathlib.Path(sys.argv[1]), sys.argv[2]
 folder = config.parents[1] / 'runs' / config.stem
 starts = folder / 'starts'
 starts.write_text(starts.read_text() + '.' if starts.exists() else '.')
+if checkpoint != '--resume':
+    metrics = {'coco/bbox_mAP': len(checkpoint), 'coco/bbox_mAP_l': -1.0, 'time': 1.0}
+    (folder / '1').mkdir()
+    sys.exit((folder / '1/1.json').write_text(json.dumps(metrics)) < 0)
 print('Epoch(train)  [1][10/40]  lr: 1e-3  eta: 0:01:20  time: 0.1  loss: 1.0', flush=True)
 if folder.name == 'rdnet-nano' and len(starts.read_text()) == 1:
     print('Traceback (most recent call last):')
@@ -107,6 +110,31 @@ def test_seeds(tmp_path, stand_in):
     assert (row['metrics'], row['deviations']) == ({'box AP': 3.25}, {'box AP': 1.0})
     assert '3.25 ± 1.00' in (tmp_path / 'report.md').read_text()
     assert load_config(str(tmp_path / 'configs/timm-resnet18.seed4.py')).randomness.seed == 4
+
+
+def test_a_checkpoint_is_tested(tmp_path, stand_in, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pth').touch()
+    names = [NAMES[1], f'{NAMES[1]}@a.pth', f'{NAMES[1]}@b.pth']
+    for _ in range(2):
+        sweep = sweep_of(tmp_path / 'x', names, seeds=2)
+        sweep.try_out()
+        sweep.train(stand_in)
+    cfg = sweep.configs[names[1]]
+    assert cfg.test_evaluator == cfg.val_evaluator
+    trained, tested, missing = results_of(tmp_path / 'x').values()
+    assert (trained['source'], tested['source'], missing['error']) == (
+        None,
+        'a.pth',
+        'no checkpoint b.pth',
+    )
+    assert (tested['metrics'], tested['deviations']) == ({'box AP': len('a.pth')}, {})
+    assert (len(trained['seeds']), len(tested['seeds'])) == (2, 1)
+    assert (tmp_path / 'x/runs/timm-resnet18-a.pth/starts').read_text() == '.'
+    assert f'{names[1]} (not trained here: a.pth)' in (tmp_path / 'x/report.md').read_text()
+    os.utime('a.pth', (1, 1))
+    with pytest.raises(UserError, match='belongs to a sweep with other settings'):
+        sweep_of(tmp_path / 'x', names)
 
 
 # Commands of SLURM: an array's jobs run at once, on this machine.
