@@ -130,7 +130,8 @@ def check_prefixes(cfg: Config, loaders: Sequence[str]) -> None:
         kind = find(node.get('type'), [DATASETS], node.get('_scope_', cfg.get('default_scope')))
         if not isinstance(kind, type) or not kind.__module__.startswith(('mmdet.', 'mmseg.')):
             continue
-        code = re.sub('#.*', '', ''.join(map(inspect.getsource, kind.__mro__[:-1])))
+        bases = [base for base in kind.__mro__ if base.__module__.startswith('mm')]
+        code = re.sub('#.*', '', ''.join(map(inspect.getsource, bases)))
         known = {*re.findall(r'data_prefix(?:\[|\.get\()[\'"](\w+)', code)}
         for key in node.get('data_prefix') or () if known else ():
             if key not in (*known, 'sub_data_root'):  # VOC's stays in leaf configs of mmdet
