@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 
 # Two distributions provide the packages mmengine, mmcv, mmdet and mmseg. Installing both breaks
 # them, so neither is a hard dependency: an extra selects one. mmdense.runtime needs no torch.
-TORCH = ['torch>=2.4', 'torchvision', 'timm>=1.0.16', 'safetensors']
+# An older timm leaves a norm without gradient in ConvNeXt backbones, and can't prune MaxViT.
+TORCH = ['torch>=2.4', 'torchvision', 'timm>=1.0.31', 'safetensors']
 MM = [
     *TORCH,
     'onedl-mmengine>=0.10.10',

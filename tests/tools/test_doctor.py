@@ -166,8 +166,8 @@ OTHER = 'mmdet' if doctor.installed(['onedl-mmdetection']) else 'onedl-mmdetecti
             *('requirements', 'error', 'torchvision 0.19.0', 'torch torchvision'),
         ),
         (
-            [('timm', '0.9.0'), ('mmdense', '0.1.0', 'timm>=1.0.16; extra == "mm"')],
-            *('requirements', 'error', 'timm>=1.0.16, but 0.9.0 is', "install 'timm>=1.0.16'"),
+            [('timm', '0.9.0'), ('mmdense', '0.1.0', 'timm>=1.0.31; extra == "mm"')],
+            *('requirements', 'error', 'timm>=1.0.31, but 0.9.0 is', "install 'timm>=1.0.31'"),
         ),
         ([('a', '1', 'nosuch>1')], 'requirements', 'warning', 'nosuch', 'install nosuch'),
         ([(OTHER, '3.3.0')], 'distributions', 'error', 'over each other', 'uninstall -y'),
