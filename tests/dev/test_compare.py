@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -274,7 +275,15 @@ def test_a_captured_run_is_replayed(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'CUDAGraph', Graph)
     monkeypatch.setattr(torch.cuda, 'graph', lambda graph: noted('graph'))
     results = iter('abcde')
-    replay = capture(lambda: calls.append('run') or next(results))
+
+    def run():
+        calls.append('run')
+        return next(results)
+
+    alive = weakref.ref(run)
+    replay = capture(run)
+    del run
+    assert alive()  # with the weights and images whose addresses are in the graph
     warm_up = [
         'side waits for main',
         'side begins',
