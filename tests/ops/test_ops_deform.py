@@ -51,7 +51,8 @@ def test_a_sample_that_is_nowhere_reads_zero(device, rng, value, dtype):
         inputs = [t.clone().requires_grad_() for t in (x, field, mask, weight)]
         out = modulated_deform_conv2d(*inputs, bias, 1, 1)
         results.append((out, torch.autograd.grad(out.square().sum(), inputs)))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    exact = dict(rtol=0, atol=0) if device.type == 'cpu' else {}  # CUDA adds in any order
+    torch.testing.assert_close(*results, **exact)
     assert not results[0][1][1][0, 4:6, 2, 3].any()
 
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import pkgutil
 import re
 import subprocess
@@ -202,5 +203,6 @@ with warnings.catch_warnings(record=True) as caught:
 assert [str(w.message) for w in caught if {GARBAGE[0]!r} in str(w.message)], caught
 assert mmdense.ops.backend() == 'torchvision'
 """
-    options = dict(check=True, timeout=120, capture_output=True, text=True)
+    env = {name: value for name, value in os.environ.items() if name != 'MMDENSE_OPS'}
+    options = dict(check=True, timeout=120, capture_output=True, text=True, env=env)
     subprocess.run([sys.executable, '-c', code], **options)

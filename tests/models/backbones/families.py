@@ -15,6 +15,7 @@ DEVICE = os.environ.get('MMDENSE_TEST_DEVICE', 'cpu')  # of images, and of netwo
 if DEVICE != 'cpu':  # the tests' bounds are those of float32
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
+    torch.set_default_device(DEVICE)
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest value
 
 
@@ -98,8 +99,9 @@ def random_options(family, rate):
 
 
 def image(height=64, width=96, batch=1, channels=3, seed=2):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, channels, height, width, generator=generator).to(DEVICE)
+    generator = torch.Generator('cpu').manual_seed(seed)
+    shape = batch, channels, height, width
+    return torch.randn(shape, generator=generator, device='cpu').to(DEVICE)
 
 
 @torch.no_grad()
@@ -111,11 +113,12 @@ def randomise(net, *, signed=False, seed=1):
         signed: Let every other scale be negative or zero; else all are from 0.5 to 1.5.
         seed: Of the random numbers.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator('cpu').manual_seed(seed)
     for name, value in net.state_dict().items():
         if value.ndim == 1 and value.is_floating_point():
             bias = name.endswith(('bias', 'mean', 'beta'))
-            value.copy_(torch.rand(value.shape, generator=generator) + (-0.5 if bias else 0.5))
+            uniform = torch.rand(value.shape, generator=generator, device='cpu')
+            value.copy_(uniform + (-0.5 if bias else 0.5))
             if signed and name.endswith(('weight', 'gamma')):
                 value[::2] *= -1
                 value[::5] = 0
@@ -178,8 +181,9 @@ def step(net, x, forward=None, *, amp=None):
         outputs = (forward or net)(x)
     for parameter in net.parameters():
         saved.pop(parameter.data_ptr(), None)
-    generator = torch.Generator().manual_seed(4)
-    sum((y * torch.randn(y.shape, generator=generator).to(y)).sum() for y in outputs).backward()
+    generator = torch.Generator('cpu').manual_seed(4)
+    options = dict(generator=generator, device='cpu')
+    sum((y * torch.randn(y.shape, **options).to(y)).sum() for y in outputs).backward()
     result = {f'output {i}': y.detach() for i, y in enumerate(outputs)} | {'image': x.grad}
     result |= {name: p.grad for name, p in net.named_parameters()}
     return result | dict(net.named_buffers()), sum(saved.values())

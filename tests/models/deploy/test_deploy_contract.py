@@ -94,10 +94,11 @@ def test_outputs_equal_those_of_the_trained_network(network, weights, size, batc
 def test_half_precision(network, dtype, first):
     """On average as precise as the trained network, unless weights are rounded twice."""
     net = build(network, 'fresh')
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator('cpu').manual_seed(1)
     for name, value in net.state_dict().items():  # scales of norms from 0.1 to 1.6
         if value.ndim == 1 and value.is_floating_point():
-            value.copy_(torch.randn(value.shape, generator=generator).clamp(-1.5, 1.5))
+            normal = torch.randn(value.shape, generator=generator, device='cpu')
+            value.copy_(normal.clamp(-1.5, 1.5))
             if name.endswith(('running_var', 'weight', 'gamma')):
                 value.abs_().add_(0.5 if name.endswith('running_var') else 0.1)
     x = image(batch=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import DEVICE
 
 pytest.importorskip('mmseg')
 
@@ -32,7 +33,7 @@ def scope():
 
 def features(height=64, width=96, channels=CHANNELS, batch=2):
     """Return the encoder's feature maps for an image of this size."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     strides = (2, 4, 8, 16, 32, 32)
     return tuple(
         torch.randn(batch, c, -(-height // s), -(-width // s), generator=generator)
@@ -56,7 +57,7 @@ def segmentor(kind='EncoderDecoder', test_cfg=None, **head):
 
 
 def samples(height=64, width=64, batch=2):
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     samples = []
     for _ in range(batch):
         shape = dict(ori_shape=(height, width), img_shape=(height, width))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from families import DEVICE
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ def make(kind, shape=SHAPE, seed=0, **options):
 
 def inputs(layer, batch=2, size=5):
     """Return the inputs of a learned layer's forward."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     new = torch.randn(batch, layer.conv.in_channels, size, size, generator=generator)
     if isinstance(layer, LearnedGroupConv):
         return (new,)

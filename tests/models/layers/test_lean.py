@@ -5,6 +5,7 @@ import socket
 
 import pytest
 import torch
+from families import DEVICE
 from mmengine.model import revert_sync_batchnorm
 from timm.layers import SEModule
 from torch import distributed as dist
@@ -40,7 +41,7 @@ class Half(nn.Conv2d):
 
 
 def batch(channels=6, images=3, size=(5, 7)):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     return torch.randn(images, channels, *size, generator=generator, dtype=torch.float64) * 2 + 1
 
 
@@ -67,7 +68,7 @@ def step(run, steps, convolution, x, **options):
         torch.manual_seed(3)
         y = run(steps, convolution, x, **options)
         torch.rand(3)
-        y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(i)).to(y))
+        y.backward(torch.randn(y.shape, generator=torch.Generator(DEVICE).manual_seed(i)).to(y))
         results += [y.detach(), x.grad, torch.get_rng_state()]
     return results + [p.grad for p in net.parameters()] + list(net.buffers())
 
