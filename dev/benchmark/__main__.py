@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from dev.benchmark.compare import DTYPES, MMDENSE, MODES, Setting, compare
 from dev.benchmark.floors import device_peaks
 from dev.benchmark.networks import NETWORKS, PEERS
 from dev.benchmark.report import markdown
+from dev.benchmark.side_by_side import compare_side_by_side
 from mmdense.benchmark.timing import machine
 from mmdense.cli import example, report_errors
 from mmdense.errors import UserError
@@ -63,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument('--parts', nargs='+', choices=gpu.PARTS, help='(default: all)')
     command.add_argument('--json', type=Path, help='record (dev/benchmark/results/DEVICE.json)')
-    command.add_argument('--time', choices=list(gpu.TIMINGS), help=argparse.SUPPRESS)
+    command.add_argument('--until', type=float, help=argparse.SUPPRESS)
     return parser
 
 
@@ -105,15 +107,22 @@ def _peers(name: str, against: Sequence[str] | None) -> list[str]:
 
 
 def _gpu(args: argparse.Namespace) -> None:
-    if not args.time:
+    if not args.until:
         sys.exit(gpu.main(dry=args.dry, limit=args.limit, names=args.parts, file=args.json))
-    # A part, in a process that gpu.main started.
-    results = _measure(
-        gpu.timings(args.time, dry=args.dry), 'cpu' if args.dry else 'cuda', args.json
+    # The part that measures, in a process that gpu.main started.
+    limit = min(gpu.LIMIT, args.until - time.monotonic())
+    results = compare_side_by_side(
+        gpu.timings(dry=args.dry),
+        rounds=1 if args.dry else 10,
+        patience=limit * gpu.PREPARING,
+        peaks=None if args.dry else device_peaks(),
     )
+    record = machine('cpu' if args.dry else 'cuda') | dict(results=[])
+    for result in results:
+        _save(record, result, args.json)
     failed = [
         f'{result["setting"]["network"]}, {name}: {row["failed"]}'
-        for result in results
+        for result in record['results']
         for name, row in result['contenders'].items()
         if name.startswith(MMDENSE) and 'failed' in row
     ]
@@ -123,7 +132,7 @@ def _gpu(args: argparse.Namespace) -> None:
 
 def _measure(
     settings: Sequence[tuple[Setting, dict[str, Any]]], device: str, file: Path | None
-) -> list[dict[str, Any]]:
+) -> None:
     """Compare in each setting, with its options; print results and append them to a file."""
     console = Console()
     record = _open_record(file, device)
@@ -136,13 +145,17 @@ def _measure(
                 peaks=peaks,
                 progress=lambda text, name=setting.network: status.update(f'{name}: {text}'),
             )
-        record['results'].append(result)
-        text = markdown([{**record, 'results': [result]}])
-        console.print(text[text.index('###') :], highlight=False, soft_wrap=True)
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
-    return record['results']
+        _save(record, result, file)
+
+
+def _save(record: dict[str, Any], result: dict[str, Any], file: Path | None) -> None:
+    """Print a result and append it to a record and its file."""
+    record['results'].append(result)
+    text = markdown([{**record, 'results': [result]}])
+    Console().print(text[text.index('###') :], highlight=False, soft_wrap=True)
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
 
 
 def _open_record(file: Path | None, device: str) -> dict[str, Any]:

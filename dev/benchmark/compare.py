@@ -28,7 +28,17 @@ from mmdense.benchmark.memory import peak_bytes
 from mmdense.benchmark.timing import seconds_of
 from mmdense.errors import UserError
 
-__all__ = ['Contender', 'Setting', 'compare', 'contenders', 'peak_memory']
+__all__ = [
+    'Contender',
+    'Setting',
+    'compare',
+    'contenders',
+    'exact_outputs',
+    'peak_memory',
+    'prepare',
+    'summary',
+    'timed',
+]
 
 MMDENSE = 'mmdense'
 MODES = ('infer', 'train')
@@ -237,7 +247,7 @@ def compare(
         compiled: Include torch.compile.
         graphs: Include CUDA graphs.
         rounds: Number of timed runs of each configuration, each after a warm-up run.
-        memory: Measure the peak memory of eager configurations as well.
+        memory: Measure peak memory as well; on a CPU, of eager configurations.
         peaks: What the GPU can do, as :func:`.device_peaks` returns it.
         progress: Called with one line about the current step.
 
@@ -259,30 +269,64 @@ def compare(
     if memory and setting.device == 'cpu' and not Path('/proc/self/clear_refs').exists():
         raise UserError('peak memory on a CPU can be measured on Linux only: add --no-memory')
     torch.compiler.reset()  # or another size would be compiled for dynamic shapes
-    exact = _exact(setting)
+    exact = exact_outputs(setting)
     runs, rows = {}, {}
     for contender in configurations:
         progress(f'building {contender.name}')
-        try:
-            net = contender.build(setting)
-            run = contender.runner(net, setting)
-            error = _error(net, run, contender, setting, exact)
-        except Exception as failure:  # a compiler error, or an unsupported memory format
-            rows[contender] = dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
-            continue
-        runs[contender] = run
-        rows[contender] = dict(error=error)
-    running_peers = [contender for contender in runs if contender.library != MMDENSE]
-    if not running_peers:
-        raise UserError(f'all peers of {setting.network} failed: {list(rows.values())}')
+        run, rows[contender] = prepare(contender, setting, exact, memory=memory)
+        if run:
+            runs[contender] = run
     seconds: dict[Contender, list[float]] = {contender: [] for contender in runs}
     for number in range(rounds):
         progress(f'round {number + 1} of {rounds}')
         for contender in random.sample(list(runs), len(runs)):
-            seconds[contender].append(_seconds(runs[contender], setting.device))
-    peer = min(running_peers, key=lambda contender: statistics.median(seconds[contender]))
-    allowed = TOLERANCE * max(rows[contender]['error'] for contender in running_peers)
-    del runs, net, run
+            seconds[contender].append(timed(runs[contender], setting.device))
+    for contender in seconds:
+        if memory and setting.device == 'cpu' and not contender.compiled:
+            progress(f'memory of {contender.name}')
+            rows[contender]['memory'] = peak_memory(contender, setting)
+    return summary(setting, rows, seconds, peaks)
+
+
+def prepare(
+    contender: Contender, setting: Setting, exact: Sequence[Tensor], *, memory: bool = True
+) -> tuple[Callable[[], Any] | None, dict[str, Any]]:
+    """Return a contender's run and its row, with ``error``; or no run, and ``failed``.
+
+    On a GPU the row has ``memory``: the peak of torch's allocator in the second run, above weights
+    and images.
+    """
+    try:
+        net = contender.build(setting)
+        run = contender.runner(net, setting)
+        row = {}
+        if memory and setting.device != 'cpu' and not contender.graph:
+            before = torch.cuda.memory_allocated()
+            run()
+            net.zero_grad(set_to_none=True)
+            cached = torch.cuda.memory_allocated() - before  # by the network, for its next run
+            row['memory'] = cached + peak_bytes(run, setting.device)
+        return run, row | dict(error=_error(net, run, contender, setting, exact))
+    except Exception as failure:  # a compiler error, or an unsupported memory format
+        return None, dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
+
+
+def summary(
+    setting: Setting,
+    rows: Mapping[Contender, dict[str, Any]],
+    seconds: Mapping[Contender, Sequence[float]],
+    peaks: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return the result of :func:`compare` from rows of contenders and their times in each round.
+
+    Raises:
+        UserError: If all peers failed.
+    """
+    peers = [contender for contender in seconds if contender.library != MMDENSE]
+    if not peers:
+        raise UserError(f'all peers of {setting.network} failed: {list(rows.values())}')
+    peer = min(peers, key=lambda contender: statistics.median(seconds[contender]))
+    allowed = TOLERANCE * max(rows[contender]['error'] for contender in peers)
     floor = peaks and Floor.of(setting, peaks)
     for contender, times in seconds.items():
         ratios = [a / b for a, b in zip(seconds[peer], times, strict=True)]
@@ -291,12 +335,9 @@ def compare(
             rows[contender]['milliseconds'] = 1e3 * statistics.median(times)
         if floor:
             rows[contender]['of_floor'] = floor.seconds / statistics.median(times)
-        if memory and not contender.compiled and not contender.graph:
-            progress(f'memory of {contender.name}')
-            rows[contender]['memory'] = peak_memory(contender, setting)
     return dict(
         setting=asdict(setting),
-        rounds=rounds,
+        rounds=len(seconds[peer]),
         peer=peer.name,
         inexact=[c.name for c in seconds if c.library == MMDENSE and rows[c]['error'] > allowed],
         contenders={contender.name: row for contender, row in rows.items()},
@@ -304,7 +345,7 @@ def compare(
     )
 
 
-def _exact(setting: Setting) -> list[Tensor]:
+def exact_outputs(setting: Setting) -> list[Tensor]:
     """Return the outputs in float64, in 'train' with the gradient of the images."""
     net = NETWORKS[setting.network].create().double().to(setting.device)
     net.train(setting.mode == 'train')
@@ -348,7 +389,7 @@ def _error(
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
-def _seconds(run: Callable[[], Any], device: str) -> float:
+def timed(run: Callable[[], Any], device: str) -> float:
     """Time a run, after one that refills the caches."""
     run()
     return seconds_of(run, device)
@@ -360,19 +401,11 @@ def _interval(ratios: Sequence[float]) -> tuple[float, float]:
 
 
 def peak_memory(contender: Contender, setting: Setting) -> int:
-    """Return the peak memory of a run above weights and images, in bytes.
+    """Return the peak memory of a run on a CPU above weights and images, in bytes.
 
-    On a GPU this is the peak of torch's allocator in the second run. On a CPU it is the resident
-    memory of a separate process that runs the network once and returns freed tensors to the system.
+    It is the resident memory of a separate process that runs the network once and returns freed
+    tensors to the system.
     """
-    if setting.device != 'cpu':
-        net = contender.build(setting)
-        run = contender.runner(net, setting)
-        before = torch.cuda.memory_allocated()
-        run()
-        net.zero_grad(set_to_none=True)
-        cached = torch.cuda.memory_allocated() - before  # by the network, for its next run
-        return cached + peak_bytes(run, setting.device)
     task = json.dumps(dict(contender=asdict(contender), setting=asdict(setting)))
     threads = str(torch.get_num_threads())
     done = subprocess.run(

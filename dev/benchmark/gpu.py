@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from dev.benchmark.compare import Setting
+from dev.benchmark.compare import Contender, Setting, contenders
 from dev.markdown import table
 from mmdense.benchmark.timing import machine
 from mmdense.datasets import make_digits
 from mmdense.errors import UserError
 from mmdense.files import atomic_write
 
-__all__ = ['PARTS', 'TIMINGS', 'Part', 'main', 'run_parts', 'timings']
+__all__ = ['PARTS', 'Part', 'main', 'run_parts', 'timings']
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / 'dev/benchmark/results'
@@ -60,24 +60,15 @@ TRAININGS = {
     'demo-float16': (120, ['--amp-dtype=float16'], 'recompute'),
     'demo-compiled': (150, ['--amp-dtype=bfloat16', '--compile-backbone'], 'plain'),
 }
-COMPILED = 'densenet121', 'rdnet_tiny'
-# Limit and networks. The first ones check compiled networks, and later ones find their kernels.
-TIMINGS = {
-    **{f'compile-{name}': (240, [name]) for name in COMPILED},
-    'time-eager': (240, [*COMPILED, 'rexnet_100', 'condensenetv2_c']),
-    'time-compiled': (480, COMPILED),
-}
-PARTS = [*TESTS, *TRAININGS, *TIMINGS]
+TIMES = 'times'  # the part that measures, after the checks
+LIMIT, PREPARING = 300, 0.65  # its seconds, and the share of them for compilers
+PARTS = [*TESTS, *TRAININGS, TIMES]
 LARGE, SMALL, TINY = (800, 1344), (512, 512), (64, 64)
-SETTINGS = [  # mode, size and batch: the most wanted first
-    ('infer', SMALL, 1),
-    ('train', LARGE, 2),
-    ('infer', LARGE, 16),
-    ('train', LARGE, 16),
-    ('infer', LARGE, 2),
-    ('infer', SMALL, 16),
-    ('train', SMALL, 16),
-    ('train', SMALL, 1),
+COMPILED = 'densenet121', 'rdnet_tiny'
+SETTINGS = [  # mode, size, batch, and networks that are timed eagerly only
+    ('train', LARGE, 2, ('rexnet_100',)),
+    ('infer', SMALL, 1, ('rexnet_100', 'condensenetv2_c')),
+    ('infer', LARGE, 16, ()),
 ]
 
 
@@ -91,26 +82,22 @@ class Part:
     is_check: bool = True
 
 
-def timings(name: str, *, dry: bool) -> list[tuple[Setting, dict[str, Any]]]:
-    """Return the settings of one of ``TIMINGS``, each with its options of :func:`.compare`."""
-    compiled, check = name != 'time-eager', name.startswith('compile')
-    rows = []
-    for mode, size, batch in SETTINGS[:2] if dry or check else SETTINGS:
-        for network in TIMINGS[name][1][: 1 if dry else None]:
-            few = mode == 'train' and network not in COMPILED  # rexnet_100's norms need two images
-            if few and (batch == 1 or network.startswith('condensenet')):
-                continue
-            options = dict(
-                against=['official' if network.startswith('condensenet') else 'timm'],
-                compiled=compiled,
-                forms=['deployed' if mode == 'infer' else 'plain'] if compiled else None,
-                graphs=batch == 1 and mode == 'infer' and not dry,
-                rounds=1 if dry or check else 10,
-                memory=not (dry or compiled),
-            )
-            where = (TINY, 2, 'bfloat16', 'cpu') if dry else (size, batch, 'bfloat16', 'cuda')
-            rows.append((Setting(network, mode, *where), options))
-    return rows
+def timings(*, dry: bool) -> dict[Setting, list[Contender]]:
+    """Return the settings to time, and the configurations of each, in channels-last."""
+    settings = {}
+    for mode, size, batch, eager in SETTINGS:
+        where = (TINY, 2, 'bfloat16', 'cpu') if dry else (size, batch, 'bfloat16', 'cuda')
+        for network in eager[:1] if dry else (*COMPILED, *eager):
+            setting = Setting(network, mode, *where)
+            against = ['official' if network.startswith('condensenet') else 'timm']
+            options = dict(compiled=network in COMPILED, graphs=batch == 1 and not dry)
+            settings[setting] = [
+                contender
+                for contender in contenders(setting, against=against, **options)
+                if contender.channels_last
+                and not (contender.compiled and contender.form == 'recompute')
+            ]
+    return settings
 
 
 def main(
@@ -140,14 +127,14 @@ def main(
     def save(row: dict[str, Any]) -> None:
         console.print(f'{row["name"]}: {row["status"]} after {row["seconds"]:.0f} s')
         results = row.pop('results')
-        record['results'] += results if row['name'].startswith('time') else []
+        record['results'] += results
         record['parts'].append(row)
         atomic_write(file, (json.dumps(record, indent=1) + '\n').encode())
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_digits(work / 'data/digits', **(dict(train=8, val=2) if dry else {}))
-        parts = [part for part in _parts(work, dry) if part.name in (names or PARTS)]
+        parts = [part for part in _parts(work, dry, end) if part.name in (names or PARTS)]
         run_parts(parts, work, end=end, dry=dry, save=save)
     rows = [
         {
@@ -247,7 +234,7 @@ def _run(
     return row
 
 
-def _parts(work: Path, dry: bool) -> list[Part]:
+def _parts(work: Path, dry: bool, end: float) -> list[Part]:
     python = sys.executable
     pytest = [python, '-m', 'pytest', '-q', '-rf', '--tb=short', '-p', 'no:cacheprovider']
     pytest += ['--rootdir', ROOT, '-c', ROOT / 'pyproject.toml']
@@ -262,11 +249,10 @@ def _parts(work: Path, dry: bool) -> list[Part]:
         command = [python, ROOT / 'tools/train.py', DEMO, '--work-dir', work / name, *arguments]
         settings = ['train_cfg.max_epochs=1', f'model.backbone.memory={memory}']
         parts.append(Part(name, [*command, '--cfg-options', *settings], limit))
-    for name, (limit, _) in TIMINGS.items():
-        command = [python, '-m', 'dev.benchmark', 'gpu', '--time', name]
-        command += ['--json', work / f'{name}.json', *(['--dry'] if dry else [])]
-        # Times need the machine for themselves, those of a dry run don't.
-        parts.append(Part(name, command, limit, is_check=dry or name.startswith('compile')))
+    command = [python, '-m', 'dev.benchmark', 'gpu', '--until', str(end)]
+    command += ['--json', work / f'{TIMES}.json', *(['--dry'] if dry else [])]
+    # Times need the machine for themselves, those of a dry run don't.
+    parts.append(Part(TIMES, command, LIMIT, is_check=dry))
     return parts
 
 

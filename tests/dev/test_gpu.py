@@ -10,7 +10,9 @@ import torch
 
 from dev.benchmark import gpu
 from dev.benchmark.__main__ import main
-from dev.benchmark.gpu import PARTS, Part, run_parts, timings
+from dev.benchmark.compare import Contender, Setting
+from dev.benchmark.gpu import PARTS, Part, run_parts
+from dev.benchmark.side_by_side import compare_side_by_side
 from support import ROOT
 
 
@@ -56,20 +58,26 @@ def test_a_part_that_fails_leaves_the_others(tmp_path):
 
 
 def test_settings():
-    """All sizes are timed; a check compiles what the first timings need."""
-    eager = [setting for setting, _ in timings('time-eager', dry=False)]
-    for mode in ('infer', 'train'):
-        sizes = {(s.size, s.batch) for s in eager if s.mode == mode}
-        assert sizes == {(gpu.LARGE, 2), (gpu.LARGE, 16), (gpu.SMALL, 1), (gpu.SMALL, 16)}
-    assert {s.network for s in eager if s.batch == 1 and s.mode == 'train'} == {*gpu.COMPILED}
-    compiled = timings('time-compiled', dry=False)
-    assert all(options['compiled'] for _, options in compiled)
-    assert {options['graphs'] for s, options in compiled if s.mode == 'infer' and s.batch == 1} == {
-        True
-    }
-    checks = [s for name in gpu.COMPILED for s, _ in timings(f'compile-{name}', dry=False)]
-    assert {*checks} == {s for s, _ in compiled[: len(checks)]}
-    assert all(s.device == 'cpu' and s.size == gpu.TINY for s, _ in timings('time-eager', dry=True))
+    settings = gpu.timings(dry=False)
+    assert {(s.mode, s.size, s.batch) for s in settings} == {row[:3] for row in gpu.SETTINGS}
+    for setting, contenders in settings.items():
+        libraries = {c.library for c in contenders if c.compiled}
+        assert libraries == ({'mmdense', 'timm'} if setting.network in gpu.COMPILED else set())
+        assert any(c.graph for c in contenders) == (setting.batch == 1)
+        assert all(c.channels_last for c in contenders)
+    assert all(s.device == 'cpu' and s.size == gpu.TINY for s in gpu.timings(dry=True))
+
+
+@pytest.mark.slow
+def test_who_is_not_ready_in_time_has_failed():
+    setting = Setting('rexnet_100', size=(32, 32), batch=2)
+    contenders = [Contender('nobody'), Contender('mmdense'), Contender('timm')]
+    (result,) = compare_side_by_side({setting: contenders}, rounds=2, patience=100)
+    assert result['rounds'] == 2
+    assert result['contenders']['timm']['ratio'] == 1
+    assert {'error', 'ratio'} < result['contenders']['mmdense'].keys()
+    assert result['contenders']['nobody'] == dict(failed="KeyError: 'nobody'")
+    assert not [*compare_side_by_side({setting: contenders}, rounds=2, patience=0)]
 
 
 @pytest.mark.parametrize(
@@ -87,9 +95,10 @@ def test_wrong_arguments(arguments, message, monkeypatch, capsys):
 def test_a_form_of_ours_that_fails_is_a_failed_check(tmp_path, monkeypatch, capsys):
     rows = dict(mmdense=dict(failed='RuntimeError: no'), timm=dict(failed='RuntimeError: theirs'))
     result = dict(setting=dict(network='rdnet_tiny'), contenders=rows)
-    monkeypatch.setattr('dev.benchmark.__main__._measure', lambda *args: [result])
+    monkeypatch.setattr('dev.benchmark.__main__.compare_side_by_side', lambda *_, **__: [result])
+    monkeypatch.setattr('dev.benchmark.__main__.markdown', lambda records: '###')
     with pytest.raises(SystemExit):
-        main(['gpu', '--dry', '--time', 'compile-rdnet_tiny', '--json', str(tmp_path / 'x')])
+        main(['gpu', '--dry', '--until', '1', '--json', str(tmp_path / 'x')])
     assert capsys.readouterr().err == 'error: rdnet_tiny, mmdense: RuntimeError: no\n'
 
 
