@@ -8,12 +8,16 @@ kernel would read arbitrary memory. A RoI of an image that is not in the batch r
 on a CPU and a device-side assertion on a GPU. RoIAlign never waits for the GPU.
 """
 
+from operator import itemgetter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mmdense.ops._common import not_provided, widen
 
+# torchvision's arguments, from those that mmcv passes by name to RoIAlign.
+ALIGN = itemgetter('spatial_scale', 'aligned_height', 'aligned_width', 'sampling_ratio', 'aligned')
 AVERAGE = 1  # pool_mode of RoIAlign; 0 is max
 OUTSIDE = -3e4  # a coordinate outside every feature map, which float16 can represent
 
@@ -24,20 +28,14 @@ def roi_align_forward(
     output: Tensor,
     argmax_y: Tensor,
     argmax_x: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
     """Write ``output`` [R, C, P, Q]."""
-    if pool_mode != AVERAGE:
+    if options['pool_mode'] != AVERAGE:
         raise not_provided("roi_align with pool_mode='max'")
     input, rois = widen(input, rois)
     rois, bad = _usable(rois, len(input))
-    size, options = (aligned_height, aligned_width), (sampling_ratio, aligned)
-    output.copy_(torch.ops.torchvision.roi_align(input, rois, spatial_scale, *size, *options))
+    output.copy_(torch.ops.torchvision.roi_align(input, rois, *ALIGN(options)))
     output.masked_fill_(bad[:, None, None, None], torch.nan)
 
 
@@ -47,19 +45,16 @@ def roi_align_backward(
     argmax_y: Tensor,
     argmax_x: Tensor,
     grad_input: Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **options: float,
 ) -> None:
     """Write the gradient of the feature maps to ``grad_input`` [N, C, H, W]."""
     grad, rois = widen(grad_output, rois)
     rois, _ = _usable(rois, len(grad_input))
-    size, options = (aligned_height, aligned_width), (sampling_ratio, aligned)
-    backward = torch.ops.torchvision._roi_align_backward
-    grad_input.copy_(backward(grad, rois, spatial_scale, *size, *grad_input.shape, *options))
+    *sizes, samples, aligned = ALIGN(options)
+    sizes += grad_input.shape
+    grad_input.copy_(
+        torch.ops.torchvision._roi_align_backward(grad, rois, *sizes, samples, aligned)
+    )
 
 
 def roi_pool_forward(

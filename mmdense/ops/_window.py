@@ -127,23 +127,20 @@ COLLECT = 0
 
 def psamask_forward(input: Tensor, output: Tensor, psa_type: int, **sizes: int) -> None:
     """Write ``output`` [N, H * W, H, W], which is zero outside the mask."""
-    # Position in the mask: target pixel - pixel + half.
-    index, inside = _places(-1, input.device, **sizes)
+    index, inside = _places(input.device, **sizes)
     full = (input.gather(1, index) * inside).flatten(2)
     output.copy_((full if psa_type == COLLECT else full.transpose(1, 2)).reshape(output.shape))
 
 
 def psamask_backward(grad_output: Tensor, grad_input: Tensor, psa_type: int, **sizes: int) -> None:
     """Write the gradient [N, h_mask * w_mask, H, W]; each value has at most one output."""
-    # Target pixel: position in the mask + pixel - half.
-    index, inside = _places(1, grad_output.device, **sizes)
+    index, inside = _places(grad_output.device, **sizes)
     grad = grad_output.flatten(2)
     grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).reshape(grad_output.shape)
-    grad_input.copy_(grad.gather(1, index) * inside)
+    grad_input.zero_().scatter_add_(1, index, grad * inside)
 
 
 def _places(
-    sign: int,
     device: torch.device,
     num_: int,
     h_feature: int,
@@ -153,19 +150,16 @@ def _places(
     half_h_mask: int,
     half_w_mask: int,
 ) -> tuple[Tensor, Tensor]:
-    """Return out + sign * (pixel - half) as a flat index [N, A * B, H, W], and its validity.
-
-    ``out`` is a position in the mask if the sign is positive, else a target pixel.
-    """
-    pixels, mask, halves = (h_feature, w_feature), (h_mask, w_mask), (half_h_mask, half_w_mask)
-    outs, limits = (mask, pixels) if sign > 0 else (pixels, mask)
-    ranges = [
-        torch.arange(out, device=device)[:, None]
-        + sign * (torch.arange(size, device=device) - half)
-        for out, size, half in zip(outs, pixels, halves, strict=True)
-    ]
-    (y, x), (y_in, x_in) = ranges, [(r >= 0) & (r < n) for r, n in zip(ranges, limits, strict=True)]
-    y, x = y.clamp(0, limits[0] - 1), x.clamp(0, limits[1] - 1)
-    index = y[:, None, :, None] * limits[1] + x[:, None]
+    """Return the channel of the mask for each target pixel, [N, H * W, H, W], and its validity."""
+    limits, axes, valid = (h_mask, w_mask), [], []
+    for size, limit, half in zip(
+        (h_feature, w_feature), limits, (half_h_mask, half_w_mask), strict=True
+    ):
+        pixels = torch.arange(size, device=device)
+        place = pixels[:, None] - pixels + half  # of the target, in the mask
+        axes.append(place.clamp(0, limit - 1))
+        valid.append((place >= 0) & (place < limit))
+    (y, x), (y_in, x_in) = axes, valid
+    index = y[:, None, :, None] * w_mask + x[:, None]
     inside = y_in[:, None, :, None] & x_in[:, None]
     return index.flatten(0, 1).expand(num_, -1, -1, -1), inside.flatten(0, 1)

@@ -519,6 +519,8 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction as
 sizes = dict(kernel_h=3, kernel_w=3, stride_h=1, stride_w=1, pad_h=1, pad_w=1, dilation_h=1)
 sizes |= dict(dilation_w=1, group=1, deformable_group=1, with_bias=False)
 none, index = r(0), torch.tensor([0])
+align = dict(aligned_height=2, aligned_width=2, spatial_scale=1.0, sampling_ratio=2)
+align |= dict(pool_mode=1, aligned=True)
 psa = dict(num_=1, h_feature=4, w_feature=4, h_mask=3, w_mask=3, half_h_mask=1, half_w_mask=1)
 for mistake in (
     lambda: _ext.nms(r(4, 3), r(4), 0.5, 0),
@@ -530,7 +532,7 @@ for mistake in (
     lambda: ops.roi_align(r(1, 2, 4, 4).long(), r(3, 5) * 0, 2),
     lambda: ops.roi_align(r(1, 2, 4, 4).double(), r(3, 5) * 0, 2),
     lambda: _ext.roi_align_forward(
-        r(1, 2, 4, 4), r(3, 4) * 0, r(3, 2, 2, 2), none, none, 2, 2, 1.0, 2, 1, True
+        r(1, 2, 4, 4), r(3, 4) * 0, r(3, 2, 2, 2), none, none, **align
     ),
     lambda: ops.roi_pool(r(1, 2, 4, 4), torch.tensor([[-1.0, 0, 0, 3, 3]]), 2),
     lambda: ops.deform_conv2d(r(1, 4, 5, 5), r(1, 17, 5, 5), r(2, 4, 3, 3), 1, 1),
