@@ -15,6 +15,7 @@ from torch import nn
 
 from mmdense.config.evaluators import iter_metrics
 from mmdense.errors import first_of
+from mmdense.export.metadata import inner_dataset
 from mmdense.visualization.draw import make_palette
 
 COCO_IDS = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
@@ -30,15 +31,31 @@ def num_classes_of(model: nn.Module) -> int | None:
     return getattr(head, 'num_classes', None)
 
 
+def describe_classes(
+    model: nn.Module, cfg: Config, meta: Mapping[str, Any]
+) -> tuple[list[str], list[tuple[int, ...]], list[dict[str, Any]]]:
+    """Return the names, colours and COCO categories of a model's classes, by label.
+
+    ``meta`` is a checkpoint's metadata; see :func:`class_names` and :func:`coco_categories`.
+    """
+    segments = hasattr(model, 'decode_head')
+    scope = cfg.get('default_scope') or ('mmseg' if segments else 'mmdet')
+    classes, palette = class_names(inner_dataset(cfg), scope, meta, num_classes_of(model))
+    if segments:
+        categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
+    else:
+        trained = bool(meta.get('dataset_meta') or meta.get('CLASSES'))
+        categories = coco_categories(cfg, classes, trained)
+    return [category['name'] for category in categories], palette, categories
+
+
 def class_names(
     dataset: ConfigDict, scope: str, meta: Mapping[str, Any], count: int | None
 ) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
     """Return the names and colours of classes from the first source that has as many.
 
-    Args:
-        dataset: Config of the data set: its ``metainfo``, or else its type, may name the classes.
-        meta: Metadata of the checkpoint, which come first.
-        count: Number of classes; None if unknown.
+    These are ``meta`` of the checkpoint, the ``metainfo`` of the data set's config, and its type.
+    ``count`` is the number of classes, None if unknown.
     """
     with DATASETS.switch_scope_and_registry(scope) as registry:
         kind = registry.get(dataset.type) if isinstance(dataset.type, str) else dataset.type
@@ -69,12 +86,9 @@ def coco_categories(
     """Return a detector's COCO categories, ``dict(id=..., name=...)``, by label.
 
     They are those of the annotation file of the config's test metric if it has these classes,
-    COCO's if the classes are COCO's, and otherwise numbered from 1.
-
-    Args:
-        classes: Class names. If the annotation file has another order, there is a warning.
-        trained: Whether the classes are a checkpoint's, and so in the order of its labels. Those of
-            a config are sorted as in the annotation file, by which mmdet numbers labels.
+    COCO's if the classes are COCO's, and otherwise numbered from 1. If the file has another order,
+    there is a warning: ``trained`` classes of a checkpoint keep the order of its labels, those of a
+    config are sorted as in the file, by which mmdet numbers labels.
     """
     categories = [
         dict(id=category['id'], name=category['name'])

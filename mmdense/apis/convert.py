@@ -43,19 +43,17 @@ def convert_weights(
     """Write weights of any known format with mmdense's keys.
 
     The source's ``meta`` is kept. ``meta['mmdense']`` records the source, its SHA-256 (of the file,
-    or of the tensors if there is no file), the format and the version of mmdense.
+    or of the tensors if there is no file), the format and the version of mmdense. UserError if the
+    source cannot be read or is of no known format, the format lacks some of its keys, or it doesn't
+    fill the config's model; nothing is written then.
 
     Args:
         source: A file, a URL, or a scheme such as ``timm://NAME``.
         target: New file, .pth or .safetensors.
         format: One of ``mmdense.weights.formats.FORMATS``; recognised by default.
         prefix: Take the source's keys with this prefix, without it.
-        config: Config of a model that the weights must fill completely, or whose backbone they
-            must fill. Without one a classifier's last layers are left out.
-
-    Raises:
-        UserError: The source cannot be read or is of no known format, the format lacks some of its
-            keys, or it doesn't fill the config's model. Nothing is written then.
+        config: Of a model that the weights must fill, or whose backbone they must fill. Without one
+            a classifier's last layers are left out.
     """
     check_target(target)  # before the work
     checkpoint, digest = _read(source)

@@ -32,19 +32,11 @@ class FormCost:
 
 
 def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:
-    """Compare a trained backbone with its inference form, in float32.
+    """Return the costs of a trained model's backbone and of its inference form, in float32.
 
-    Args:
-        model: A trained detector, segmentor, classifier or backbone; it is not changed.
-        size: Height and width of the probe image, in pixels.
-
-    Returns:
-        The costs of the trained and of the inference form.
-
-    Raises:
-        UserError: Not exactly one backbone with an inference form, it is in that form already, or
-            the image is too small for it.
-        RuntimeError: The outputs of the forms differ.
+    ``model`` is not changed; ``size`` is the height and width of the probe image in pixels.
+    UserError if there is not exactly one backbone with an inference form, it is in that form
+    already, or the image is too small for it; RuntimeError if the outputs of the forms differ.
     """
     net = _single(deployable(model), 'one backbone to deploy')
     return _measure(model, net, size, [deploy])
@@ -53,19 +45,10 @@ def compare_forms(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> li
 def condense(model: nn.Module, *, size: tuple[int, int] = (224, 224)) -> list[FormCost]:
     """Convert a model's CondenseNetV2 to the condensed form, in place, and return the costs.
 
-    The forms are compared in float32. The parameters are new ones: build optimizers afterwards.
-
-    Args:
-        model: A trained detector, segmentor, classifier or backbone.
-        size: Height and width of the probe image, in pixels.
-
-    Returns:
-        The costs of its form, of the condensed and of the inference form.
-
-    Raises:
-        UserError: Not exactly one CondenseNetV2, it is not fully pruned, or the image is too small
-            for it.
-        RuntimeError: The outputs of the forms differ; the model is not changed then.
+    They are those of its form, of the condensed and of the inference form, as in
+    :func:`compare_forms`. The parameters are new ones: build optimizers afterwards. UserError if
+    there is not exactly one CondenseNetV2, it is not fully pruned, or the image is too small for
+    it; RuntimeError if the outputs of the forms differ. The model is not changed then.
     """
     networks = [module for module in model.modules() if isinstance(module, CondenseNetV2)]
     net = _single(networks, 'one CondenseNetV2 to condense')
@@ -117,12 +100,10 @@ def _measure(
 
 
 def deployed_config(cfg: Config, net: Backbone, checkpoint: str) -> Config:
-    """Return the config of a model that is to be deployed, or trained on.
+    """Return the config of a model that is to be deployed, or trained on from a checkpoint.
 
-    Args:
-        cfg: Config that the model was trained with; it is not changed.
-        net: The model's backbone; a CondenseNetV2 is condensed already.
-        checkpoint: File of the model's weights, which training starts from.
+    ``cfg`` is the one that the model was trained with, and is not changed; its backbone ``net`` is
+    condensed already if it is a CondenseNetV2.
     """
     cfg = copy.deepcopy(cfg)
     cfg.model.backbone.init_cfg = None

@@ -16,7 +16,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mmdense.apis.classes import class_names, coco_categories, num_classes_of
+from mmdense.apis.classes import describe_classes, num_classes_of
 from mmdense.errors import UserError, one_line
 from mmdense.export.check import check_file, find_images
 from mmdense.export.graph import AXES, write_graph
@@ -120,9 +120,10 @@ def export_onnx(
         except UserError as error:
             raise UserError(f'{error} (or --no-deploy exports it as it is)') from error
     dtype = dtype if expected.preprocess.order else 'float32'
-    named = config is not None and expected.task != 'depth'
-    names = _names(model, config, meta or {}) if named else {}
-    metadata, unread = build_metadata(expected, dtype=dtype, config=config, **names)
+    count = None if expected.task == 'depth' else num_classes_of(model)
+    named = count is not None and inner_dataset(config) is not None
+    names = describe_classes(model, config, meta or {}) if named else ()
+    metadata, unread = build_metadata(expected, *names, dtype=dtype, config=config)
     reason = ''
     with tempfile.TemporaryDirectory(prefix='.export-', dir=file.parent) as folder:
         draft = Path(folder, file.name)
@@ -142,23 +143,6 @@ def export_onnx(
     return Exported(
         file, total, opset, shapes, reason, batches, differences, expected, metadata, unread
     )
-
-
-def _names(model: nn.Module, config: Config, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the classes, palette and categories of a model's config and checkpoint."""
-    dataset, count = inner_dataset(config), num_classes_of(model)
-    if dataset is None or count is None:
-        return {}
-    segments = hasattr(model, 'decode_head')
-    scope = config.get('default_scope') or ('mmseg' if segments else 'mmdet')
-    classes, palette = class_names(dataset, scope, meta, count)
-    if segments:
-        categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
-    else:
-        trained = bool(meta.get('dataset_meta') or meta.get('CLASSES'))
-        categories = coco_categories(config, classes, trained)
-    classes = [category['name'] for category in categories]
-    return dict(classes=classes, palette=palette, categories=categories)
 
 
 def _write(

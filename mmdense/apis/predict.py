@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmcv.transforms import LoadImageFromFile
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
 from mmengine.logging import print_log
@@ -25,7 +25,7 @@ from mmengine.runner import CheckpointLoader
 from mmengine.structures import BaseDataElement
 from torch import nn
 
-from mmdense.apis.classes import class_names, coco_categories, num_classes_of
+from mmdense.apis.classes import describe_classes
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
@@ -89,7 +89,7 @@ class Predictor(BasePredictor):
         self._scope = cfg.get('default_scope') or 'mmdet'
         self.segments = self._scope == 'mmseg'
         with DefaultScope.overwrite_default_scope(self._scope):
-            dataset, self._loader, self._pipeline = _build_pipeline(cfg, name)
+            self._loader, self._pipeline = _build_pipeline(cfg, name)
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
         if type(model).__name__ == 'DepthEstimator':
             raise UserError(f'{name} predicts depth: only boxes, masks and classes can be drawn')
@@ -99,13 +99,8 @@ class Predictor(BasePredictor):
         if deploy:
             deploy_backbone(model)
         self.model = model.to(device).eval()
-        classes, self.palette = class_names(dataset, self._scope, meta, num_classes_of(model))
-        if self.segments:
-            self.categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
-        else:
-            trained = bool(meta.get('dataset_meta') or meta.get('CLASSES'))
-            self.categories = coco_categories(cfg, classes, trained)
-        self.classes = tuple(category['name'] for category in self.categories)
+        names, self.palette, self.categories = describe_classes(model, cfg, meta)
+        self.classes = tuple(names)
 
     def _predict(self, read: Sequence[dict[str, Any]]) -> list[BaseDataElement]:
         (results,) = read
@@ -176,13 +171,9 @@ class Predictor(BasePredictor):
     ) -> np.ndarray:
         """Draw a prediction, or the ground truth, on its image; see :meth:`.BasePredictor.draw`.
 
-        Args:
-            sample: The prediction; for ground truth, a data sample of a test set whose pipeline
-                loads annotations after resizing.
-            truth: Draw the ground truth, if there is any: dashed, without scores.
-
-        Raises:
-            UserError: if the image cannot be read, or is not of the sample's size.
+        ``truth`` draws what a data sample of a test set has, dashed and without scores; its
+        pipeline must load annotations after resizing. UserError if the image cannot be read, or is
+        not of the sample's size.
         """
         pixels = self._pixels(self._read(image))
         (height, width), expected = pixels.shape[:2], tuple(sample.ori_shape)
@@ -212,12 +203,11 @@ def _load_weights(model: nn.Module, path: str, min_loaded: float) -> dict[str, A
     return meta if isinstance(meta, dict) else {}
 
 
-def _build_pipeline(cfg: Config, name: str) -> tuple[ConfigDict, LoadImageFromFile, Compose]:
-    """Return the test data set's config, and its pipeline: the image loader, and the rest."""
+def _build_pipeline(cfg: Config, name: str) -> tuple[LoadImageFromFile, Compose]:
+    """Return the pipeline of the test data set: the image loader, and the rest."""
     if not cfg.get('test_dataloader'):
         raise UserError(f'{name} has no test_dataloader, whose pipeline preprocesses images')
-    dataset = inner_dataset(cfg)
-    transforms = list(dataset.get('pipeline') or [])
+    transforms = list(inner_dataset(cfg).get('pipeline') or [])
     loader = TRANSFORMS.build(transforms[0]) if transforms else None
     if not isinstance(loader, LoadImageFromFile):
         raise UserError(
@@ -225,4 +215,4 @@ def _build_pipeline(cfg: Config, name: str) -> tuple[ConfigDict, LoadImageFromFi
             f'{type(loader).__name__}'
         )
     rest = [t for t in transforms[1:] if 'Annotations' not in str(t['type'])]
-    return dataset, loader, Compose(rest)
+    return loader, Compose(rest)

@@ -22,12 +22,12 @@ PASSIVE = ('Load', 'Pack', 'Collect')  # transforms that leave the pixels alone,
 
 def build_metadata(
     network: Network,
-    *,
-    dtype: str,
-    config: Config | None,
     classes: Sequence[str] = (),
     palette: Sequence[Sequence[int]] = (),
     categories: Sequence[Mapping[str, Any]] = (),
+    *,
+    dtype: str,
+    config: Config | None,
 ) -> tuple[dict[str, Any], str]:
     """Return the metadata of an exported network, and why its ``resize`` is unknown or ''."""
     model, preprocess = network.model, network.preprocess
