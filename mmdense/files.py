@@ -38,9 +38,7 @@ def atomic_write(file: Path, content: bytes | memoryview) -> None:
     """Write a file completely or not at all, even if the process or the machine stops.
 
     The content goes to a hidden ``.part`` file in the same folder, is flushed and renamed.
-
-    Raises:
-        WriteError: With the reason and the space needed and free.
+    WriteError has the reason and the space needed and free.
     """
     part = file.with_name(f'.{file.name}{PART_SUFFIX}')
     try:

@@ -67,10 +67,8 @@ def check_file(
     Of a complete model, predictions are compared, with a score threshold of 0 where there are no
     boxes, and in lower precision only that they overlap; of a part, outputs on random images.
     ``images`` come from :func:`find_images`; by default they are smooth noise. Scores within
-    1e-5 of the threshold, or of the last of a full list, are ties.
-
-    Raises:
-        UserError: if more than rounding differs, or onnxruntime cannot run the file.
+    1e-5 of the threshold, or of the last of a full list, are ties. UserError if more than rounding
+    differs, or onnxruntime cannot run the file.
     """
     if network.part != 'model' or network.task == 'depth':
         found, limits = _compare_outputs(file, network, batches), {}

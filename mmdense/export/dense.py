@@ -71,13 +71,10 @@ def decode_dense(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
 
-    Args:
-        head: Anchor head or anchor-free head that :func:`check_dense_head` accepts.
-        maps: The neck's feature maps, [N, C_i, H_i, W_i].
-        size: Height and width of the images in pixels, without padding.
-        cfg: The head's ``test_cfg``.
-        rpn: Whether the boxes are proposals, whose scores have no threshold and which are
-            suppressed by feature map instead of by class. Their labels are those of the maps.
+    ``head`` is one that :func:`check_dense_head` accepts, with its ``test_cfg``, ``maps`` are the
+    neck's, [N, C_i, H_i, W_i], ``size`` is the height and width of the images in pixels, without
+    padding. With ``rpn`` the boxes are proposals, whose scores have no threshold and which are
+    suppressed by feature map instead of by class; their labels are those of the maps.
     """
     cls_scores, bbox_preds, *rest = head(maps)
     factors = rest[0] if rest else [None] * len(cls_scores)  # centerness or the like

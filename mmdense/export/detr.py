@@ -44,11 +44,9 @@ def decode_detr(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return boxes [N, K, 4], scores [N, K], best first, and labels [N, K].
 
-    Args:
-        model: One that :func:`check_detr` accepts.
-        maps: The neck's feature maps, [N, D, H_i, W_i].
-        size: Height and width of the images in pixels, without padding.
-        padded: Height and width with padding; None if images are never padded.
+    ``model`` is one that :func:`check_detr` accepts, ``maps`` are the neck's, [N, D, H_i, W_i],
+    ``size`` is the height and width of the images in pixels without padding, ``padded`` with it, or
+    None if images are never padded.
     """
     sizes = [x.shape[2:] for x in maps]
     if padded is None:

@@ -28,14 +28,10 @@ def write_graph(
 ) -> tuple[dict[str, tuple[int | str, ...]], int]:
     """Write a network of one input to a file.
 
-    Args:
-        images: Example of the input [N, C, H, W]; H and W differ where they are dynamic.
-        names: Names of the outputs.
-        axes: Dynamic axes of the input, with their names.
-        metadata: JSON for the file's metadata, under ``mmdense``.
-
-    Returns:
-        The shapes of the input and outputs, whose dynamic axes are names, and the opset.
+    ``images`` [N, C, H, W] are an example of the input, whose H and W differ where they are
+    dynamic; ``names`` are those of the outputs, ``axes`` the dynamic axes of the input with their
+    names. ``metadata`` becomes JSON in the file, under ``mmdense``. Returns the shapes of the input
+    and outputs, whose dynamic axes are names, and the opset.
     """
     with ExitStack() as stack, warnings.catch_warnings(), torch.no_grad():
         stack.callback(logging.disable, logging.root.manager.disable)

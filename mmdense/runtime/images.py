@@ -27,10 +27,8 @@ def read_image(source: ImageSource) -> np.ndarray:
     """Return an image, uint8 [H, W, 3] in RGB, with the pixels of mmcv.
 
     16-bit images are read as their upper 8 bits, grey becomes colour, transparency is dropped.
-    CMYK, and 16-bit colour in TIFF and PPM, differ from mmcv's by up to 2 of 255.
-
-    Raises:
-        UserError: if a file is missing, damaged or not an image, or an array not uint8 [H, W, 3].
+    CMYK, and 16-bit colour in TIFF and PPM, differ from mmcv's by up to 2 of 255. UserError if a
+    file is missing, damaged or not an image, or an array not uint8 [H, W, 3].
     """
     if isinstance(source, np.ndarray):
         return check_pixels(source, 'RGB')
@@ -114,19 +112,13 @@ def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Pa
     """Find images, and name the pictures of their predictions.
 
     A file is taken whatever its suffix. Folders are searched recursively for image suffixes, also
-    through links, in sorted order, without hidden files and what :func:`.save_predictions` writes.
+    through links, in sorted order, without hidden files and what :func:`.save_predictions` writes
+    to ``out``.
 
-    Args:
-        sources: Files and folders.
-        out: The output folder of :func:`.save_predictions`.
-
-    Returns:
-        Image -> picture. Pictures have the same paths below ``OUT/pictures`` as the images below
-        their deepest common folder; .png is appended to suffixes other than JPEG, PNG and WebP.
-
-    Raises:
-        UserError: if a file or folder does not exist, a folder has no image, or a picture would
-            overwrite an image.
+    Returns image -> picture. Pictures have the same paths below ``OUT/pictures`` as the images
+    below their deepest common folder; .png is appended to suffixes other than JPEG, PNG and WebP.
+    UserError if a file or folder does not exist, a folder has no image, or a picture would
+    overwrite an image.
     """
     pictures = Path(out, PICTURES)
     written = {os.path.realpath(Path(out, name)) for name in (PICTURES, LABEL_MAPS)}

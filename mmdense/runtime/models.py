@@ -147,16 +147,10 @@ class Segmentor(OnnxPredictor):
 
 
 def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: Size, threshold: float) -> np.ndarray:
-    """Paste masks into an image as mmdet's FCNMaskHead does.
+    """Paste masks into an image as mmdet's FCNMaskHead does: bool [N, H, W].
 
-    Args:
-        masks: Probabilities inside the boxes, [N, h, w].
-        boxes: [N, 4] as x1, y1, x2, y2 in pixels.
-        size: H and W of the image.
-        threshold: Lowest probability of a pixel inside.
-
-    Returns:
-        bool [N, H, W].
+    ``masks`` [N, h, w] are probabilities inside the boxes, [N, 4] as x1, y1, x2, y2 in pixels. A
+    pixel of the object has at least ``threshold``.
     """
     (height, width), (h, w) = size, masks.shape[1:]
     pasted = np.zeros((len(masks), height, width), bool)

@@ -52,10 +52,9 @@ class BasePredictor:
         return prediction
 
     def __call__(self, images: ImageSource | Sequence[ImageSource]) -> list[Any]:
-        """Predict on one or several images; each is a file or an array.
+        """Predict on one or several images, files or arrays.
 
-        Raises:
-            UserError: for the first image that cannot be read, or that the model does not take.
+        UserError for the first image that cannot be read, or that the model does not take.
         """
         images = [images] if isinstance(images, str | Path | np.ndarray) else images
         results = []
@@ -86,10 +85,7 @@ class BasePredictor:
 
         Detection: masks if there are any, and boxes with class and score, the best ones on top;
         those with a score below ``score_thr`` are left out. Segmentation: the classes' colours over
-        the image, with the names of larger segments.
-
-        Raises:
-            UserError: if the image cannot be read.
+        the image, with the names of larger segments. UserError if the image cannot be read.
         """
         return self._draw(self._pixels(self._read(image)), self._arrays(prediction), score_thr)
 
@@ -101,16 +97,12 @@ class BasePredictor:
         return pixels
 
     def coco(self, prediction: Any, image_id: int, score_thr: float = 0.0) -> list[dict[str, Any]]:
-        """Return a prediction in COCO's result format.
+        """Return a prediction in COCO's result format, without scores below ``score_thr``.
 
-        Instances with a score below ``score_thr`` are left out.
-
-        Returns:
-            A dict per instance, in the model's order: ``image_id``, ``category_id`` (see
-            ``categories``), ``bbox`` as x, y, width, height in pixels, ``score``, and
-            ``segmentation`` (RLE as text) if there are masks. For a segmentor, a dict per class in
-            the image; its ``score`` is the mean probability of the class's pixels, and
-            ``score_thr`` does not apply.
+        That is a dict per instance, in the model's order: ``image_id``, ``category_id`` (see
+        ``categories``), ``bbox`` as x, y, width, height in pixels, ``score``, and ``segmentation``
+        (RLE as text) if there are masks. For a segmentor, it is a dict per class in the image; its
+        ``score`` is the mean probability of the class's pixels, and ``score_thr`` does not apply.
         """
         return self._coco(self._arrays(prediction), image_id, score_thr)
 
@@ -168,16 +160,9 @@ def save_predictions(
     ``images`` (with the path of the ``picture`` below OUT), ``annotations``, which are the
     predictions and have a ``score``, and ``categories``. It is written after the last image.
 
-    Args:
-        images: Image -> picture, from :func:`.find_images`.
-        out: OUT, the output folder.
-        score_thr: Instances with a lower score are neither drawn nor written.
-
-    Yields:
-        After each image None, or one line on why it was skipped.
-
-    Raises:
-        UserError: if a file cannot be written.
+    ``images`` are those of :func:`.find_images`; instances with a score below ``score_thr`` are
+    neither drawn nor written. After each image it yields None, or one line on why it was skipped.
+    UserError if a file cannot be written.
     """
     out = Path(out)
     dataset = dict(images=[], annotations=[], categories=predictor.categories)

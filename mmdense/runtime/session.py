@@ -103,8 +103,7 @@ class Session:
     ) -> dict[str, np.ndarray]:
         """Return the outputs, by default all, for images [N, 3, H, W] in RGB, from 0 to 255.
 
-        Raises:
-            UserError: if the model does not take images of this size or number.
+        UserError if the model does not take images of this size or number.
         """
         names = self._names if outputs is None else outputs
         try:

@@ -31,13 +31,9 @@ def draw_instances(
 ) -> np.ndarray:
     """Draw the boxes of instances with their classes, and their masks if they have any.
 
-    Predictions have scores: the best ones are drawn last. Ground truth has none: its outlines are
-    dashed.
-
-    Args:
-        image: The image, [H, W, 3].
-        instances: ``bboxes`` [N, 4] as x1, y1, x2, y2 in pixels, ``labels`` [N]; for predictions
-            ``scores`` [N]; optionally ``masks`` [N, H, W].
+    Instances have ``bboxes`` [N, 4] as x1, y1, x2, y2 in pixels, ``labels`` [N] and optionally
+    ``masks`` [N, H, W]. Predictions have ``scores`` [N]: the best ones are drawn last. Ground truth
+    has none: its outlines are dashed.
     """
     image = image.copy()
     width = 1 + round(min(image.shape[:2]) / 250)
@@ -78,10 +74,7 @@ def draw_label_map(
 ) -> np.ndarray:
     """Draw a segmentation over an image, with the class names of its larger segments.
 
-    Args:
-        image: The image, [H, W, 3].
-        label_map: The class of each pixel, [H, W]. Others, such as 255 where the ground truth is
-            unknown, show the image.
+    Where ``label_map`` [H, W] has no class, such as 255 for unknown ground truth, the image shows.
     """
     known = label_map < len(classes)
     colours = np.array(palette, np.uint8)[np.where(known, label_map, 0)]

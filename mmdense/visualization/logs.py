@@ -65,13 +65,9 @@ def main_metrics(names: Iterable[str]) -> list[str]:
 def read_scalars(work_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """Read the log in a training run's work dir, with those of all its resumptions.
 
-    Returns:
-        The records of the losses and those of the metrics, both in order. In a record of metrics
-        ``iter`` is the training iteration of the validation; AP of sizes that no object has and
-        what is no number are left out.
-
-    Raises:
-        UserError: if there is no training log.
+    Returns the records of the losses and those of the metrics, both in order. In a record of
+    metrics ``iter`` is the training iteration of the validation; AP of sizes that no object has and
+    what is no number are left out. UserError if there is no training log.
     """
     losses: dict[int, dict] = {}
     metrics: dict[int, dict] = {}
@@ -131,8 +127,7 @@ class Run:
 def read_runs(work_dirs: Sequence[str | Path]) -> list[Run]:
     """Read the logs of several runs, which are named by their paths below the common parent.
 
-    Raises:
-        UserError: if there is no training log in one of them.
+    UserError if there is no training log in one of them.
     """
     folders = list(dict.fromkeys(Path(folder).resolve() for folder in work_dirs))
     root = os.path.commonpath([folder.parent for folder in folders])
@@ -144,18 +139,10 @@ def plot_runs(
 ) -> list[str]:
     """Plot several runs in one figure: a panel for each key, a colour for each run.
 
-    Losses are smoothed; the raw values are drawn faintly behind them.
-
-    Args:
-        file: The .png, .svg or .pdf file to write.
-        keys: Names of logged values; by default the loss and :func:`main_metrics`. A panel leaves
-            out the runs without its key.
-
-    Returns:
-        The plotted keys.
-
-    Raises:
-        UserError: if no run has a key, or if the file has another suffix or cannot be written.
+    Losses are smoothed; the raw values are drawn faintly behind them. ``keys`` are names of logged
+    values, by default the loss and :func:`main_metrics`; a panel leaves out the runs without its
+    key. Returns the plotted keys. UserError if no run has a key, or if the file is no .png, .svg or
+    .pdf or cannot be written.
     """
     file = Path(file)
     if file.suffix not in FORMATS:
