@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,20 @@ def first_of(items: Sequence[Any], count: int = 5) -> str:
     """Return the first items, and how many there are more."""
     more = f' and {len(items) - count} more' if len(items) > count else ''
     return ', '.join(map(str, items[:count])) + more
+
+
+@contextmanager
+def explain(fault: str) -> Iterator[None]:
+    """Turn any error but a UserError into one, ``fault (the error in one line)``.
+
+    For calls of libraries whose parts each raise their own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f'{fault} ({one_line(error)})') from error
 
 
 def one_line(error: Exception) -> str:

@@ -8,7 +8,6 @@ pixels.
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 from collections import Counter
@@ -18,10 +17,11 @@ from typing import Any
 
 import torch
 import torchvision  # noqa: F401  (registers its operators)
-from mmengine.logging import print_log
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from mmdense.errors import warn
 
 
 def _sum_flop(
@@ -75,7 +75,8 @@ def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3
     """Return the MACs of a network for an image, and warn as :func:`model_costs` does."""
     unknown: Counter[str] = Counter()
     cost, _ = count_cost(net, torch.empty(1, in_channels, *size, device='meta'), unknown)
-    _warn(unknown)
+    if unknown:
+        warn(not_counted(unknown))
     return cost.macs
 
 
@@ -116,7 +117,8 @@ def model_costs(
         if head.with_mask:
             extractor = head.mask_roi_extractor or head.bbox_roi_extractor
             costs['mask_head'] = _roi_cost(head.mask_head, extractor, num_masks, unknown)
-    _warn(unknown)
+    if unknown:
+        warn(not_counted(unknown))
     return costs
 
 
@@ -154,11 +156,6 @@ def not_counted(unknown: Mapping[str, int]) -> str:
     """Return a line with the names and calls of these operators, '' if there are none."""
     calls = [f'{name} ({n} call{"s" * (n > 1)})' for name, n in sorted(unknown.items())]
     return f'not counted: {", ".join(calls)}' if calls else ''
-
-
-def _warn(unknown: Mapping[str, int]) -> None:
-    if unknown:
-        print_log(not_counted(unknown), logger='current', level=logging.WARNING)
 
 
 class _Watch(TorchDispatchMode):

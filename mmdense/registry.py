@@ -17,24 +17,17 @@ except ModuleNotFoundError:
         name='mmengine',
     ) from None
 
-ENGINE = ['mmdense.engine']
-MODELS = parents.Registry(
-    'model',
-    parent=parents.MODELS,
-    scope='mmdense',
-    locations=['mmdense.models', 'mmdense.models.necks', 'mmdense.models.heads', *ENGINE],
+
+def _child(parent: parents.Registry, *modules: str) -> parents.Registry:
+    return parents.Registry(parent.name, parent=parent, scope='mmdense', locations=[*modules])
+
+
+ENGINE = 'mmdense.engine'
+MODELS = _child(
+    parents.MODELS, 'mmdense.models', 'mmdense.models.necks', 'mmdense.models.heads', ENGINE
 )
-DATASETS = parents.Registry(
-    'dataset', parent=parents.DATASETS, scope='mmdense', locations=['mmdense.datasets.label_maps']
-)
-HOOKS = parents.Registry('hook', parent=parents.HOOKS, scope='mmdense', locations=ENGINE)
-LOOPS = parents.Registry('loop', parent=parents.LOOPS, scope='mmdense', locations=ENGINE)
-OPTIM_WRAPPERS = parents.Registry(
-    'optimizer wrapper', parent=parents.OPTIM_WRAPPERS, scope='mmdense', locations=ENGINE
-)
-OPTIM_WRAPPER_CONSTRUCTORS = parents.Registry(
-    'optimizer wrapper constructor',
-    parent=parents.OPTIM_WRAPPER_CONSTRUCTORS,
-    scope='mmdense',
-    locations=ENGINE,
-)
+DATASETS = _child(parents.DATASETS, 'mmdense.datasets.label_maps')
+HOOKS = _child(parents.HOOKS, ENGINE)
+LOOPS = _child(parents.LOOPS, ENGINE)
+OPTIM_WRAPPERS = _child(parents.OPTIM_WRAPPERS, ENGINE)
+OPTIM_WRAPPER_CONSTRUCTORS = _child(parents.OPTIM_WRAPPER_CONSTRUCTORS, ENGINE)

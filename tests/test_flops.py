@@ -27,7 +27,7 @@ def build(path, device='meta'):
 @pytest.fixture
 def warnings(monkeypatch):
     lines = []
-    monkeypatch.setattr(cost, 'print_log', lambda text, **options: lines.append(text))
+    monkeypatch.setattr(cost, 'warn', lines.append)
     return lines
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS
 from torch import nn
 
 from mmdense.config.evaluators import iter_metrics
-from mmdense.errors import first_of
+from mmdense.errors import first_of, warn
 from mmdense.export.metadata import inner_dataset
 from mmdense.visualization.draw import make_palette
 
@@ -69,10 +67,10 @@ def class_names(
         other = sources[1].get('classes')
         if named[0] is sources[0] and other and classes != tuple(map(str, other)):
             names = f'{first_of(classes)}, not {first_of(other)} as in the config'
-            _warn(f'the classes are those of the checkpoint: {names}')
+            warn(f'the classes are those of the checkpoint: {names}')
     else:
         classes = tuple(f'class {i}' for i in range(count or 0))
-        _warn(f'neither the checkpoint nor the config names {count} classes')
+        warn(f'neither the checkpoint nor the config names {count} classes')
     for source in named[:1] + sources:  # a palette of another source is better than none
         palette = source.get('palette')
         if isinstance(palette, list | tuple) and len(palette) >= len(classes):
@@ -99,7 +97,7 @@ def coco_categories(
     if sorted(names) == sorted(classes):
         if names != classes:
             orders = ('checkpoint', 'annotation file') if trained else ('annotation file', 'config')
-            _warn('the classes are in the order of the {}, not of the {}'.format(*orders))
+            warn('the classes are in the order of the {}, not of the {}'.format(*orders))
         if trained:
             categories.sort(key=lambda category: classes.index(category['name']))
         return categories
@@ -120,7 +118,3 @@ def _annotated_categories(cfg: Config) -> Sequence[Mapping[str, Any]]:
             except (OSError, ValueError, LookupError, TypeError):  # damaged, or another format
                 break
     return []
-
-
-def _warn(text: str) -> None:
-    print_log(text, 'current', logging.WARNING)

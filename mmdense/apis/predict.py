@@ -7,7 +7,6 @@ N = instances, K = classes.
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.device import get_device
-from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, TRANSFORMS, DefaultScope
 from mmengine.runner import CheckpointLoader
@@ -29,7 +27,7 @@ from mmdense.apis.classes import describe_classes
 from mmdense.config.channels import fill_channels
 from mmdense.config.read import load_config
 from mmdense.datasets.check import ERROR, ReadOptions, Sample, check_sample
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, explain, warn
 from mmdense.export.metadata import inner_dataset
 from mmdense.models.deploy import deploy as deploy_backbone
 from mmdense.runtime.images import ImageSource, check_pixels
@@ -94,7 +92,7 @@ class Predictor(BasePredictor):
         if type(model).__name__ == 'DepthEstimator':
             raise UserError(f'{name} predicts depth: only boxes, masks and classes can be drawn')
         if checkpoint is None:
-            print_log('no checkpoint: random weights', 'current', logging.WARNING)
+            warn('no checkpoint: random weights')
         meta = {} if checkpoint is None else _load_weights(model, str(checkpoint), min_loaded)
         if deploy:
             deploy_backbone(model)
@@ -106,10 +104,8 @@ class Predictor(BasePredictor):
         (results,) = read
         name = results['img_path'] or 'the image'
         with DefaultScope.overwrite_default_scope(self._scope), torch.no_grad():
-            try:
+            with explain(f'{name}: cannot be preprocessed'):
                 data = self._pipeline(dict(results))
-            except Exception as error:  # each transform, and OpenCV, raises its own
-                raise UserError(f'{name}: cannot be preprocessed ({one_line(error)})') from error
             try:
                 sample = self.model.test_step(pseudo_collate([data]))[0]
             except ValueError as error:  # mostly too small

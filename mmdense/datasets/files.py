@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import signal
@@ -23,7 +22,6 @@ from mmcv.transforms import LoadImageFromFile
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset
 from mmengine.fileio import list_dir_or_file
-from mmengine.logging import print_log
 from mmengine.registry import DATASETS, DefaultScope
 from PIL import Image
 
@@ -37,7 +35,7 @@ from mmdense.datasets.content import (
     compare_labels,
     count_suffixes,
 )
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, explain, one_line, warn
 
 CHUNK = 64  # samples per task of a worker
 FEW, MANY = 16, 500  # samples of a data set that are read before training
@@ -117,7 +115,7 @@ def check_data(cfg: Config, loaders: Sequence[str]) -> None:
         kinds[finding.kind].append(finding)
     for first, *more in kinds.values():
         text = f' ({len(more)} more: {HINT})' if more else ''
-        print_log(f'{first}: {first.fix}{text}', 'current', logging.WARNING)
+        warn(f'{first}: {first.fix}{text}')
 
 
 def _list_known(cfg: Config, loaders: Sequence[str], most: int) -> tuple[list, list]:
@@ -160,7 +158,7 @@ def check_trained_labels(cfg: Config, meta: Mapping[str, Any]) -> None:
             if {*options.names} & {*trained}:
                 raise_first(findings)
             for finding in findings:
-                print_log(f'{finding}: names differ', 'current', logging.WARNING)
+                warn(f'{finding}: names differ')
 
 
 def check_existence(dataset: BaseDataset, samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -198,10 +196,8 @@ def build_dataset(node: Mapping[str, Any], where: str) -> BaseDataset:
     paths = [node.get(key) for key in ('data_root', 'ann_file', 'data_prefix')]
     if '://' in str(paths) or any(part.get('backend_args') for part in readers):
         raise UserError(f'{where} is not on this machine: copy it here to check it')
-    try:
+    with explain(f'{where} cannot be built'):
         dataset = DATASETS.build({**node, 'lazy_init': True})
-    except Exception as error:  # datasets and transforms each raise their own
-        raise UserError(f'{where} cannot be built ({one_line(error)})') from error
     if not isinstance(dataset, BaseDataset):
         raise UserError(f'{where} is a {type(dataset).__name__}, not a dataset of mmengine')
     return dataset

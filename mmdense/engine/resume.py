@@ -12,7 +12,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from mmdense.engine.checkpoint_hook import POINTER, last_checkpoint
-from mmdense.errors import UserError, one_line, suggest_file, warn
+from mmdense.errors import UserError, explain, suggest_file, warn
 from mmdense.weights.files import read_checkpoint
 
 # What the states of optimizers and schedules have besides settings and names with an underscore.
@@ -68,11 +68,8 @@ def read_training(file: str | Path) -> dict[str, Any]:
     """Read a training checkpoint completely; UserError if it is damaged or has weights only."""
     file = Path(file)
     if zipfile.is_zipfile(file):
-        try:
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()  # torch does not compare checksums
-        except Exception as error:  # zipfile raises all kinds
-            raise UserError(f'{file} is damaged ({one_line(error)})') from error
+        with explain(f'{file} is damaged'), zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch does not compare checksums
         if damaged:
             raise UserError(f'{file} is damaged (checksum of {damaged})')
     checkpoint = read_checkpoint(file)

@@ -24,7 +24,7 @@ from mmengine.structures import BaseDataElement
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, explain
 from mmdense.export.metadata import inner_dataset
 from mmdense.export.networks import Network
 from mmdense.export.onnx_model import OnnxModel
@@ -91,13 +91,11 @@ def _compare_outputs(file: Path, network: Network, batches: Batches) -> dict[str
 
     found: dict[str, float] = defaultdict(float)
     for batch in batches:
-        try:
+        with explain('onnxruntime cannot run it'):
             session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
             dtype = torch.uint8 if 'uint8' in session.get_inputs()[0].type else torch.float32
             images = network.random_images(*batch, dtype)
             arrays = session.run(list(network.names), dict(images=images.numpy()))
-        except Exception as error:  # onnxruntime has a dozen classes of errors
-            raise UserError(f'onnxruntime cannot run it ({one_line(error)})') from error
         with torch.no_grad():
             for name, array, b in zip(network.names, arrays, network(images), strict=True):
                 a, same = torch.from_numpy(array), array.shape == b.shape

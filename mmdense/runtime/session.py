@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmdense.errors import UserError, one_line, suggest_file, suggest_name
+from mmdense.errors import UserError, explain, suggest_file, suggest_name
 
 SCHEMA = 1  # of the metadata
 PACKAGES = dict(cpu='onnxruntime', cuda='onnxruntime', openvino='openvino')  # by provider
@@ -50,12 +50,8 @@ class Session:
         if not find_spec(PACKAGES[provider]):
             raise UserError(f'{PACKAGES[provider]} is missing: pip install {PACKAGES[provider]}')
         load = self._load_openvino if provider == 'openvino' else self._load_onnxruntime
-        try:
+        with explain(f'{file}: cannot be loaded'):
             text, dtype = load(provider, threads or 0)
-        except UserError:
-            raise
-        except Exception as error:  # onnxruntime and OpenVINO have several of their own
-            raise UserError(f'{file}: cannot be loaded ({one_line(error)})') from error
         self.dtype = np.dtype('uint8' if 'uint8' in dtype else 'float32')
         self.metadata: dict[str, Any] = json.loads(text or '{}')
         schema, part = self.metadata.get('schema', 0), self.metadata.get('part')
@@ -106,13 +102,8 @@ class Session:
         UserError if the model does not take images of this size or number.
         """
         names = self._names if outputs is None else outputs
-        try:
+        shapes = images.shape, self.shape
+        given, taken = (' x '.join(str(n or 'any') for n in shape) for shape in shapes)
+        with explain(f'{self.file} fails on images {given}, it takes {taken}'):
             values = self._run(names, dict(images=np.ascontiguousarray(images, self.dtype)))
-        except Exception as error:  # onnxruntime and OpenVINO have several of their own
-            given, taken = (
-                ' x '.join(str(n or 'any') for n in shape) for shape in (images.shape, self.shape)
-            )
-            raise UserError(
-                f'{self.file} fails on images {given}, it takes {taken} ({one_line(error)})'
-            ) from error
         return dict(zip(names, values, strict=True))

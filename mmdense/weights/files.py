@@ -25,7 +25,7 @@ from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from torch import Tensor
 
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, explain
 from mmdense.files import atomic_write
 
 TRUST = 'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD'  # torch's own variable
@@ -52,7 +52,7 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
     file = Path(file).expanduser()
     if not file.is_file():
         raise UserError(f'no file {file}' + (': it is a folder' if file.is_dir() else ''))
-    try:
+    with explain(f'{file} is damaged, or not a checkpoint'):
         with file.open('rb') as stream:
             start = stream.read(64)
         if not start:
@@ -64,10 +64,6 @@ def read_checkpoint(file: str | Path, map_location: Any = 'cpu') -> dict[str, An
                 if start.lstrip().startswith(lookalike):
                     raise UserError(f'{file} is not a checkpoint, but {name}')
             checkpoint = _read_torch(file, map_location)
-    except UserError:
-        raise
-    except Exception as error:  # the system, torch, zipfile and safetensors each raise their own
-        raise UserError(f'{file} is damaged, or not a checkpoint ({one_line(error)})') from error
     if not isinstance(checkpoint, dict):
         raise UserError(f'{file} holds a {type(checkpoint).__name__}, not a checkpoint')
     if isinstance(checkpoint.get('meta'), dict):

@@ -21,7 +21,7 @@ from mmengine.runner import CheckpointLoader
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from mmdense.errors import UserError, one_line
+from mmdense.errors import UserError, one_line, warn
 from mmdense.weights.formats import LINEAR, Format, recognise, state_dict_of
 
 SHOWN = 3  # names in a message
@@ -272,7 +272,7 @@ def _prefixes(names: Iterable[str]) -> dict[str, None]:
 def check_min_loaded(min_loaded: float | None, min_coverage: float | None = None) -> float | None:
     """Return ``min_loaded``, a share from 0 to 1 or ValueError; ``min_coverage`` is deprecated."""
     if min_coverage is not None:
-        print_log('min_coverage is a deprecated alias of min_loaded', 'current', logging.WARNING)
+        warn('min_coverage is a deprecated alias of min_loaded')
         min_loaded = min_coverage
     if min_loaded is not None and not 0 <= min_loaded <= 1:
         raise ValueError(f'min_loaded is {min_loaded}, must be from 0 to 1')

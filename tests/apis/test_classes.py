@@ -18,7 +18,7 @@ DIGIT_COLOURS = [(0, i, 0) for i in range(10)]
 @pytest.fixture
 def log(monkeypatch):
     lines = []
-    monkeypatch.setattr(classes, 'print_log', lambda text, *args: lines.append(text))
+    monkeypatch.setattr(classes, 'warn', lines.append)
     return lines
 
 

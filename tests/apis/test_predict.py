@@ -155,7 +155,7 @@ def test_a_checkpoint_must_fill_the_model(detector, tmp_path):
 
 def test_the_config_s_image_loader_and_norms(file, pixels, monkeypatch):
     lines = []
-    monkeypatch.setattr(predict, 'print_log', lambda text, *args: lines.append(text))
+    monkeypatch.setattr(predict, 'warn', lines.append)
     cfg = config()
     cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # resized without rounding
     cfg.model.neck.norm_cfg = dict(type='SyncBN')

@@ -339,7 +339,7 @@ def test_what_stops_training(tmp_path):
 
 def test_a_checkpoint_of_other_classes(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(files_module, 'print_log', lambda text, *args: lines.append(text))
+    monkeypatch.setattr(files_module, 'warn', lines.append)
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=boxes(tmp_path))))
     for classes in (('a', 'b'), None):
         check_trained_labels(cfg, dict(dataset_meta=dict(classes=classes)))

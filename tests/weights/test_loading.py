@@ -46,6 +46,7 @@ def log(monkeypatch):
         lines.append((level, text))
 
     monkeypatch.setattr(loading, 'print_log', print_log)
+    monkeypatch.setattr(loading, 'warn', lambda text: lines.append((logging.WARNING, text)))
     return lines
 
 
