@@ -1,7 +1,5 @@
 """What all commands share: parsers, --cfg-options and errors in one line."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import functools

@@ -1,7 +1,5 @@
 """UserError, and the pieces that one-line messages are made of."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import logging

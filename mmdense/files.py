@@ -1,7 +1,5 @@
 """Atomic writes, checksums, and one-line errors for a disk that cannot be written."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

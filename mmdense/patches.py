@@ -1,7 +1,5 @@
 """The changes that mmdense makes to other libraries, all in one place."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """The names, colours and COCO category ids of the classes that a model predicts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Converting weights of other projects to files with mmdense's keys."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

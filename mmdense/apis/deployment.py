@@ -1,7 +1,5 @@
 """Prepare a trained model for deployment: condense it, and compare the costs of its forms."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Export a model to ONNX: boxes, masks or a segmentation in one file, or parts of the model."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

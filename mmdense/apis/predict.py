@@ -4,8 +4,6 @@ Shapes: H, W = height and width of an image in pixels, upright (EXIF orientation
 N = instances, K = classes.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 C_i and s_i are the channels and the stride of the i-th feature map.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 All raise UserError if the config does not have what they change.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec

@@ -1,7 +1,5 @@
 """The metrics of a config, and whether their files are those of the data that they evaluate."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

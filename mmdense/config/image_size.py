@@ -1,7 +1,5 @@
 """The size of a config's training images."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

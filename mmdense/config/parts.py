@@ -3,8 +3,6 @@
 They are compared with the registries and with signatures before anything is built.
 """
 
-from __future__ import annotations
-
 import difflib
 import functools
 import inspect

@@ -3,8 +3,6 @@
 Python and YAML configs are executed: only run configs you trust.
 """
 
-from __future__ import annotations
-
 import ast
 import traceback
 from collections.abc import Mapping

@@ -4,8 +4,6 @@
 segmentor.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 import inspect

@@ -5,8 +5,6 @@ an image here, and images above :data:`MAX_PIXELS` are rejected by their header.
 (width, height) in pixels, as in annotation files.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Hashable, Mapping, Sequence

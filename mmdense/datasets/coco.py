@@ -1,7 +1,5 @@
 """Checks of COCO annotation files, as mmdet and pycocotools read them."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Checks of complete data sets: what is left to learn of each class, and do they agree?"""
 
-from __future__ import annotations
-
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

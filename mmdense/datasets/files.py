@@ -1,7 +1,5 @@
 """The files of a config's datasets, and their checks before and during training."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal

@@ -1,7 +1,5 @@
 """A data set of images and label maps whose pixel values are not the classes' indices."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

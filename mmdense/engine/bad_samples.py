@@ -1,7 +1,5 @@
 """Runners that name the image or label map that stops them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints that stay intact however the run ends."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

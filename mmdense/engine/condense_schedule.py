@@ -1,7 +1,5 @@
 """The schedule by which CondenseNetV2's connections are pruned during training."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmengine.dist import broadcast

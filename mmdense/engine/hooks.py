@@ -1,7 +1,5 @@
 """Hooks for channels-last training, compiled backbones and the load report."""
 
-from __future__ import annotations
-
 import gc
 from typing import Any
 

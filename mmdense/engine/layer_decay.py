@@ -1,7 +1,5 @@
 """Layer-wise learning rate decay from the heads down to the backbone's stem."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from numbers import Real

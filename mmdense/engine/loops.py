@@ -5,8 +5,6 @@ loops in place of mmengine's, with the same arguments. These differ in four poin
 (:mod:`.seeding`), resuming within an epoch, a validation that was due at the end, and SIGTERM.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

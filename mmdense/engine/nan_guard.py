@@ -1,7 +1,5 @@
 """Stop training on NaN or infinite losses and weights, before they reach a checkpoint."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

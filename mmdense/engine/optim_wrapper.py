@@ -1,7 +1,5 @@
 """Mixed-precision training in bfloat16, on CPUs and GPUs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Advice in one line when memory runs out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 

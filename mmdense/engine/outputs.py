@@ -4,8 +4,6 @@ mmdet and mmseg name such files by the image's last name alone, so that of ``cam
 ``cam1/1.jpg`` only one would be left.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Finding and reading the checkpoint to resume from."""
 
-from __future__ import annotations
-
 import re
 import zipfile
 from collections.abc import Mapping

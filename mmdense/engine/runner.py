@@ -1,7 +1,5 @@
 """Building a runner that can start, or one line that says why it cannot."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence

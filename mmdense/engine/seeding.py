@@ -5,8 +5,6 @@ process is seeded by (seed, rank, iteration) and each batch, whichever process l
 rank, number of the batch in the run).
 """
 
-from __future__ import annotations
-
 import itertools
 import multiprocessing
 import random

@@ -5,8 +5,6 @@ file may not differ more than the model itself after noise of 1e-5. With random 
 ranks the proposals, with trained ones it changes ties only.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections import defaultdict

@@ -6,8 +6,6 @@ take the same steps on whole batches, so that they export with dynamic axes.
 Shapes: N images, C classes, P boxes of all feature maps, K = ``cfg.max_per_img`` boxes at most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ Shapes: N images, L feature maps of H_i x W_i, P pixels of all of them, Q querie
 M heads, K = ``test_cfg.max_per_img`` boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Write a network to an ONNX file of standard operators."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

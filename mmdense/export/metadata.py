@@ -4,8 +4,6 @@ The dictionary is JSON in the file's metadata, under the key ``mmdense``; pixels
 sides are width, height in ``resize`` and ``pad``, and height, width elsewhere.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: N images of C channels, H x W pixels; K detections; the outputs are in each class.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Shapes: B images, or pairs of image and class; C classes; P boxes. A score of -1
 left out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

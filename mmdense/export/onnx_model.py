@@ -1,7 +1,5 @@
 """Exported files in the place of their models: with the config's data, samples and metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path

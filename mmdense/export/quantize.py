@@ -3,8 +3,6 @@
 Convolutions and matrix products compute in it. Boxes do not: above 1024 float16 has steps of 1.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Shapes: N images, P proposals, C classes, K = ``test_cfg.max_per_img`` boxes at most.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Predict on images by an exported model, and save pictures and COCO results, as infer.py does."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Shapes: H, W = height and width of an image in pixels, upright (EXIF orientation is applied).
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence

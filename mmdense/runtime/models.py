@@ -1,7 +1,5 @@
 """Detectors and segmentors from an exported file: ``Detector('model.onnx')('image.jpg')``."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

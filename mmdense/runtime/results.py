@@ -5,8 +5,6 @@ upright image, ``scores`` [N], ``labels`` [N] and, if the model predicts them, `
 A segmentation: ``label_map`` [H, W] and ``probabilities`` [H, W], of each pixel's class.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path

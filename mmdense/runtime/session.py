@@ -1,7 +1,5 @@
 """An exported file in onnxruntime or OpenVINO."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Sequence

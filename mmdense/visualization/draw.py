@@ -4,8 +4,6 @@ Images and drawings are uint8 arrays [H, W, 3] in RGB; images are not modified. 
 colour per class: (R, G, B), each from 0 to 255.
 """
 
-from __future__ import annotations
-
 import colorsys
 import functools
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Read training logs and plot their losses and metrics."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

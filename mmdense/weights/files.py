@@ -1,7 +1,5 @@
 """Reading and writing checkpoint files. Reading never executes what a file contains."""
 
-from __future__ import annotations
-
 import argparse
 import codecs
 import functools

@@ -5,8 +5,6 @@ mmengine only warns about tensors that don't fit, and continues with random weig
 :class:`~mmdense.engine.LoadReportHook`, which the tools register, checks what a runner loads.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping

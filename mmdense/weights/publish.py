@@ -1,7 +1,5 @@
 """Publishing: from a training checkpoint to a file of the weights alone, named by its content."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

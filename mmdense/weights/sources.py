@@ -4,8 +4,6 @@ The names of ``torchvision://``, ``openmmlab://`` and ``mmcls://`` are those of 
 :func:`mmdense.patches.apply_patches` makes mmengine load them by the functions in :data:`SCHEMES`.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import os

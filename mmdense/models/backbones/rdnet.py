@@ -8,8 +8,6 @@ at the end of the last dense stage of each stride, before that norm.
 Parameter names are those of timm's ``rdnet_*``; tests compare the outputs.
 """
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

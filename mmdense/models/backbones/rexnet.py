@@ -10,8 +10,6 @@ ReXNet-lite is the authors' variant for fast inference: no gates, ReLU6 througho
 multiples of 8. Parameter names are those of timm's ``rexnet_*``; tests compare the outputs.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

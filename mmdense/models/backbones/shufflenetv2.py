@@ -8,8 +8,6 @@ reads. Feature maps are taken after the pooling, each stage and the last convolu
 Parameter names are those of torchvision's ``shufflenet_v2_*``; tests compare the outputs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Folding of batch norms, which are affine maps in evaluation, into convolutions."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from typing import Any

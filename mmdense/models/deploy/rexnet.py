@@ -5,8 +5,6 @@ weights' format; on a CPU that is the faster one. A block writes only to memory 
 so returned feature maps are never written again. All operators are torch's public ones.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F

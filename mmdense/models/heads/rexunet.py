@@ -3,8 +3,6 @@
 Shapes: N images, C_k channels of the encoder's feature map k, K output channels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 

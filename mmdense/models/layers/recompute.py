@@ -1,7 +1,5 @@
 """Activation checkpointing that counts each batch once in running statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any

@@ -5,8 +5,6 @@ doesn't know. The format of a file is recognised by its keys. Checkpoints of mmd
 have the keys of their family's first format, which therefore maps them onto themselves.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

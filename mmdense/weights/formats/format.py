@@ -1,7 +1,5 @@
 """A weight format: rules that rename its keys to mmdense's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """RDNet: timm's and the authors' classifiers, feature extractors, and the released detectors."""
 
-from __future__ import annotations
-
 from mmdense.weights.formats.format import AFFINE, Format
 
 BLOCK = rf'dense_block\d+\.(?:gamma|layers\.layers\.(?:[0124]|5\.fc)\.{AFFINE})'

@@ -1,7 +1,5 @@
 """ReXNet: timm's classifiers, clovaai's, and the ReXNet U-Net."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mmdense.weights.formats.format import AFFINE, NORM, Format, Rule
