@@ -65,11 +65,9 @@ def load_config(
 ) -> Config:
     """Read a config file (see :func:`read_config`) and apply the options that all tools share.
 
-    Args:
-        options: Overrides, as ``--cfg-options`` gives them. ``data_root`` replaces the config's
-            ``data_root`` everywhere: in data sets, annotation files and metrics.
-        work_dir: Folder of logs and checkpoints; by default the config's, or ``work_dirs/<name>``.
-        launcher: How processes were started: 'none', 'pytorch', 'slurm' or 'mpi'.
+    ``options`` are those of ``--cfg-options``; ``data_root`` replaces the config's everywhere: in
+    data sets, annotation files and metrics. ``work_dir`` is by default the config's, or
+    ``work_dirs/<name>``.
     """
     cfg = read_config(path)
     check_sections(cfg, path)

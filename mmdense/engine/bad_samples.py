@@ -26,7 +26,6 @@ class NamedPipeline(Compose):
         self.options = options
 
     def __call__(self, info: dict) -> dict | None:
-        """Run the transforms on a sample, as the data set lists it."""
         if 'img_path' not in info:  # not one image
             return super().__call__(info)
         sample = to_sample(info)
@@ -57,7 +56,6 @@ class NamedPipeline(Compose):
         return data
 
     def _check_labels(self, packed: BaseDataElement, sample: Sample) -> None:
-        """Refuse labels outside the classes."""
         labels = packed.gt_sem_seg.data
         classes = self.options.classes
         unknown = ((labels < 0) | (labels >= classes)) & (labels != self.options.ignored)

@@ -34,11 +34,9 @@ class AtomicFileBackend(LocalBackend):
         atomic_write(Path(filepath), obj)
 
     def remove(self, filepath: str | Path) -> None:
-        """Mark a file for removal."""
         self._outdated.append(Path(filepath))
 
     def remove_outdated(self) -> None:
-        """Remove the marked files."""
         while self._outdated:
             self._outdated.pop().unlink(missing_ok=True)
 

@@ -35,14 +35,12 @@ class CondenseScheduleHook(Hook):
     """
 
     def before_train(self, runner: Runner) -> None:
-        """Find the network and its stage of pruning."""
         self._net = _find_network(runner.model)
         # As Python numbers, since reading the buffers would wait for the device.
         self._stage = self._net.stage
         self._share = self._net.connections()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        """Prune to the stage that the progress of the run calls for."""
         net = self._net
         progress = runner.iter / runner.max_iters
         stage = pruning_stage(progress, net.arch.factor)

@@ -60,17 +60,14 @@ class CompileBackboneHook(Hook):
         self._calls = [(backbone, backbone._compiled_call_impl) for backbone in backbones]
 
     def before_val(self, runner: Runner) -> None:
-        """Switch to the uncompiled backbones."""
         for backbone, _ in self._calls:
             backbone._compiled_call_impl = None
 
     def after_val(self, runner: Runner) -> None:
-        """Switch back to the compiled backbones."""
         for backbone, call in self._calls:
             backbone._compiled_call_impl = call
 
     def after_train(self, runner: Runner) -> None:
-        """Leave the backbones uncompiled."""
         self.before_val(runner)
         self._calls = []
 

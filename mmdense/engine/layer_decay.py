@@ -73,7 +73,6 @@ class LayerDecayOptimWrapperConstructor(DefaultOptimWrapperConstructor):
                 raise ValueError(f'optimizer.{key} must be a number for layer decay to scale')
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
-        """Build the optimizer wrapper of a model."""
         if any(c.__name__ == FSDP for m in model.modules() for c in type(m).__mro__):
             raise ValueError(f'layer decay does not support {FSDP}, which flattens parameters')
         return super().__call__(model)

@@ -164,7 +164,6 @@ class EpochBasedTrainLoop(_Resumable, MMEngineEpochBasedTrainLoop):
     endless = False
 
     def run(self) -> nn.Module:
-        """Train, and return the model."""
         with self._running():
             if self._iter and not self._done():
                 self._validate(self._epoch, self._max_epochs)
@@ -203,7 +202,6 @@ class IterBasedTrainLoop(_Resumable, MMEngineIterBasedTrainLoop):
     endless = True
 
     def run(self) -> nn.Module:
-        """Train, and return the model."""
         runner = self.runner
         with self._running():
             # To the hooks, the run is one epoch.

@@ -73,7 +73,6 @@ class NaNGuardHook(Hook):
         data_batch: Any = None,
         outputs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Check the losses of an iteration."""
         hub = runner.message_hub  # mmengine's log, of Python numbers
         values = {n: hub.get_scalar(f'train/{n}').current() for n in outputs or () if 'loss' in n}
         bad = tuple(f'{n} {value}' for n, value in values.items() if not math.isfinite(value))
@@ -93,7 +92,6 @@ class NaNGuardHook(Hook):
             raise UserError(_message(runner, [first for first in firsts if first], bool(broken)))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Refuse to save weights that are not finite."""
         if self._weights_broken(runner):
             firsts = [self._first] if self._streak else []
             raise UserError(_message(runner, firsts, broken=True))

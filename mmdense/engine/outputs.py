@@ -45,7 +45,6 @@ class SaveLabelMapsHook(Hook):
         data_batch: Any = None,
         outputs: Sequence[BaseDataElement] | None = None,
     ) -> None:
-        """Save the label maps of a batch."""
         for sample in outputs or ():
             labels = sample.pred_sem_seg.data.squeeze(0).cpu().numpy()
             labels = labels + bool(sample.get('reduce_zero_label'))
@@ -67,7 +66,6 @@ class SavePredictionsHook(Hook):
     def after_test_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = ()
     ) -> None:
-        """Keep the predictions of a batch."""
         self._metric.process(data_batch, [sample.to_dict() for sample in outputs])
 
     def after_test_epoch(self, runner: Runner, metrics: dict | None = None) -> None:

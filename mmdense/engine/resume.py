@@ -26,17 +26,12 @@ class NoTrainingError(UserError):
 def use_checkpoint(
     cfg: Config, resume: str | None, load_from: str | None = None, min_loaded: float = 1.0
 ) -> None:
-    """Resume a training or start from a model's weights.
+    """Let a complete config resume a training, or start from the weights of a complete model.
 
-    A local checkpoint is read completely: UserError if it is damaged, or all of the work dir are. A
-    run without a seed resumes with the seed it was started with.
-
-    Args:
-        cfg: A complete config; changed in place, like ``resume`` and ``load_from`` by default its.
-        resume: A checkpoint; 'auto' for the latest one in the work dir, if any.
-        load_from: The weights of a complete model to start from.
-        min_loaded: Share of the backbone's tensors that ``load_from`` must fill. With 1 the
-            backbone's ``init_cfg`` is not needed and removed.
+    ``resume`` is a checkpoint, or 'auto' for the latest one in the work dir, if any; like
+    ``load_from`` it is by default the config's. A local checkpoint is read completely: UserError if
+    it is damaged, or all of the work dir are. A run without a seed resumes with the seed it was
+    started with. Where all of the backbone is loaded, its ``init_cfg`` is removed.
     """
     if load_from:
         if resume:

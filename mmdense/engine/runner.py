@@ -37,16 +37,13 @@ RESUMABLE = {
 def build_runner(
     cfg: Config, *, loaders: Sequence[str], min_loaded: float = 1.0
 ) -> mmengine.runner.Runner:
-    """Check a config and build the runner.
+    """Check a config of :func:`.load_config`, change it in place, and build the runner.
 
-    Args:
-        cfg: As :func:`.load_config` returns it; changed in place. For training, mmengine's loops
-            and checkpoint hook are replaced by mmdense's, which resume a killed run exactly.
-            Without a GPU, float16 becomes float32, processes communicate through gloo, and SyncBN
-            becomes BN, each with one warning.
-        loaders: Which loaders will run: of 'train', 'val' and 'test'.
-        min_loaded: Least share, from 0 to 1, of the model's tensors that a checkpoint must fill; of
-            the backbone's, if training starts from it (``load_from``).
+    ``loaders`` are those that will run, of 'train', 'val' and 'test'. A checkpoint must fill the
+    share ``min_loaded`` of the model's tensors, or of the backbone's if training starts from it
+    (``load_from``). For training, mmengine's loops and checkpoint hook are replaced by mmdense's,
+    which resume a killed run exactly. Without a GPU, float16 becomes float32, processes communicate
+    through gloo, and SyncBN becomes BN, each with one warning.
 
     UserError if a file of data or metrics is missing, of other data or has an error that
     :func:`.check_data` finds, a part of the config is misspelt, channels, classes or ignored labels

@@ -106,8 +106,7 @@ class Network(nn.Module):
     def fit_divisor(self, size: tuple[int, int]) -> None:
         """Pad to the smallest multiple that the network takes, for necks that add feature maps.
 
-        Raises:
-            UserError: if the network does not run on images of this size.
+        UserError if the network does not run on images of this size.
         """
         original = self.preprocess.divisor
         height, width = (side // DIVISORS[-1] * DIVISORS[-1] + DIVISORS[-1] for side in size)
@@ -131,10 +130,8 @@ class Detector(Network):
     """Images to ``boxes`` [N, K, 4], ``scores`` [N, K], ``labels`` [N, K], ``masks`` [N, K, h, w].
 
     Boxes are x1, y1, x2, y2 in pixels, best first; those with a score <= 0 are padding. ``masks``
-    are probabilities inside the boxes, of instance segmentation only.
-
-    Raises:
-        UserError: if the model has parts that cannot be exported.
+    are probabilities inside the boxes, of instance segmentation only. UserError if the model has
+    parts that cannot be exported.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -281,12 +278,9 @@ class Part(Network):
 def build_network(model: nn.Module, part: str | None) -> Network:
     """Return a copy of a model, or of a part of it, that :func:`.write_graph` exports.
 
-    Args:
-        part: 'model' (boxes, masks or segmentation), 'raw' (a dense head's outputs, or logits),
-            'neck' or 'backbone'. By default 'model', or all there is of a model without a head.
-
-    Raises:
-        UserError: if the model does not have the part, or it cannot be exported.
+    ``part`` is 'model' (boxes, masks or segmentation), 'raw' (a dense head's outputs, or logits),
+    'neck' or 'backbone'; by default 'model', or all there is of a model without a head. UserError
+    if the model does not have the part, or it cannot be exported.
     """
     kind = type(model).__name__
     two_stage = hasattr(model, 'roi_head')

@@ -48,13 +48,10 @@ def translations() -> dict[Any, Callable[..., Any]]:
 
 
 def suppress(boxes: Tensor, scores: Tensor, iou_threshold: float, count: int) -> Tensor:
-    """Return the scores [B, C, P], and -1 where a better box of the same class overlaps.
+    """Return the scores [B, C, P], and -1 where a better box of the same class overlaps more.
 
-    Args:
-        boxes: [B, P, 4] as x1, y1, x2, y2.
-        scores: [B, C, P].
-        iou_threshold: Boxes that overlap more are left out.
-        count: How many boxes are used at most, of all classes; no limit if it is <= 0.
+    ``boxes`` [B, P, 4] are x1, y1, x2, y2. ``count`` are used at most, of all classes; all if it is
+    <= 0.
     """
     limit = count if count > 0 else UNLIMITED
     image, label, box = non_max_suppression(boxes, scores, limit, iou_threshold).unbind(1)

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from mmdense.ops._common import widen
 
@@ -77,16 +78,7 @@ def nms_match(dets: Tensor, iou_threshold: float) -> list[list[int]]:
     groups = []
     while order.numel():
         first, rest = order[:1], order[1:]
-        matched = _overlaps(dets[first, :4], dets[rest, :4]) >= iou_threshold
+        matched = box_iou(dets[first, :4], dets[rest, :4])[0] >= iou_threshold
         groups.append(torch.cat((first, rest[matched])).tolist())
         order = rest[~matched]
     return groups
-
-
-def _overlaps(first: Tensor, second: Tensor) -> Tensor:
-    """Return the IoU of boxes [..., 4]; leading dimensions broadcast."""
-    low = torch.maximum(first[..., :2], second[..., :2])
-    high = torch.minimum(first[..., 2:], second[..., 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (first, second)]
-    return inter / (areas[0] + areas[1] - inter)

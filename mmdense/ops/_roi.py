@@ -119,9 +119,11 @@ def roi_pool_backward(
     """Write the gradient of the feature maps to ``grad_input`` [N, C, H, W]."""
     (grad,) = widen(grad_output)
     rois, _ = _usable(rois, len(grad_input))
-    total = grad.new_zeros(grad_input.numel())
-    index = _planes(rois, grad_input) + argmax.clamp(min=0)
-    total.scatter_add_(0, index.flatten(), (grad * (argmax >= 0)).flatten())
+    image = rois[:, 0].long()[:, None, None, None]
+    channel = torch.arange(grad_input.size(1), device=rois.device)[:, None, None]
+    place = image, channel, argmax.clamp(min=0).long()
+    total = torch.zeros_like(grad_input, dtype=grad.dtype).flatten(2)
+    total.index_put_(place, grad * (argmax >= 0), accumulate=True)
     grad_input.copy_(total.view_as(grad_input))
 
 
@@ -148,11 +150,3 @@ def _bin_edges(low: Tensor, high: Tensor, bins: int, limit: int) -> tuple[Tensor
     first = edges[:, :-1].floor().clamp(0, limit).long()
     last = edges[:, 1:].ceil().clamp(0, limit).long()
     return first, (last - first).clamp(min=0)
-
-
-def _planes(rois: Tensor, grad_input: Tensor) -> Tensor:
-    """Return the flat index [R, C, 1, 1] of the first pixel that each RoI's channel reads."""
-    channels, height, width = grad_input.shape[1:]
-    channel = torch.arange(channels, device=rois.device)
-    plane = rois[:, 0, None].long() * channels + channel
-    return plane[:, :, None, None] * (height * width)

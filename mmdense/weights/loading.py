@@ -303,7 +303,6 @@ class PretrainedInit(MMEnginePretrainedInit):
         self.min_loaded = check_min_loaded(min_loaded, min_coverage)
 
     def __call__(self, module: nn.Module) -> None:
-        """Load the weights into a module."""
         try:
             load_checked(
                 module,

@@ -110,7 +110,7 @@ class TimmBackbone(Backbone):
             # timm's set_grad_checkpointing would count each batch twice in running statistics.
             for depth, block in _largest(net, self._depths['layer']):
                 if 0 < depth < self._depths['layer'][HEAD]:
-                    block.forward = partial(_recomputed, _Plain(block))
+                    block.forward = partial(_recomputed, block)
         self._freeze()
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
@@ -221,21 +221,17 @@ def _largest(
             yield from _largest(child, group_of, path)
 
 
-class _Plain(nn.Module):
-    """Run the ``forward`` of a block's class, since the block's was replaced."""
+def _recomputed(block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    """Run the ``forward`` of a block's class, since this function replaces the block's.
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
+    Lists are copied, since blocks write to them (HRNet) or append to them later (DenseNet).
+    """
 
-    def forward(self, inputs: tuple, options: dict) -> Any:
-        return type(self.block).forward(self.block, *_copied(inputs), **options)
+    def call(*inputs: Any) -> Any:
+        return type(block).forward(block, *_copied(inputs), **options)
 
-
-def _copied(inputs: tuple) -> tuple:
-    """Copy lists, since blocks write to them (HRNet) or append to them later (DenseNet)."""
-    return tuple(x[:] if isinstance(x, list) else x for x in inputs)
+    return recompute(block, *_copied(inputs), call=call)
 
 
-def _recomputed(plain: _Plain, *inputs: Any, **options: Any) -> Any:
-    return recompute(plain, _copied(inputs), options)
+def _copied(inputs: tuple) -> list:
+    return [x[:] if isinstance(x, list) else x for x in inputs]

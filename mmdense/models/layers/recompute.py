@@ -1,6 +1,6 @@
 """Activation checkpointing that counts each batch once in running statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,12 +17,15 @@ UNREAD = dict(
 )
 
 
-def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
+def recompute(
+    module: nn.Module | Sequence[nn.Module], *inputs: Any, call: Callable[..., Any] | None = None
+) -> Any:
     """Return ``module(*inputs)``, saving only the inputs and recomputing it in backward.
 
     Outputs, gradients, random numbers and running statistics are those of the plain call; torch's
     ``checkpoint`` alone would count each batch twice. Before torch 2.12 compiled graphs contain the
-    plain call. Several modules run in sequence; inputs are tensors, or lists of them.
+    plain call. Several modules run in sequence; inputs are tensors, or lists of them. ``call`` runs
+    a module in another way than by calling it.
     """
     modules = [module] if isinstance(module, nn.Module) else module
 
@@ -32,6 +35,7 @@ def recompute(module: nn.Module | Sequence[nn.Module], *inputs: Any) -> Any:
         return values[0]
 
     compiling = torch.compiler.is_compiling()
+    run = call or run
     if not torch.is_grad_enabled() or (compiling and not COUNTS_ONCE):
         return run(*inputs)
     contexts = dict(context_fn=lambda: (nullcontext(), StatisticsUntouched(modules)))
