@@ -69,7 +69,9 @@ def export_onnx(
     or nothing. :mod:`.metadata` describes what the file says about itself.
 
     onnxruntime then runs the file on several batches of the config's validation images, if there
-    are some. If its outputs differ from the model's predictions, no file is written.
+    are some. UserError, and no file, if its outputs differ from the model's predictions, the model
+    does not have the part or cannot be exported, packages are missing, torch is older than 2.6, or
+    the file cannot be written.
 
     Args:
         model: A detector, segmentor or backbone with its weights; it is not modified.
@@ -82,13 +84,8 @@ def export_onnx(
         deploy: Export the backbone's inference form, if it has one.
         dtype: Of ``images``: 'uint8' or 'float32'.
         fixed: Fix the batch size at 1, and the image size.
-        score: Lowest score of boxes, instead of the model's ``test_cfg.score_thr``.
-        iou: IoU threshold of NMS, instead of ``test_cfg.nms.iou_threshold``.
-        max_per_img: Most boxes of an image, instead of ``test_cfg.max_per_img``.
-
-    Raises:
-        UserError: if packages are missing, torch is older than 2.6, the file cannot be written, the
-            model does not have the part, it cannot be exported, or the outputs differ.
+        score, iou, max_per_img: In place of the ``test_cfg``'s lowest score of boxes, IoU threshold
+            of NMS, and most boxes of an image.
     """
     missing = [name for name in PACKAGES if find_spec(name) is None]
     if missing:

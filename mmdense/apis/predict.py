@@ -38,24 +38,19 @@ class Predictor(BasePredictor):
 
     Each image goes through the config's test pipeline and the model on its own, so predictions do
     not depend on the other images of a call. As in training, OpenCV reads 16-bit images as their
-    upper 8 bits, converts grey to colour and drops transparency.
+    upper 8 bits, converts grey to colour and drops transparency. ``model`` is in evaluation mode.
 
     Args:
         config: Config, or config file.
         checkpoint: File or URL of the complete model's weights; None keeps random weights.
         device: Such as 'cpu' or 'cuda:1'; by default the GPU if there is one.
         deploy: Use the backbone's fastest form.
-        min_loaded: Smallest share of the model's tensors, from 0 to 1, that the checkpoint must
-            fill.
+        min_loaded: Share of the model's tensors, from 0 to 1, that the checkpoint must fill.
         min_coverage: Deprecated alias of ``min_loaded``.
 
-    Attributes (besides :class:`.BasePredictor`'s):
-        model: The model, in evaluation mode.
-
-    Raises:
-        UserError: if the config, checkpoint or device does not exist, the checkpoint does not fill
-            the model, the backbone cannot be deployed, the model predicts something else (depth),
-            or the test pipeline does not begin with loading one image.
+    UserError if the config, checkpoint or device does not exist, the checkpoint does not fill the
+    model, the backbone cannot be deployed, the model predicts something else (depth), or the test
+    pipeline does not begin with loading one image.
     """
 
     def __init__(

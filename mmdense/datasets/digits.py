@@ -67,12 +67,8 @@ def make_digits(
 
     The same arguments give the same bytes. Image i depends on ``size`` and ``seed`` only, not on
     the number of images, and no scan is in both splits. A folder made with other arguments is
-    replaced once the new one is complete.
-
-    Args:
-        train: Number of training images, as ``val`` is of validation images.
-        size: Side of the square images in pixels, at least 64.
-        progress: Called with (images done, images in total) after each image.
+    replaced once the new one is complete. ``train`` and ``val`` are numbers of images, ``size`` is
+    their side in pixels, at least 64; ``progress`` is called with (images done, images in total).
 
     ValueError if an argument is out of range, FileExistsError if ``out`` holds files that this
     function did not write, ModuleNotFoundError if scikit-learn is missing.

@@ -20,15 +20,9 @@ class OnnxPredictor(BasePredictor):
     """A model in an ONNX file that ``tools/export_onnx.py`` wrote.
 
     Calling it predicts on one or several images, files or uint8 [H, W, 3] in RGB, and returns a
-    :data:`.Prediction` for each.
-
-    Args:
-        file: The .onnx file, or a session with it.
-        provider, threads: As in :class:`.Session`.
-        batch: Images that are read together; those of one size run as one batch.
-
-    Raises:
-        UserError: if the file cannot be loaded, or is for another task.
+    :data:`.Prediction` for each. ``batch`` images are read together; those of one size run as one
+    batch. For the other arguments see :class:`.Session`, which may be given in place of the file.
+    UserError if the file cannot be loaded, or is for another task.
     """
 
     tasks: tuple[str, ...] = ()

@@ -22,19 +22,15 @@ NO_CUDA = (
 class Session:
     """A complete model in an ONNX file that ``tools/export_onnx.py`` wrote.
 
-    Args:
-        file: The .onnx file.
-        provider: 'cpu' or 'cuda' of onnxruntime, or 'openvino' on the CPU in float32.
-        threads: Threads of one operator on the CPU; by default as many as there are cores.
+    ``provider`` is 'cpu' or 'cuda' of onnxruntime, or 'openvino' on the CPU in float32. ``threads``
+    are those of one operator on the CPU, by default as many as there are cores. UserError if there
+    is no such file, it is not a complete model of mmdense or needs a later version, or the provider
+    is not installed.
 
     Attributes:
         metadata: The model's description, from the file.
         dtype: Of the images.
         shape: (N, 3, H, W) of the images; None where any size will do.
-
-    Raises:
-        UserError: if there is no such file, it is not a complete model of mmdense or needs a later
-            version, or the provider is not installed.
     """
 
     def __init__(

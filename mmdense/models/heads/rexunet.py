@@ -29,14 +29,10 @@ class ReXUNetHead(BaseDecodeHead):
     the label, so training needs memory for six outputs [N, K, H, W].
 
     Args:
-        in_channels: Channels of the encoder's feature maps at strides 2, 4, 8, 16, 32, and of the
-            last one.
+        in_channels: Of the encoder's maps at strides 2, 4, 8, 16, 32, and of the last one.
         out_channels: K: ``num_classes`` by default; or 1 for two classes with a ``threshold``.
-        threshold: Sigmoid above which a pixel of a one-channel output is of class 1; mmseg's 0.3
-            by default.
-        loss_weights: Weight of the loss of each scale, finest first.
-        loss_decode: mmseg's loss config, or several; cross entropy by default, with sigmoids if K
-            is 1.
+        loss_weights: Of the scales, finest first.
+        loss_decode: Cross entropy by default, with sigmoids if K is 1.
         align_corners: Of every interpolation. The published network has False.
 
     Other arguments are BaseDecodeHead's. ValueError for other than six channels, indices or
@@ -151,14 +147,9 @@ class ReXUNetHead(BaseDecodeHead):
 class ReXUNetDepthHead(ReXUNetHead):
     """The same decoder with one output channel: depth, for mmseg's ``DepthEstimator``.
 
-    The depth is ``max_depth`` times a sigmoid; :meth:`disparities` returns the sigmoids, for
-    self-supervised training. Other arguments: see :class:`ReXUNetHead`.
-
-    Args:
-        max_depth: Depth at a sigmoid of 1, in the unit of the labels.
-        loss_decode: mmseg's loss config, or several; SiLogLoss by default.
-
-    ValueError as of :class:`ReXUNetHead`, or for a depth that is not positive.
+    The depth is ``max_depth``, in the unit of the labels, times a sigmoid; :meth:`disparities`
+    returns the sigmoids, for self-supervised training. ``loss_decode`` is SiLogLoss by default.
+    Other arguments, and ValueError: see :class:`ReXUNetHead`; a depth must be positive.
     """
 
     def __init__(
