@@ -78,7 +78,9 @@ class _Norm(nn.Module):
         return self.activation(out)
 
     def traced(self, x: Tensor) -> Tensor:
-        x = F.batch_norm(x, self.mean, self.variance, self.scale, self.shift, eps=0.0)
+        statistics = (self.mean, self.variance)
+        # Not F.batch_norm, which refuses eps 0 in some versions of torch.
+        x = torch.batch_norm(x, self.scale, self.shift, *statistics, False, 0.0, 0.0, False)
         return self.activation(x)
 
 

@@ -17,7 +17,6 @@ from timm.layers import SEModule
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -150,7 +149,8 @@ class Norm(NamedTuple):
         weight, bias = (p if p is None else p.to(inverse) for p in self.parameters())
         if x.is_cuda:  # F.batch_norm would launch three kernels
             return torch.batch_norm_elemt(x, weight, bias, mean, inverse, self.module.eps)
-        return F.batch_norm(x, mean, inverse.pow(-2), weight, bias, False, 0.0, 0.0)
+        # Not F.batch_norm, which refuses eps 0 in some versions of torch.
+        return torch.batch_norm(x, weight, bias, mean, inverse.pow(-2), False, 0.0, 0.0, False)
 
     def backward(
         self, grad: Tensor, x: Tensor, needed: Sequence[bool], *, through: bool = True
