@@ -19,6 +19,9 @@ else
 $(info $(MM) on Python $(PY_VERSION) (tested: mm on $(TESTED)): pip chooses the versions)
 endif
 
+# mmpretrain comes in two distributions too.
+CLASSIFICATION := classification$(if $(filter openmmlab,$(MM)),-openmmlab)
+
 # Overrides the tested versions of torch, such as 'torch==2.4.* torchvision==0.19.*'.
 TORCH ?=
 OLDEST := torch==2.4.* torchvision==0.19.*
@@ -36,7 +39,7 @@ setup: $(VENV)/.ready  ## install into .venv, with the last tested versions
 
 $(VENV)/.ready: setup.py pyproject.toml requirements/tested.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(MM),dev]' $(TORCH) $(CONSTRAINTS)
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[$(MM),$(CLASSIFICATION),dev]' $(TORCH) $(CONSTRAINTS)
 	touch $@
 
 demo: setup  ## make data, train DEMO (a config), test it and save its predictions as images

@@ -29,6 +29,9 @@ OPENMMLAB = [
     'regex',
     'setuptools<82',
 ]
+# mmpretrain of either distribution, and what it imports without declaring it.
+CLASSIFICATION = ['onedl-mmpretrain>=1.3', 'markdown']
+CLASSIFICATION_OPENMMLAB = ['mmpretrain>=1.2,<1.3', 'markdown']
 REPORT = ['matplotlib', 'adjustText>=1.1', 'jinja2', 'tabulate']
 DEMO = [*REPORT, 'scikit-learn>=1.3', 'pillow>=9.1', 'rich']
 RUNTIME = ['numpy', 'onnxruntime>=1.20', 'pillow>=10.1', 'pycocotools']
@@ -57,6 +60,8 @@ setup(
     extras_require={
         'mm': MM,
         'openmmlab': OPENMMLAB,
+        'classification': CLASSIFICATION,
+        'classification-openmmlab': CLASSIFICATION_OPENMMLAB,
         'demo': DEMO,
         'jobs': JOBS,
         'onnx': ONNX,

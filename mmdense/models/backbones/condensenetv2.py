@@ -90,12 +90,13 @@ ARCHS = {
 class SqueezeExcite(nn.Module):
     """Scale channels by gates computed from their means: [N, C, H, W] to the same."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, reduction: int = 1) -> None:
         super().__init__()
+        hidden = max(channels // reduction, 1)
         self.fc = nn.Sequential(
-            nn.Linear(channels, channels, bias=False),
+            nn.Linear(channels, hidden, bias=False),
             nn.ReLU(inplace=True),
-            nn.Linear(channels, channels, bias=False),
+            nn.Linear(hidden, channels, bias=False),
             nn.Sigmoid(),
         )
 

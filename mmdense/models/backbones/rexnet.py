@@ -69,13 +69,8 @@ class Arch:
         return make_divisible(round(channels), 8 if self.lite else 1)
 
 
-ARCHS = {
-    width: Arch(width=float(width)) for width in ('0.9', '1.0', '1.3', '1.5', '2.0', '2.2', '3.0')
-}
-ARCHS |= {
-    f'lite-{width}': Arch(width=float(width), growth=164, lite=True)
-    for width in ('1.0', '1.3', '1.5', '2.0')
-}
+ARCHS = {f'{w}': Arch(width=w) for w in (0.9, 1.0, 1.3, 1.5, 2.0, 2.2, 3.0)}
+ARCHS |= {f'lite-{w}': Arch(width=w, growth=164, lite=True) for w in (1.0, 1.3, 1.5, 2.0)}
 
 
 # In place, unless autograd saves the input: it would have to be copied.
@@ -215,10 +210,7 @@ class ReXNet(Backbone):
     """
 
     archs = ARCHS
-    weights = {
-        arch: f'timm://rexnet_{arch.replace(".", "")}0.nav_in1k'
-        for arch in ('1.0', '1.3', '1.5', '2.0', '3.0')
-    }
+    weights = {f'{w / 100}': f'timm://rexnet_{w}.nav_in1k' for w in (100, 130, 150, 200, 300)}
     form_marks = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
     def __init__(
