@@ -133,8 +133,9 @@ def main(
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        make_digits(work / 'data/digits', **(dict(train=8, val=2) if dry else {}))
         parts = [part for part in _parts(work, dry, end) if part.name in (names or PARTS)]
+        if any(part.name in TRAININGS for part in parts):
+            make_digits(work / 'data/digits', **(dict(train=8, val=2) if dry else {}))
         run_parts(parts, work, end=end, dry=dry, save=save)
     rows = [
         {

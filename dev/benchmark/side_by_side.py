@@ -41,7 +41,8 @@ def compare_side_by_side(
         progress: Called with one line about the current step.
     """
     end = time.monotonic() + patience
-    context = get_context('spawn')
+    context = get_context('forkserver')  # which imports once, and never uses CUDA itself
+    context.set_forkserver_preload([__name__])
     one = context.Lock()  # float64 references of all settings at once would fill the GPU
     workers = []
     for setting, contenders in settings.items():
