@@ -165,7 +165,7 @@ def test_a_missing_package_comes_with_the_command(monkeypatch):
         (dict(), "TypeError: FPN.__init__() missing 3 required positional arguments: 'in_channel"),
         (dict(colour='red'), "FPN.__init__() got an unexpected keyword argument 'colour'"),
         (dict(in_channels=64, out_channels=8, num_outs=3), ': assert isinstance(in_channels, '),
-        (dict(type='mmdet.Pyramid'), 'mmdet.Pyramid is not in the mmengine::model registry'),
+        (dict(type='mmdet.Pyramid'), "KeyError: 'mmdet.Pyramid is not in the "),
         (dict(type='mmdense.RDNet', arch='smal'), "ValueError: unknown arch 'smal'; did you mean"),
     ],
 )

@@ -26,6 +26,7 @@ FAKES = {
     'cv2.py': 'imread = None',
     'mmengine/__init__.py': '',
     'mmengine/registry.py': 'class Registry:\n'
+    '    name = None\n'
     '    def __init__(self, *args, **kwargs): pass\n'
     'def __getattr__(name): return Registry',
     'mmengine/config.py': 'class Config: _get_cfg_path = None\nclass utils: MODULE2PACKAGE = {}',
