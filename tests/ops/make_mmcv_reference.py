@@ -90,88 +90,74 @@ def roi_align(rng: np.random.RandomState, sampling_ratio: int, aligned: bool) ->
     return with_grads(rng, lambda input: roi_align(input, *options), input=maps)
 
 
+def convolve(
+    rng: np.random.RandomState,
+    stride: int = 1,
+    dilation: int = 1,
+    both_groups: tuple[int, int] = (1, 1),
+    **leaves: torch.Tensor,
+) -> Arrays:
+    """Run deformable convolution of ``leaves``, version 2 if there is a mask."""
+    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
+
+    def run(input, offset, weight, mask=None, bias=None):
+        options = stride, 1, dilation, *both_groups
+        if mask is None:
+            return deform_conv2d(input, offset, weight, *options)
+        return modulated_deform_conv2d(input, offset, mask, weight, bias, *options)
+
+    return with_grads(rng, run, **leaves)
+
+
 def deform_conv2d(
     rng: np.random.RandomState, stride: int, dilation: int, both_groups: tuple[int, int]
 ) -> Arrays:
-    from mmcv.ops import deform_conv2d
-
-    groups, deform_groups = both_groups
     size = [(n + 2 - dilation * 2 - 1) // stride + 1 for n in (4, 5)]
-    return with_grads(
-        rng,
-        lambda input, offset, weight: deform_conv2d(
-            input, offset, weight, stride, 1, dilation, groups, deform_groups
-        ),
+    leaves = dict(
         input=normal(rng, 2, 4, 4, 5),
-        offset=normal(rng, 2, 18 * deform_groups, *size) * 2,
-        weight=normal(rng, 6, 4 // groups, 3, 3),
+        offset=normal(rng, 2, 18 * both_groups[1], *size) * 2,
+        weight=normal(rng, 6, 4 // both_groups[0], 3, 3),
     )
+    return convolve(rng, stride, dilation, both_groups, **leaves)
 
 
 def modulated_deform_conv2d(
     rng: np.random.RandomState, stride: int, both_groups: tuple[int, int], with_bias: bool
 ) -> Arrays:
-    from mmcv.ops import modulated_deform_conv2d
-
-    groups, deform_groups = both_groups
     size = [(n + 2 - 3) // stride + 1 for n in (4, 5)]
     leaves = dict(
         input=normal(rng, 2, 4, 4, 5),
-        offset=normal(rng, 2, 18 * deform_groups, *size) * 2,
-        mask=normal(rng, 2, 9 * deform_groups, *size),
-        weight=normal(rng, 6, 4 // groups, 3, 3),
+        offset=normal(rng, 2, 18 * both_groups[1], *size) * 2,
+        mask=normal(rng, 2, 9 * both_groups[1], *size),
+        weight=normal(rng, 6, 4 // both_groups[0], 3, 3),
     )
     if with_bias:
         leaves['bias'] = normal(rng, 6)
-    return with_grads(
-        rng,
-        lambda input, offset, mask, weight, bias=None: modulated_deform_conv2d(
-            input, offset, mask, weight, bias, stride, 1, 1, groups, deform_groups
-        ),
-        **leaves,
-    )
+    return convolve(rng, stride, 1, both_groups, **leaves)
 
 
 def oversized_offsets(rng: np.random.RandomState, deform_groups: int) -> Arrays:
     """Offsets and masks of the next finer level, as mmdet's DyHead passes them."""
-    from mmcv.ops import modulated_deform_conv2d
-
-    return with_grads(
-        rng,
-        lambda input, offset, mask, weight: modulated_deform_conv2d(
-            input, offset, mask, weight, None, 1, 1, 1, 1, deform_groups
-        ),
+    leaves = dict(
         input=normal(rng, 2, 2, 3, 4),
         offset=normal(rng, 2, 18 * deform_groups, 5, 7),
         mask=normal(rng, 2, 9 * deform_groups, 5, 7),
         weight=normal(rng, 3, 2, 3, 3),
     )
+    return convolve(rng, both_groups=(1, deform_groups), **leaves)
 
 
 def samples_at_the_rim(rng: np.random.RandomState, offsets: str, modulated: bool) -> Arrays:
     """Offsets of zero, as training begins, or of whole pixels: samples lie exactly at -1 and H."""
-    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
-
     whole = torch.from_numpy(rng.randint(-2, 3, (2, 18, 4, 5)).astype(np.float32))
     leaves = dict(
         input=normal(rng, 2, 2, 4, 5),
         offset=whole * (offsets == 'whole'),
         weight=normal(rng, 3, 2, 3, 3),
     )
-    if not modulated:
-        return with_grads(
-            rng,
-            lambda input, offset, weight: deform_conv2d(input, offset, weight, 1, 1),
-            **leaves,
-        )
-    return with_grads(
-        rng,
-        lambda input, offset, weight, mask: modulated_deform_conv2d(
-            input, offset, mask, weight, None, 1, 1
-        ),
-        **leaves,
-        mask=normal(rng, 2, 9, 4, 5),
-    )
+    if modulated:
+        leaves['mask'] = normal(rng, 2, 9, 4, 5)
+    return convolve(rng, **leaves)
 
 
 def psa_mask(rng: np.random.RandomState, psa_type: str, mask_size: tuple[int, int]) -> Arrays:
