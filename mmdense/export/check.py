@@ -182,12 +182,8 @@ def _differences(
         # At the threshold, and at the end of full lists, which boxes are kept is a matter of ties.
         full = min(len(a), len(b)) == settings.get('max_per_img')
         last = torch.cat([a.scores, b.scores]).min() if full else settings.get('score_thr', 0)
-        single = (
-            x.scores[~torch.isin(torch.arange(len(x)), paired)] for x, paired in ((a, i), (b, j))
-        )
-        lost, count = (
-            lost + sum(int((x > last + TIES).sum()) for x in single),
-            count + len(a) + len(b),
-        )
+        for scores, paired in ((a.scores, i), (b.scores, j)):
+            lost += int((scores.index_fill(0, paired, 0.0) > last + TIES).sum())
+        count += len(a) + len(b)
     largest = {name: float(np.max(x, initial=0)) for name, x in values.items()}
     return largest if 'segmentation' in largest else dict(lost=lost / max(count, 1)) | largest

@@ -17,13 +17,11 @@ from typing import Any
 import torch
 from mmcv.cnn import build_norm_layer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.layers.lean import lean_conv, plain_conv
 
 BN = dict(type='BN')
-HAS_DERIVATIVE = torch.__version__ >= (2, 5)  # torch's channel_shuffle
 
 
 def pruning_stage(progress: float, condense_factor: int) -> int:
@@ -258,8 +256,7 @@ class CondensedReactivation(_Condensed):
 
 
 def _shuffle(x: Tensor, groups: int) -> Tensor:
-    if HAS_DERIVATIVE or not x.requires_grad:
-        return F.channel_shuffle(x, groups)
+    # torch's channel_shuffle has no derivative before torch 2.5.
     return x.unflatten(1, (groups, -1)).transpose(1, 2).flatten(1, 2)
 
 

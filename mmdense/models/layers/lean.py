@@ -302,7 +302,8 @@ class _LeanConv(torch.autograd.Function):
             of = [tensor for tensor, need in of if need]
             grads = iter(torch.autograd.grad(x, of, dx.to(x.dtype), allow_unused=True))
         grads = [next(grads, None) if need else None for need in needed]
-        return None, None, None, _like(d_weight, weight), _like(d_bias, weight), *grads
+        conv_grads = (d if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))
+        return None, None, None, *conv_grads, *grads
 
 
 class _Gate(NamedTuple):
@@ -400,7 +401,3 @@ def _kind(step: Callable[..., Tensor]) -> type[Norm] | type[_Gate] | None:
     if norms_by_batch(step):
         return Norm
     return _Gate if isinstance(step, SEModule) and is_plain(step) and not step.add_maxpool else None
-
-
-def _like(grad: Tensor | None, parameter: Tensor) -> Tensor | None:
-    return None if grad is None else grad.to(parameter.dtype)
