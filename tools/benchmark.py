@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     )
     start.add_argument('--from-scratch', action='store_true', help='start from random weights')
     sweep.add_argument(
+        '--frozen', action='store_true', help='train necks and heads only, to compare weights'
+    )
+    sweep.add_argument(
         '--gpus', type=int, default=1, metavar='N', help='train on N GPUs (torchrun)'
     )
     sweep.add_argument(
@@ -193,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seeds=args.seeds,
         columns=args.columns,
         published=published,
+        frozen=args.frozen,
     )
     cluster = args.launcher == 'slurm'
     jobs = None

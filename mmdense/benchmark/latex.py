@@ -55,18 +55,6 @@ def latex_table(
     body = [' & '.join(cells) + r' \\' for cells in (heads, titles, *lines)]
     if published:
         body.insert(-len(published), r'\midrule')
-    return '\n'.join(
-        [
-            r'% \usepackage{booktabs}',
-            rf'\begin{{tabular}}{{l{"r" * len(columns)}}}',
-            r'\toprule',
-            body[0],
-            ' '.join(rules),
-            body[1],
-            r'\midrule',
-            *body[2:],
-            r'\bottomrule',
-            r'\end{tabular}',
-            '',
-        ]
-    )
+    head = [r'% \usepackage{booktabs}', rf'\begin{{tabular}}{{l{"r" * len(columns)}}}', r'\toprule']
+    head += [body[0], ' '.join(rules), body[1], r'\midrule']
+    return '\n'.join([*head, *body[2:], r'\bottomrule', r'\end{tabular}', ''])

@@ -57,13 +57,7 @@ from mmdense.export.onnx_model import OnnxModel
 from mmdense.files import atomic_write, check_writable
 from mmdense.flops import model_costs
 from mmdense.models import CondenseNetV2
-from mmdense.visualization.logs import (
-    METRIC_NAMES,
-    NO_METRICS,
-    main_metrics,
-    numbers_of,
-    read_scalars,
-)
+from mmdense.visualization import logs
 
 MEASURED = 'measurements.json'
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
@@ -86,6 +80,7 @@ class Sweep:
         columns: Names of the columns to show, as in the CSV file; by default those of COCO's and
             mmseg's metrics and of the costs.
         published: Published figures to show, as :func:`.find_published` returns them.
+        frozen: Train necks and heads only, see :func:`.put_backbone`.
 
     A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
     depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
@@ -105,6 +100,7 @@ class Sweep:
         seeds: int = 1,
         columns: Sequence[str] = (),
         published: Sequence[Mapping[str, Any]] = (),
+        frozen: bool = False,
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
@@ -113,7 +109,7 @@ class Sweep:
             raise UserError(f'two backbones have the same name: {", ".join(names)}')
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
-        self.columns, self.published = list(columns), list(published)
+        self.columns, self.published, self.frozen = list(columns), list(published), frozen
         self.size = size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
@@ -151,7 +147,9 @@ class Sweep:
                 f"{cfg.filename} has RDNet's published learning rates, not for {backbone.name}: "
                 'add --cfg-options optim_wrapper.paramwise_cfg.mode=exact'
             )
-        put_backbone(cfg, backbone.config)
+        if self.frozen and not (backbone.config.get('init_cfg') or backbone.checkpoint):
+            raise UserError(f'{backbone.name} starts from random weights: it cannot be --frozen')
+        put_backbone(cfg, backbone.config, frozen=self.frozen)
         if backbone.preprocessor:
             cfg.model.data_preprocessor.update(backbone.preprocessor)
         cfg.sweep = dict(gpus=self.gpus)
@@ -395,6 +393,7 @@ class Sweep:
             data=', '.join(dict.fromkeys(root.rstrip('/') for root in data)),
             data_sets=measured.get('data_sets', {}),
             pretrained=self.pretrained,
+            frozen=self.frozen,
             seeds=self.seeds,
             columns=self.columns,
             **self._metrics(rows, task),
@@ -413,18 +412,18 @@ class Sweep:
         hook = self.cfg.default_hooks.get('checkpoint') or {}
         logged = list(dict.fromkeys(name for row in rows for name in row['metrics']))
         best = hook.get('save_best') or ()
-        names = [*([best] if isinstance(best, str) else best), *main_metrics(logged)]
-        names += [name for name in METRIC_NAMES.values() if name in logged] + logged
-        names = dict.fromkeys(METRIC_NAMES.get(name, name) for name in names)
+        names = [*([best] if isinstance(best, str) else best), *logs.main_metrics(logged)]
+        names += [name for name in logs.METRIC_NAMES.values() if name in logged] + logged
+        names = dict.fromkeys(logs.METRIC_NAMES.get(name, name) for name in names)
         names = [name for name in names if name in logged] or [DEFAULT_METRICS[task]]
         return dict(metrics=names, rule=hook.get('rule'))
 
     def _row(self, backbone: BackboneSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
         name, runs, state = backbone.name, self.runs[backbone.name], self.state(backbone.name)
-        logs = [_read_log(run) for run in runs]
-        losses, validations = logs[0]
+        outcomes = [_read_log(run) for run in runs]
+        losses, validations = outcomes[0]
         seeds = []
-        for run, (_, records) in zip(runs, logs, strict=True):
+        for run, (_, records) in zip(runs, outcomes, strict=True):
             seed = dict(seed=run.seed, **run.state)
             final = records[-1] if records and seed['status'] == 'done' else {}
             seeds.append(dict(seed, metrics={k: v for k, v in final.items() if k != 'iter'}))
@@ -478,10 +477,10 @@ def _read_log(run: TrainingRun) -> tuple[list[list[float]], list[dict[str, float
     """Return a training's losses, by iteration, and validations, or the test of a checkpoint."""
     if run.weights:
         tests = (json.loads(file.read_text()) for file in sorted(run.folder.glob('*/*.json')))
-        return [], [dict(iter=0) | _rename(numbers_of(test)) for test in tests]
+        return [], [dict(iter=0) | _rename(logs.numbers_of(test)) for test in tests]
     losses, validations = [], []
     with suppress(UserError):  # nothing logged yet
-        losses, validations = read_scalars(run.folder)
+        losses, validations = logs.read_scalars(run.folder)
     return (
         [[record['step'], record['loss']] for record in losses],
         [dict(iter=record['iter']) | _rename(record) for record in validations],
@@ -523,7 +522,8 @@ def _slug(name: str) -> str:
 
 
 def _rename(record: Mapping[str, Any]) -> dict[str, float]:
-    return {METRIC_NAMES.get(k, k): value for k, value in record.items() if k not in NO_METRICS}
+    names = (name for name in record if name not in logs.NO_METRICS)
+    return {logs.METRIC_NAMES.get(name, name): record[name] for name in names}
 
 
 def _parts(model: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:

@@ -171,19 +171,23 @@ def remove_weights(node: Any) -> None:
             part.pop('init_cfg')
 
 
-def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
+def put_backbone(cfg: Config, backbone: Mapping[str, Any], *, frozen: bool = False) -> None:
     """Replace the backbone of a complete config, keeping the strides of its feature maps.
 
     The channels of necks and heads change with it, in place. Frozen stages and norm statistics stay
     frozen, up to the same stride, unless the new backbone starts from random weights: then nothing
-    is frozen. ``backbone`` is one of mmdense's; its ``out_indices`` and frozen parts are replaced.
-    UserError if it has no feature map at one of the strides.
+    is frozen. ``frozen`` freezes all stages. ``backbone`` is one of mmdense's; its ``out_indices``
+    and frozen parts are replaced. UserError if it has no feature map at one of the strides, or
+    heads of a detector read the backbone.
     """
     scope, old = cfg.get('default_scope'), cfg.model.backbone
     new = ConfigDict({k: v for k, v in backbone.items() if k not in FREEZING})
     if 'in_channels' in old:
         new.in_channels = old.in_channels
-    strides = backbone_maps(old, scope).strides
+    channels, strides, _ = backbone_maps(old, scope)
+    found = [*readers(cfg.model, channels)]
+    if not found:
+        raise UserError(f'{cfg.filename} has no neck: only detectors with one take other backbones')
     maps = backbone_maps(new, scope)
     indices = dict(zip(maps.strides, maps.indices, strict=True))
     missing = {*strides} - {*indices}
@@ -195,13 +199,21 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any]) -> None:
     new.out_indices = [indices[stride] for stride in strides]
     if new.get('init_cfg'):
         new.update({key: old[key] for key in FREEZING if key in old})
-        frozen = old.get('frozen_stages', -1)
-        if frozen > 0:
-            limit = backbone_maps({**old, 'out_indices': [frozen - 1]}, scope).strides[0]
+        stages = old.get('frozen_stages', -1)
+        if stages > 0:
+            limit = backbone_maps({**old, 'out_indices': [stages - 1]}, scope).strides[0]
             new.frozen_stages = 1 + max((i for s, i in indices.items() if s <= limit), default=-1)
+    if frozen:
+        new.update(frozen_stages=1 + new.out_indices[-1], norm_eval=True)
     cfg.model.backbone = new
-    for reader in readers(cfg.model, strides):
-        if reader.node.get(reader.key) is not None:
+    width = dict(zip(maps.strides, maps.channels, strict=True))
+    for reader in found:
+        stated = reader.node.get(reader.key)
+        if reader.name == 'neck' and isinstance(stated, int):  # reads the last map, as CenterNet's
+            reader.node[reader.key] = width[strides[-1]]
+        elif stated == [*channels[::-1]] != [*channels]:  # coarse to fine, as YOLOv3's
+            reader.node[reader.key] = [width[stride] for stride in strides[::-1]]
+        elif stated is not None:
             reader.node[reader.key] = AUTO
     neck = cfg.model.get('neck')
     if isinstance(neck, dict) and neck.get('type') == SSD_NECK:

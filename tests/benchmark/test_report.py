@@ -59,6 +59,7 @@ def make_results(rows, **changes):
         schedule='8 epochs',
         data='data/digits',
         pretrained=False,
+        frozen=False,
         seeds=[0],
         version=VERSION,
         rule=None,

@@ -11,11 +11,13 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
 from mmdense.benchmark.backbones import find_backbone
+from mmdense.benchmark.memory import build_training
 from mmdense.benchmark.sweep import MEASURED, Sweep
-from mmdense.config.channels import build_part
+from mmdense.config.channels import build_part, put_backbone
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from mmdense.flops import model_costs
@@ -298,6 +300,20 @@ def test_settings_of_a_row(tmp_path):
     assert results_of(tmp_path)['net-0']['settings'] == settings[0]
 
 
+def test_frozen_backbones_have_weights(tmp_path):
+    cfg = load_config(str(DEMOS['detection']))
+    specs = [find_backbone(name, pretrained=True) for name in NAMES[1:]]
+    specs.append(find_backbone(NAMES[0], pretrained=False))
+    sweep = Sweep(cfg, specs, tmp_path, command='sweep', pretrained=True, frozen=True)
+    assert sweep.configs[NAMES[1]].model.backbone.frozen_stages == 4
+    assert sweep.errors == {
+        'rdnet-nano': 'rdnet-nano starts from random weights: it cannot be --frozen'
+    }
+    sweep.report()
+    assert 'from pretrained weights, frozen.' in (tmp_path / 'report.md').read_text()
+    assert json.loads((tmp_path / 'results.json').read_text())['frozen']
+
+
 def test_learning_rates_for_rdnet_are_refused_for_others(tmp_path):
     recipe = ROOT / 'configs/detection/rdnet/mask-rcnn_rdnet-t_fpn_amp-ms-crop-3x_coco.py'
     sweep = sweep_of(tmp_path, names=['rdnet-t', 'rexnet-1.0'], config=recipe)
@@ -454,3 +470,31 @@ def test_a_killed_sweep_continues(project, run_tool, task):
     stamp = (folder / MEASURED).stat().st_mtime_ns
     assert run_tool(*command)[0] == 0
     assert (folder / MEASURED).stat().st_mtime_ns == stamp, 'nothing is measured twice'
+
+
+@pytest.mark.slow
+def test_a_checkpoint_compiled_for_inference(project, run_tool):
+    """It is tested, then measured: a sweep without training."""
+    cfg = load_config(str(DEMOS['detection']))
+    put_backbone(cfg, find_backbone('timm:test_vit', pretrained=False).config)
+    model = build_training(cfg, 'cpu')[0]
+    torch.save(dict(state_dict=model.state_dict()), project / 'vit.pth')
+    command = [
+        sys.executable,
+        TOOL,
+        'sweep',
+        '--backbones',
+        'timm:test_vit@vit.pth',
+        'published:rdnet-t',
+    ]
+    command += ['--seeds', 2, '--out', 'checkpoint', '--compile', '--form', 'trained']
+    command += ['--rounds', 2, '--batch', 2, '--pictures', 1, '--device', 'cpu']
+    status, output = run_tool(*command, TORCH_LOGS='dynamo')
+    assert status == 0, output
+    assert 'calling compiler function inductor' in output
+    (row,) = results_of(project / 'checkpoint').values()
+    assert (row['error'], row['source']) == (None, 'vit.pth')
+    assert 0 <= row['metrics']['box AP'] < 1
+    assert row['infer']['trained']['compiled']
+    assert row['infer']['trained']['p50'] > 0
+    assert (project / 'checkpoint/results.tex').read_text().count('(published)') == 2

@@ -1,10 +1,13 @@
 """Channels that follow from the backbone, and backbones that replace others."""
 
 import pytest
+import torch
+from families import FAMILIES
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from mmdense.benchmark.memory import build_training, random_batch, training_step
 from mmdense.config.channels import backbone_maps, fill_channels, put_backbone
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
@@ -111,6 +114,61 @@ def test_what_was_frozen_stays_frozen(detector):
     put_backbone(cfg, dict(type='mmdense.ReXNet', arch='1.0', **WEIGHTS, **ignored))
     assert cfg.model.backbone.frozen_stages == 2
     assert not cfg.model.backbone.norm_eval
+
+
+# Output norms and a pyramid have no pretrained weights, and train.
+WITHOUT_WEIGHTS = [
+    dict(type='mmdense.RDNet', **FAMILIES['RDNet'].network, output_norm=True),
+    dict(type='mmdense.TimmBackbone', model_name='test_vit'),
+]
+COMPLETE = [
+    dict(type='mmdense.DenseNet', **FAMILIES['DenseNet'].network),
+    dict(type='mmdense.TimmBackbone', model_name='test_resnet'),
+]
+
+
+@pytest.mark.parametrize('backbone', [*WITHOUT_WEIGHTS, *COMPLETE])
+@pytest.mark.parametrize('frozen', [True, False])
+def test_training_changes_nothing_in_a_frozen_backbone(backbone, frozen):
+    cfg = demo('detection')
+    put_backbone(cfg, backbone, frozen=frozen)
+    model, wrapper = build_training(cfg, 'cpu')
+    model.init_weights()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for _ in range(2):
+        training_step(model, wrapper, random_batch(2, (64, 96), segmentation=False))
+        wrapper.step()
+    changed = {
+        name for name, old in before.items() if not torch.equal(model.state_dict()[name], old)
+    }
+    assert 'neck.lateral_convs.0.conv.weight' in changed
+    changed = {name.removeprefix('backbone.') for name in changed if 'backbone.' in name}
+    learned = {name for name in changed if not name.startswith(model.backbone.not_pretrained)}
+    assert bool(learned) != frozen
+    assert bool(changed - learned) == (backbone in WITHOUT_WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ('base', 'channels'),
+    [
+        ('yolo/yolov3_d53_8xb8-320-273e_coco', [96, 192, 48]),  # of strides 32, 16 and 8
+        ('centernet/centernet_r18_8xb16-crop512-140e_coco', 96),  # of stride 32
+        ('faster_rcnn/faster-rcnn_r50-caffe_c4-1x_coco', None),
+        ('cornernet/cornernet_hourglass104_8xb6-210e-mstest_coco', None),
+    ],
+)
+def test_necks_from_coarse_to_fine_and_none(base, channels, tmp_path):
+    (tmp_path / 'x.py').write_text(f"_base_ = 'mmdet::{base}.py'")
+    cfg = load_config(str(tmp_path / 'x.py'))
+    backbone = dict(type='mmdense.TimmBackbone', model_name='test_resnet')
+    if channels is None:
+        with pytest.raises(UserError, match='x.py has no neck: only detectors with one take'):
+            put_backbone(cfg, backbone)
+        return
+    put_backbone(cfg, backbone)
+    assert cfg.model.neck.in_channels == channels
+    model, wrapper = build_training(cfg, 'cpu')
+    training_step(model, wrapper, random_batch(2, (64, 64), segmentation=False))
 
 
 def test_random_weights_are_not_frozen():

@@ -2,7 +2,7 @@
 several strides, as a baseline for mmdense's families.
 
 Feature maps are those of timm's ``forward_intermediates``; layers that none of them needs are
-pruned. Parameter names are timm's.
+pruned. Parameter names are timm's. Plain ViTs get a simple feature pyramid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from mmdense.registry import MODELS
 
 RESERVED = ('pretrained', 'num_classes', 'in_chans', 'features_only')
 STATE = ('_modules', '_parameters', '_buffers', '_non_persistent_buffers_set')
-FLEXIBLE = 'strict_img_size'  # False takes images of any size
+FLEXIBLE = dict(strict_img_size=False, dynamic_img_size=True)  # take images of any size
+PYRAMID = (4, 8, 16, 32)  # strides that a plain ViT gets
 PRUNE = 'prune_intermediate_layers'  # comes with forward_intermediates
 WITH_ACT = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 HEAD = 'head.fc.weight'  # no group_matcher matches it, so it gets the depth of heads
@@ -41,6 +42,12 @@ class TimmBackbone(Backbone):
     empty in networks whose first feature map is the stem's (``resnet18``: ``act1``, stride 2).
     Images may have any size: Swin is built with ``strict_img_size=False``, and images are padded
     with zeros to whole patches or, for MaxViT, windows of the coarsest feature map.
+
+    A ViT of a single stride that takes images of any size, such as DINOv2's, gets the simple
+    feature pyramid of `ViTDet <https://arxiv.org/abs/2203.16527>`_: strides 4 to 32 from its normed
+    last feature map, by deconvolutions of 2 x 2 pixels, which halve the channels, and max pooling,
+    for a neck such as FPN. With patches of 14 pixels, images are resized to 14/16, so that strides
+    are exact. Its blocks freeze with the last stage, the pyramid never does.
 
     timm's norms often contain the activation. mmengine's ``sync_bn`` would drop it, so ``train()``
     raises an error; ``timm.layers.convert_sync_batchnorm`` keeps it.
@@ -58,6 +65,7 @@ class TimmBackbone(Backbone):
     """
 
     memory_modes = ('plain', 'recompute')
+    not_pretrained = ('pyramid.',)
 
     def __init__(
         self,
@@ -74,10 +82,16 @@ class TimmBackbone(Backbone):
     ) -> None:
         net = _create(model_name, in_channels, model_kwargs or {})
         strides = [info['reduction'] for info in net.feature_info]
+        channels = [info['num_chs'] for info in net.feature_info]
+        self._patch = self._stride = strides[0] if len({*strides}) == 1 else 0  # of a plain ViT
+        if self._patch:
+            self._stride = 2 ** round(math.log2(self._patch))
+            levels = [_level(channels[-1], self._stride, stride) for stride in PYRAMID]
+            strides, channels = PYRAMID, [width for _, width in levels]
         if out_indices is None:
             out_indices = [i for i, stride in enumerate(strides) if 4 <= stride <= 32]
         super().__init__(
-            map_channels=[info['num_chs'] for info in net.feature_info],
+            map_channels=channels,
             map_strides=strides,
             out_indices=out_indices,
             frozen_stages=frozen_stages,
@@ -89,10 +103,16 @@ class TimmBackbone(Backbone):
         sides = [side for m in net.modules() for side in getattr(m, 'partition_size', ())]
         self._multiple = math.lcm(*sides) * self._coarsest if sides else 1
         if isinstance(patches := getattr(net, 'patch_embed', None), PatchEmbed):
-            self._multiple = patches.patch_size[0]
+            self._multiple = self._coarsest if self._patch else patches.patch_size[0]
+        last = self.out_indices[-1] + 1
+        if self._patch:
+            net.pyramid = nn.ModuleDict({str(i): levels[i][0] for i in self.out_indices})
+            net.prune_intermediate_layers()
+            stages = {name: 5 if name.startswith('pyramid.') else last for name in _names(net)}
         self._depths = {granularity: _depths(net, granularity) for granularity in GRANULARITIES}
-        _prune(net, self.out_indices)
-        self._stage_of = _stages(net, self.out_indices[-1] + 1)
+        if not self._patch:
+            _prune(net, self.out_indices)
+        self._stage_of = stages if self._patch else _stages(net, last)
         for name in self._stage_of:
             if self._depths['stage'][name] == 0:
                 self._stage_of[name] = 0
@@ -147,9 +167,15 @@ class TimmBackbone(Backbone):
         height, width = x.shape[-2:]
         if self._multiple > 1:  # else it would copy the images
             x = F.pad(x, (0, -width % self._multiple, 0, -height % self._multiple))
+        if self._patch != self._stride:
+            sides = [side // self._stride * self._patch for side in x.shape[-2:]]
+            x = F.interpolate(x, sides, mode='bilinear')
+        indices, norm = (1, True) if self._patch else (list(self.out_indices), False)
         maps = self._net.forward_intermediates(
-            x, indices=list(self.out_indices), intermediates_only=True, output_fmt='NCHW'
+            x, indices=indices, norm=norm, intermediates_only=True, output_fmt='NCHW'
         )
+        if self._patch:
+            maps = [level(maps[0]) for level in self.pyramid.values()]
         if self._multiple == 1:
             return tuple(maps)
         pairs = zip(maps, self.out_strides, strict=True)
@@ -170,15 +196,27 @@ def _create(model_name: str, in_channels: int, model_kwargs: Mapping[str, Any]) 
         raise ValueError(f'timm has no tag of {model_name!r}') from error
     create = partial(timm.create_model, model_name, num_classes=0, in_chans=in_channels)
     net = create(**model_kwargs)
-    if FLEXIBLE in inspect.signature(type(net)).parameters and FLEXIBLE not in model_kwargs:
-        net = create(**model_kwargs, **{FLEXIBLE: False})
+    known = inspect.signature(type(net)).parameters
+    if flexible := [{key: value} for key, value in FLEXIBLE.items() if key in known]:
+        net = create(**flexible[0] | dict(model_kwargs))
     strides = [info['reduction'] for info in getattr(net, 'feature_info', ())]
-    if len({*strides}) < 2 or strides != sorted(strides) or not hasattr(net, PRUNE):
+    plain = 'dynamic_img_size' in known and isinstance(net.patch_embed, PatchEmbed)
+    if len({*strides}) < 2 - plain or strides != sorted(strides) or not hasattr(net, PRUNE):
         raise ValueError(
             f"{model_name!r} has no feature maps of several strides, or timm can't return them; "
-            'choose a convolutional or hierarchical network, such as resnet18'
+            'choose a convolutional or hierarchical network, such as resnet18, or a plain ViT'
         )
     return net
+
+
+def _level(channels: int, stride: int, target: int) -> tuple[nn.Module, int]:
+    """Return what makes a feature map of one stride from that of another, and its channels."""
+    layers: list[nn.Module] = [nn.MaxPool2d(target // stride)] if target > stride else []
+    while stride > target:
+        layers += [timm.layers.LayerNorm2d(channels), nn.GELU()] if layers else []
+        layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, 2))
+        channels, stride = channels // 2, stride // 2
+    return nn.Sequential(*layers), channels
 
 
 def _prune(net: nn.Module, indices: Sequence[int]) -> None:

@@ -76,6 +76,41 @@ def test_transformers_take_images_of_any_size(name, size):
             strict(torch.randn(1, 3, 96, 128))
 
 
+@pytest.mark.parametrize('patch', [8, 14, 16, 32])
+def test_plain_transformers_get_a_pyramid(patch, tmp_path):
+    plain = randomise(timm.create_model('test_vit', patch_size=patch))
+    file = str(tmp_path / 'vit.pth')
+    torch.save(plain.state_dict(), file)
+    options = dict(model_name='test_vit', model_kwargs=dict(patch_size=patch))
+    net = TimmBackbone(**options, init_cfg=dict(type='Pretrained', checkpoint=file)).eval()
+    net.init_weights()  # complete but for the pyramid
+    channels = {8: (32, 64, 64, 64), 32: (8, 16, 32, 64)}.get(patch, (16, 32, 64, 64))
+    assert (net.out_strides, net.out_channels) == ((4, 8, 16, 32), channels)
+    with torch.no_grad():
+        maps = net(torch.randn(1, 3, 97, 130))
+        assert [x.shape[1] for x in maps] == [*channels]
+        assert [x.shape[2:] for x in maps] == [(25, 33), (13, 17), (7, 9), (4, 5)]
+        x = torch.randn(1, 3, 160, 160)
+        maps = net(x)
+        if patch == 14:  # 10 x 10 patches
+            x = nn.functional.interpolate(x, (140, 140), mode='bilinear')
+            plain.set_input_size((140, 140))
+        (last,) = plain.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+        torch.testing.assert_close(maps[{8: 1, 32: 3}.get(patch, 2)], last)
+    assert net.layer_depth('pyramid.0.0.weight') == net.layer_depth('pyramid.0.0.weight', 'layer')
+    assert net.layer_depth('pyramid.0.0.weight') == (7, 8)
+    assert net.layer_depth('blocks.0.norm1.weight')[0] == 1
+    assert TimmBackbone(**options, out_indices=(2,)).out_strides == (16,)
+
+
+def test_blocks_of_a_plain_transformer_freeze_together():
+    for stages in (0, 3):
+        assert 'patch_embed.proj' not in trained(model_name='test_vit', frozen_stages=stages)
+        assert 'blocks.0.norm1' in trained(model_name='test_vit', frozen_stages=stages)
+    names = trained(model_name='test_vit', frozen_stages=4)
+    assert {name.split('.')[0] for name in names} == {'pyramid'}
+
+
 def test_names_have_no_prefix_inside_a_detector():
     detector = nn.ModuleDict(dict(backbone=TimmBackbone(model_name=SMALL)))
     assert 'backbone.conv_stem.weight' in detector.state_dict()
@@ -186,7 +221,8 @@ def test_norms_that_lost_their_activation_are_refused():
         (dict(model_name='mobilenet1_100'), "no network 'mobilenet1_100'; close: .*mobilenetv1_"),
         (dict(model_name='hf-hub:someone/something'), 'no network'),
         (dict(model_name='resnet18.nonsense'), 'timm has no tag of'),
-        (dict(model_name='vit_tiny_patch16_224'), 'no feature maps of several strides'),
+        (dict(model_name='mixer_s32_224'), 'no feature maps of several strides'),
+        (dict(model_name='vit_tiny_r_s16_p8_224'), 'no feature maps of several strides'),
         (dict(model_name='pit_ti_224'), 'no group matcher'),
         (dict(model_name=SMALL, model_kwargs=dict(num_classes=2)), "'num_classes' is set"),
         (
