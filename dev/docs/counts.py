@@ -5,6 +5,7 @@ Nothing is downloaded or trained: no weights, data or GPU are needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import nn
 
 from mmdense import models
 from mmdense.flops import Cost, backbone_macs, count_parameters, model_costs
+from mmdense.models import necks
 from mmdense.models.backbones import FAMILIES, Backbone
 
 ROOT = Path(__file__).parents[2]
@@ -242,23 +244,21 @@ def classifier_head(family: str, arch: str | dict, channels: int, classes: int) 
         channels: Of its last feature maps.
         classes: Number of classes.
     """
-    layers: list[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers: Iterable[nn.Module] = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    hidden = None
     if family == 'RDNet':
-        layers.append(nn.LayerNorm(channels))
+        layers = necks.RDNetNeck(in_channels=channels)
+    if family == 'ReXNet' and 'lite' in arch:
+        hidden = 1024
+        layers = necks.ReXNetNeck(in_channels=channels, hidden_channels=hidden)
     if family == 'MobileNetV2':
         conv = nn.Conv2d(channels, 1280, 1, bias=False)
         channels = 1280
         layers = [conv, nn.BatchNorm2d(channels), *layers]
     if family == 'CondenseNetV2':
-        squeezed, hidden = channels // 16, CONDENSENETV2_HIDDEN[arch]
-        layers += [
-            nn.BatchNorm1d(channels),
-            nn.Linear(channels, squeezed, bias=False),  # squeeze and excitation
-            nn.Linear(squeezed, channels, bias=False),
-            nn.Linear(channels, hidden),
-        ]
-        channels = hidden
-    return nn.Sequential(*layers, nn.Linear(channels, classes))
+        hidden = CONDENSENETV2_HIDDEN[arch]
+        layers = necks.CondenseNetV2Neck(in_channels=channels, hidden_channels=hidden)
+    return nn.Sequential(*layers, nn.Linear(hidden or channels, classes))
 
 
 def named_networks(family: str) -> list[tuple[dict[str, str], Backbone]]:

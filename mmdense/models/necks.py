@@ -63,21 +63,19 @@ class CondenseNetV2Neck(_Neck):
 class ReXNetNeck(_Neck):
     """Pooling and dropout of the last convolution, ``out_indices=(5,)``.
 
-    ReXNet-lite has a linear layer to ``hidden_channels``, 1024, from ``in_channels``, the
-    convolution's, with a norm and ReLU6 before the dropout. ``drop_rate`` is the published one.
+    ReXNet-lite has a linear layer from ``in_channels``, the convolution's, to ``hidden_channels``,
+    1024, with a norm and ReLU6 before the dropout.
     """
 
     def __init__(
         self,
         *,
-        in_channels: int | None = None,
+        in_channels: int = 1280,
         hidden_channels: int | None = None,
         drop_rate: float = 0.2,
     ) -> None:
         layers = dict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())
         if hidden_channels:
-            if not in_channels:
-                raise ValueError('hidden_channels needs in_channels')
             layers['fc'] = nn.Linear(in_channels, hidden_channels)
             layers |= dict(bn=nn.BatchNorm1d(hidden_channels), act=nn.ReLU6(inplace=True))
         super().__init__(**layers, drop=nn.Dropout(drop_rate))

@@ -4,15 +4,20 @@ import pytest
 import timm
 import torch
 import torchvision
-from families import difference, image, randomise
+from families import difference, image, randomise, run
 from timm.models.rexnet import RexNet
 
 import published
-from mmdense.apis import deploy
+from checkpoints import error_of
+from mmdense.apis import convert_weights, deploy
 from mmdense.models import CondenseNetV2, DenseNet, RDNet, ReXNet
+from mmdense.weights.files import read_checkpoint
+from mmdense.weights.loading import load_checked
+from support import forget_runs
 
 pytest.importorskip('mmpretrain', reason='needs the extra classification')
 
+from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
 NECKS = dict(
@@ -45,8 +50,14 @@ def classifier(family, arch, classes=1000, **options):
     )
 
 
-def build(config):
+@pytest.fixture(autouse=True)
+def _scope():
     init_default_scope('mmpretrain')
+    yield
+    forget_runs()
+
+
+def build(config):
     net = MODELS.build(config)
     net.init_weights()
     return net.eval()
@@ -150,4 +161,49 @@ def test_logits_are_equal(name, tmp_path):
     errors = [difference(ours.double()(x.double()), expected)]
     deploy(ours)
     errors.append(difference(ours(x.double()), expected))
-    assert max(errors) <= 1e-9, errors
+    assert max(errors) <= 1e-8, errors
+
+
+def test_a_converted_file_has_the_classifier(tmp_path):
+    """With the config of a classifier; without one it has the backbone alone."""
+    torch.manual_seed(0)
+    source, target = tmp_path / 'clovaai.pth', tmp_path / 'converted.pth'
+    theirs = randomise(published.ClovaaiReXNet('1.0')).eval()
+    torch.save(theirs.state_dict(), source)
+    config = Config(dict(model=classifier(ReXNet, 'lite-1.0'), default_scope='mmpretrain'))
+    done = convert_weights(str(source), target, config=config)
+    assert (done.dropped, done.report.share()) == ((), 1)
+    ours = build(config.model)
+    ours.load_state_dict(read_checkpoint(target)['state_dict'])
+    x = image(64, 96)
+    assert difference(run(ours, x), run(theirs.logits, x)) <= 1e-5
+    done = convert_weights(str(source), tmp_path / 'backbone.pth')
+    assert all(key.startswith('output.') for key in done.dropped)
+
+
+def test_other_classes(tmp_path):
+    """Training on other classes starts from the backbone and the neck."""
+    theirs = published.CondenseNetV2('a')
+    net = build(classifier(CondenseNetV2, 'a', classes=5, form='condensed'))
+    load_checked(net, theirs.state_dict(), source='the file', part='backbone.')
+    assert torch.equal(net.neck.fc.weight, theirs.state['fc.weight'])
+    assert net.head.fc.weight.shape == (5, 828)
+    text = error_of(load_checked, net, theirs.state_dict(), source='the file')
+    assert 'wrong shape: head.fc.weight (file: [1000, 828]; model: [5, 828])' in text
+
+
+def test_necks():
+    """Maps become features; each argument has an effect."""
+    maps = (None, image(7, 5, batch=2, channels=32))
+    for options, channels in (
+        (dict(type='RDNetNeck', in_channels=32), 32),
+        (dict(type='CondenseNetV2Neck', in_channels=32), 32),
+        (dict(type='CondenseNetV2Neck', in_channels=32, hidden_channels=6), 6),
+        (dict(type='ReXNetNeck'), 32),
+        (dict(type='ReXNetNeck', in_channels=32, hidden_channels=6), 6),
+    ):
+        neck = MODELS.build(dict(options, type=f'mmdense.{options["type"]}'))
+        (features,) = neck(maps)
+        assert features.shape == (2, channels)
+    dropped = MODELS.build(dict(type='mmdense.ReXNetNeck', drop_rate=0.9))
+    assert (dropped(maps)[0] == 0).float().mean() > 0.5

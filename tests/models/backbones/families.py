@@ -70,6 +70,7 @@ FAMILIES = dict(
         deployed={
             'ReXNet': dict(out_indices=range(6)),
             'ReXNet unet': dict(out_indices=range(6), taps='unet'),
+            'ReXNet lite': dict(arch=dict(width=0.25, depth=0.2, lite=True), out_indices=range(5)),
         },
         smallest=dict(arch=dict(width=0.25, depth=0.2), taps='unet', out_indices=range(6)),
     ),

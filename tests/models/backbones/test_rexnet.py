@@ -6,7 +6,10 @@ import torch
 from families import image, randomise, run, same_step, step
 from timm.models.rexnet import RexNet
 
+import published
 from mmdense.models import ReXNet
+from mmdense.weights.formats import FORMATS, convert
+from mmdense.weights.loading import load_into
 
 TINY = dict(width=0.25, depth=0.2)
 # Of timm's blocks: the last and the first of each stride.
@@ -50,6 +53,32 @@ def test_equals_timm(width, taps, size, training):
     expected, _ = step(theirs, x, lambda y: their_outputs(theirs, y, ends))
     result, _ = step(ours, x)
     same_step(result, {name: expected[name] for name in result})
+
+
+@pytest.mark.parametrize('memory', ['plain', 'lean'])
+def test_lite_equals_the_published_network(memory):
+    torch.manual_seed(0)
+    theirs = randomise(published.ClovaaiReXNet('1.0')).double()
+    ours = ReXNet(arch='lite-1.0', out_indices=range(6), memory=memory).double()
+    _, report = load_into(ours, theirs.state_dict())
+    assert (report.format.name, report.share(), report.unexpected) == ('rexnet-lite', 1, ())
+    x = image(45, 70, batch=2).double()
+    expected, _ = step(theirs, x)
+    result, _ = step(ours, x)
+    named = FORMATS['rexnet-lite'].map(expected).weights
+    same_step(result, {name: named[name] for name in result})
+
+
+@pytest.mark.parametrize(
+    ('width', 'millions'), [('1.0', 4.740), ('1.3', 6.748), ('1.5', 8.332), ('2.0', 12.966)]
+)
+def test_sizes_of_lite(width, millions):
+    with torch.device('meta'):
+        ours = ReXNet(arch=f'lite-{width}', out_indices=range(6))
+        theirs = published.ClovaaiReXNet(width)
+    shapes = {k: v.shape for k, v in ours.state_dict().items()}
+    assert shapes == {k: v.shape for k, v in convert(theirs.state_dict()).items()}
+    assert round(sum(p.numel() for p in theirs.parameters()) / 1e6, 3) == millions
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ def build(arch=TINY, **options):
     [
         (dict(width=0.5), 'unet'),
         (dict(width=1.3), 'stages'),
+        (dict(width=0.5, depth=0.4, lite=True), 'stages'),
         (dict(width=0.25, depth=0.2), 'stages'),
         # At depth 1.5 a second block of stride 2 has a shortcut, and no expansion; without growth a
         # block's input is as large as its output.
