@@ -28,10 +28,9 @@ class _Neck(Sequential):
 
 @MODELS.register_module()
 class RDNetNeck(_Neck):
-    """Pooling and LayerNorm: [N, in_channels]."""
+    """Pooling and LayerNorm, with timm's eps (the authors' code has 1e-5): [N, in_channels]."""
 
     def __init__(self, *, in_channels: int) -> None:
-        # timm's eps; the authors' code has 1e-5.
         norm = nn.LayerNorm(in_channels, eps=1e-6)
         super().__init__(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), norm=norm)
 

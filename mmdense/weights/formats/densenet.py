@@ -11,8 +11,7 @@ DENSENET = Format(
     sign=r'features[._]denseblock\d+\.denselayer\d',
     rules=(
         (rf'features[._](conv\d\.weight|norm\d\.{NORM})', r'features.\1'),
-        # gpleiss's memory-efficient implementation.
-        (rf'features\.norm_final\.({NORM})', r'features.norm5.\1'),
+        (rf'features\.norm_final\.({NORM})', r'features.norm5.\1'),  # gpleiss's
         # torchvision's files of 2017 name the layers norm.1, conv.1, norm.2, conv.2.
         (
             rf'features[._](denseblock\d+\.denselayer\d+)\.({LAYER})\.?([12]\.{NORM})',
