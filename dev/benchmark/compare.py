@@ -82,7 +82,8 @@ class Contender:
 
     Attributes:
         library: 'mmdense', or the name of a peer.
-        form: How mmdense's network is built: 'deployed', a memory mode, or '' for plain.
+        form: How mmdense's network is built: 'deployed', a memory mode, 'unshared' (compiled, but
+            without shared batch statistics), or '' for plain.
         channels_last: Use channels-last for weights and images.
         compiled: Use torch.compile.
         graph: Replay a CUDA graph, which launches all kernels at once; for inference.
@@ -115,7 +116,9 @@ class Contender:
         net.train(setting.mode == 'train').to(setting.device)
         if self.channels_last:
             net.to(memory_format=torch.channels_last)
-        if self.compiled:
+        if self.compiled and self.form == 'unshared':
+            nn.Module.compile(net)
+        elif self.compiled:
             net.compile()
         return net
 
@@ -139,11 +142,12 @@ class Contender:
             return capture(infer) if self.graph else infer
         mixed = dtype != torch.float32
 
-        def train() -> None:
+        def train() -> Any:
             net.zero_grad(set_to_none=True)
             with torch.autocast(setting.device, dtype, enabled=mixed):
                 features = net(image)
             _loss(features).backward()
+            return features
 
         return train
 
@@ -209,6 +213,8 @@ def contenders(
         known = ['', *(['deployed'] if hasattr(network.build(), 'switch_to_deploy') else [])]
     else:
         known = list(network.options)
+        if compiled and setting.device == 'cuda' and setting.network.startswith('densenet'):
+            known.append('unshared')
     names = {form or 'plain': form for form in known}
     if forms and not {*forms} <= names.keys():
         raise UserError(f'{setting.network} has no forms {forms} here; choose from {[*names]}')
@@ -217,7 +223,8 @@ def contenders(
     for library, form in [(MMDENSE, form) for form in forms] + [(peer, '') for peer in peers]:
         if not form or setting.mode == 'infer':
             configurations.append(Contender(library, form))
-        configurations.append(Contender(library, form, channels_last=True))
+        if form != 'unshared':
+            configurations.append(Contender(library, form, channels_last=True))
         # Compiling takes a minute: only the faster format, and of mmdense only the fastest form.
         if compiled and (library != MMDENSE or setting.mode == 'train' or form == forms[-1]):
             configurations.append(Contender(library, form, channels_last=True, compiled=True))
@@ -256,7 +263,7 @@ def compare(
         and ``inexact`` (configurations of mmdense with more than 1.5 times the error of every
         peer). Each contender has ``ratio`` (time of ``peer`` over its time), ``interval`` (95 %),
         ``error`` (relative root mean square error against float64 of the worst output; in 'train'
-        including the gradient of the images) and ``memory`` (bytes above weights and images), or
+        that of the first weight's gradient too) and ``memory`` (bytes above weights and images), or
         only ``failed``. On a GPU there are ``milliseconds`` too, and with ``peaks`` the network's
         ``floor`` (:class:`.Floor`) and each contender's ``of_floor``, the share of its time.
 
@@ -306,7 +313,7 @@ def prepare(
             net.zero_grad(set_to_none=True)
             cached = torch.cuda.memory_allocated() - before  # by the network, for its next run
             row['memory'] = cached + peak_bytes(run, setting.device)
-        return run, row | dict(error=_error(net, run, contender, setting, exact))
+        return run, row | dict(error=_error(_results(net, run, setting), exact))
     except Exception as failure:  # a compiler error, or an unsupported memory format
         return None, dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
 
@@ -346,47 +353,36 @@ def summary(
 
 
 def exact_outputs(setting: Setting) -> list[Tensor]:
-    """Return the outputs in float64, in 'train' with the gradient of the images."""
-    net = NETWORKS[setting.network].create().double().to(setting.device)
-    net.train(setting.mode == 'train')
-    image = setting.image()[:CHECKED].double()
+    """Return the outputs in float64, in 'train' with the gradient of the first weight."""
+    trains = setting.mode == 'train'
+    # A memory mode has the same results, and in float64 a large batch needs it.
+    net = NETWORKS[setting.network].create(**(dict(memory='recompute') if trains else {}))
+    net.double().to(setting.device).train(trains)
+
+    def run() -> Sequence[Tensor]:
+        with torch.inference_mode(not trains):
+            features = net(setting.image().double())
+        if trains:
+            _loss(features).backward()
+        return features
+
+    return _results(net, run, setting)
+
+
+def _results(net: nn.Module, run: Callable[[], Any], setting: Setting) -> list[Tensor]:
+    results = [x[:CHECKED] for x in run()]
     if setting.mode == 'train':
-        return _step(net, image, torch.float64)
-    with torch.inference_mode():
-        return _exact_copies(net(image))
-
-
-def _step(net: nn.Module, image: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Return the outputs and the gradient of the images of a training step."""
-    image = image.detach().requires_grad_()
-    mixed = dtype in (torch.bfloat16, torch.float16)
-    with torch.autocast(image.device.type, dtype if mixed else None, enabled=mixed):
-        features = net(image)
-    _loss(features).backward()
-    return _exact_copies((*features, image.grad))
-
-
-def _exact_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x[:CHECKED].detach().cpu().double() for x in tensors]
+        results.append(next(net.parameters()).grad)
+    return [x.detach().cpu().double() for x in results]
 
 
 def _loss(features: Sequence[Tensor]) -> Tensor:
     return sum(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean() for x in features)
 
 
-def _error(
-    net: nn.Module,
-    run: Callable[[], Any],
-    contender: Contender,
-    setting: Setting,
-    exact: Sequence[Tensor],
-) -> float:
-    outputs = run()
-    if setting.mode == 'train':
-        outputs = _step(net, contender.image(setting)[:CHECKED], DTYPES[setting.dtype])
+def _error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     # Root mean square: the largest error of a pixel varies by a fifth between images.
-    pairs = zip(_exact_copies(outputs), exact, strict=True)
-    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True))
 
 
 def timed(run: Callable[[], Any], device: str) -> float:

@@ -17,6 +17,7 @@ complete. So the cost of statistics, and the exchange of SyncBN, are linear in t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -112,7 +113,8 @@ class _LeanBlock(torch.autograd.Function):
                         masks.append(kept)
                 buffer[:, end : end + growth] = x
                 layers.append(steps)
-        _record([step.norm for steps in layers for step in steps if step.norm.by_batch])
+        norms = [step.norm for steps in layers for step in steps if step.norm.by_batch]
+        record_all([(norm.module, norm.statistics) for norm in norms])
         ctx.layers, ctx.growth, ctx.rate = layers, growth, block[0].drop.p
         ctx.batch, ctx.table = batch, table
         ctx.numbers = len(hidden), len(masks)
@@ -177,21 +179,21 @@ class _LeanBlock(torch.autograd.Function):
         return None, dx, *grads
 
 
-def _record(norms: list[lean.Norm]) -> None:
+def record_all(norms: Sequence[tuple[_BatchNorm, lean.Statistics]]) -> None:
     """Update the running statistics of norms that used those of the batch, in a few launches."""
-    tracked = [n for n in norms if n.module.training and n.module.track_running_stats]
-    momenta = {n.module.momentum for n in tracked}
-    if len(momenta) != 1 or None in momenta or any(n.statistics.group for n in tracked):
-        for norm in norms:
-            lean.record(norm.module, norm.statistics)
+    tracked = [(n, s) for n, s in norms if n.training and n.track_running_stats]
+    momenta = {n.momentum for n, _ in tracked}
+    if len(momenta) != 1 or None in momenta or any(s.group for _, s in tracked):
+        for norm, statistics in norms:
+            lean.record(norm, statistics)
         return
-    modules, statistics = [n.module for n in tracked], [n.statistics for n in tracked]
-    factor = statistics[0].count / (statistics[0].count - 1)
-    old = [m.running_mean for m in modules] + [m.running_var for m in modules]
-    new = [*(s.mean for s in statistics), *torch._foreach_mul([s.var for s in statistics], factor)]
+    old = [n.running_mean for n, _ in tracked] + [n.running_var for n, _ in tracked]
+    count = tracked[0][1].count
+    scaled = torch._foreach_mul([s.var for _, s in tracked], count / (count - 1))
+    new = [*(s.mean for _, s in tracked), *scaled]
     new = [value.to(running) for value, running in zip(new, old, strict=True)]
     torch._foreach_lerp_(old, new, momenta.pop())
-    torch._foreach_add_([m.num_batches_tracked for m in modules], 1)
+    torch._foreach_add_([n.num_batches_tracked for n, _ in tracked], 1)
 
 
 def _dropped(drop: nn.Dropout, x: Tensor) -> tuple[Tensor, Tensor | None]:

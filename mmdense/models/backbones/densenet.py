@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
+from mmdense.models.backbones._densenet_shared import OPTIONS, can_share, shared_block
 from mmdense.models.backbones.base import Backbone, resolve_arch
 from mmdense.models.deploy.densenet import (
     DeployedBlock,
@@ -126,8 +127,11 @@ class DenseBlock(nn.Sequential):
     def __init__(self, layers: Sequence[DenseLayer], *, memory: str) -> None:
         super().__init__(OrderedDict((f'denselayer{i}', m) for i, m in enumerate(layers, 1)))
         self.memory = memory
+        self.may_share = False  # set by DenseNet.compile
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.may_share and torch.compiler.is_compiling() and can_share(self, x):
+            return shared_block(self, x)
         if self.memory == 'lean' and saves_memory() and can_be_lean(self):
             return lean_block(self, x)
         features = [x]
@@ -235,6 +239,22 @@ class DenseNet(Backbone):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight)
         self._freeze()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile, as :meth:`torch.nn.Module.compile` does; arguments are those of torch.compile.
+
+        Without any, layers share batch statistics in training on CUDA, but for 'recompute'.
+        """
+        shares = self.memory != 'recompute' and next(self.parameters()).is_cuda
+        if args or kwargs or not shares or not OPTIONS.keys() <= {*torch._inductor.list_options()}:
+            super().compile(*args, **kwargs)
+            return
+        for i in range(1, self._built + 1):
+            self.features[f'denseblock{i}'].may_share = True
+        super().compile(options=OPTIONS)
+        # DDP's optimizer would split the graph, which torch refuses if it has a custom backward.
+        whole = torch._dynamo.config.patch(optimize_ddp=False)
+        self._compiled_call_impl = whole(self._compiled_call_impl)
 
     def switch_to_deploy(self) -> None:
         """Switch to the channels-last inference form, in place; see :class:`Backbone`.

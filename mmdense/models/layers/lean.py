@@ -62,7 +62,7 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
 
     ValueError if the batch has one value per channel.
     """
-    group, count = _group(norm, x), x.numel() // x.shape[1]
+    group, count = group_of(norm, x), x.numel() // x.shape[1]
     wide = torch.promote_types(x.dtype, torch.float32)
     # Elsewhere the result has the precision of these running statistics.
     unused = (None, None) if x.is_cuda else x.new_ones(2, x.shape[1], dtype=wide)
@@ -79,7 +79,7 @@ def batch_statistics(norm: _BatchNorm, x: Tensor) -> Statistics:
     return Statistics(mean, var, count, group)
 
 
-def _group(norm: _BatchNorm, x: Tensor) -> Any:
+def group_of(norm: _BatchNorm, x: Tensor) -> Any:
     """Return the processes that share the statistics of a batch; None for a single one."""
     if isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized():
         group = norm.process_group or dist.group.WORLD
@@ -123,7 +123,7 @@ class Norm(NamedTuple):
         tracks = norm.training and norm.track_running_stats and norm.running_mean is not None
         running = (norm.running_mean, norm.running_var) if tracks else ()
         same = all(t is not None and t.dtype == wide for t in (norm.weight, *running))
-        if same and norm.momentum is not None and _group(norm, x) is None:
+        if same and norm.momentum is not None and group_of(norm, x) is None:
             if tracks:
                 norm.num_batches_tracked.add_(1)
             tensors = x, norm.weight, norm.bias, *(running or (None, None))

@@ -1,14 +1,22 @@
 """DenseNet equals timm's and torchvision's; test_contract.py has what all families share."""
 
+import copy
+import statistics
+
 import pytest
 import timm
 import torch
 import torchvision
 from families import DEVICE, image, randomise, run, same_step, step
+from torch import distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mmdense.models import DenseNet
+from mmdense.models.backbones import densenet
+from mmdense.models.backbones._densenet_shared import can_share
 
 SMALL = dict(growth_rate=8, layers=(2, 3, 2))
 REFERENCES = {
@@ -243,6 +251,124 @@ def test_compiled_recomputing_counts_each_batch_once():
         results.append(list(net.buffers()))
     for eager, compiled in zip(*results, strict=True):
         torch.testing.assert_close(eager, compiled)
+
+
+def share(net):
+    """Let a compiled network share statistics, as ``compile()`` does on CUDA."""
+    for module in net.modules():
+        if hasattr(module, 'may_share'):
+            module.may_share = True
+    return net
+
+
+def compiled_steps(net, *sizes, shared=True, amp=None):
+    """Return the results of compiled training steps."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(share(net) if shared else net, fullgraph=True, backend=graphs)
+    results = []
+    for size in sizes:
+        net.zero_grad()
+        x = image(*size, batch=2).to(next(net.parameters()))
+        result, _ = step(net, x, forward=lambda x: compiled(x), amp=amp)
+        results.append({k: None if v is None else v.clone() for k, v in result.items()})
+    assert graphs.frame_count == min(len(sizes), 2)  # static, then dynamic
+    return results
+
+
+SHARED = [
+    {},
+    dict(tap='activated', frozen_stages=1),
+    dict(norm_cfg=dict(type='BN', eps=1e-3, momentum=0.3)),
+    dict(norm_cfg=dict(type='SyncBN', requires_grad=False), memory='lean'),
+    dict(norm_cfg=dict(type='BN', track_running_stats=False), stem='deep'),
+]
+
+
+@pytest.mark.parametrize('options', [*SHARED, dict(norm_cfg=dict(type='BN', momentum=None))])
+def test_shared_statistics_change_nothing(options, monkeypatch):
+    results = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        net = randomise(DenseNet(arch=SMALL, **{**options, 'memory': 'plain'}), signed=True)
+        net = share(net) if shared else net
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.compiler, 'is_compiling', lambda shared=shared: shared)
+            results.append(step(net.double().train(), image(32, 48, batch=2).double()))
+    (plain, plain_bytes), (result, saved) = results
+    same_step(result, plain)
+    assert saved < plain_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options', SHARED)
+def test_compiled_shared_statistics_change_nothing(options):
+    """Compiled for the first image size, then for any."""
+    torch.manual_seed(0)
+    net = DenseNet(arch=dict(growth_rate=8, layers=(1, 2)), **options)
+    net = randomise(net, signed=True).double().train()
+    plain, sizes = copy.deepcopy(net), ((32, 48), (48, 64))
+    results = compiled_steps(net, *sizes)
+    for result, size in zip(results, sizes, strict=True):
+        plain.zero_grad()
+        same_step(result, step(plain, image(*size, batch=2).double())[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('amp', [torch.bfloat16, torch.float16, None])
+def test_shared_statistics_under_autocast(amp):
+    net = randomise(DenseNet(arch=dict(growth_rate=8, layers=(6, 6, 6))))
+    exact, _ = step(copy.deepcopy(net).double(), image(64, 96, batch=2).double())
+    errors = []
+    for shared in (False, True):
+        (result,) = compiled_steps(copy.deepcopy(net), (64, 96), shared=shared, amp=amp)
+        assert all(result[name].dtype == p.dtype for name, p in net.named_parameters())
+        errors.append(
+            statistics.median(
+                float((result[name] - value).norm() / value.norm())
+                for name, value in exact.items()
+                if value.is_floating_point() and value.norm() > 1e-4  # else it is only rounding
+            )
+        )
+    assert 0 < errors[1] < 1.5 * errors[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(bottleneck=False),
+        dict(drop_rate=0.3),
+        dict(norm_eval=True),
+        dict(norm_cfg=dict(type='BN', affine=False)),
+        dict(norm_cfg=dict(type='GN', num_groups=4)),
+    ],
+)
+def test_other_blocks_do_not_share(options, monkeypatch):
+    monkeypatch.setattr(densenet, 'shared_block', None)
+    net = DenseNet(arch=SMALL, **options).to(DEVICE).train()
+    compiled_steps(net, (32, 48))
+
+
+def test_blocks_share_no_statistics_across_processes():
+    dist.init_process_group('fake', rank=0, world_size=2, store=FakeStore())
+    try:
+        for norm, shared in (('SyncBN', False), ('BN', True)):
+            block = DenseNet(arch=SMALL, norm_cfg=dict(type=norm)).features['denseblock1']
+            assert can_share(block, torch.ones(2, 16, 8, 8)) == shared
+    finally:
+        dist.destroy_process_group()
+
+
+def test_only_a_gpu_compiles_for_shared_statistics(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch, 'compile', lambda forward, **options: calls.append(options))
+    for on_gpu, options in ((False, {}), (True, {}), (True, dict(mode='max-autotune'))):
+        net = DenseNet(arch=SMALL)
+        monkeypatch.setattr(torch.nn.Parameter, 'is_cuda', on_gpu, raising=False)
+        net.compile(**options)
+        assert net.features['denseblock1'].may_share == (calls[-1].keys() == {'options'})
+    assert [{*options} for options in calls] == [set(), {'options'}, {'mode'}]
 
 
 def test_dropout_follows_every_convolution_but_the_first():
