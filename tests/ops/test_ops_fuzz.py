@@ -31,12 +31,7 @@ SUMS = 200
 
 
 class Draw:
-    """The random arguments of a case, by name, for the message of a failure.
-
-    Args:
-        key: Operator, seed and attempt.
-        device: Of the operator. References run on the CPU.
-    """
+    """The random arguments of a case, by name, for the message of a failure."""
 
     def __init__(self, key, device):
         self.random = random.Random(key)
@@ -120,14 +115,7 @@ class Draw:
 
 
 def check(name, got, expected, loose=1.0):
-    """Compare a tensor with its float64 reference, within the rounding of its dtype.
-
-    Args:
-        name: Of the tensor.
-        got: The operator's result.
-        expected: The reference's result, on the CPU.
-        loose: Factor of the usual rounding error.
-    """
+    """Compare a tensor with its float64 reference, within ``loose`` times the dtype's rounding."""
     assert got.shape == expected.shape, f'{name}: {got.shape}, not {expected.shape}'
     own = torch.finfo(got.dtype).eps
     computed = min(own, torch.finfo(torch.float32).eps)
@@ -291,13 +279,9 @@ def ms_deform_attn(draw):
     shapes = [draw.shape(f'level {i}', (1, 5), (1, 5)) for i in range(draw.count('levels', 1, 3))]
     keys = sum(h * w for h, w in shapes)
     spread = draw.choose('spread', [0.3, 5.0, 1000.0])
-    places = (
-        0.5
-        + torch.randn(
-            images, queries, heads, len(shapes), points, 2, generator=draw_generator(draw)
-        )
-        * spread
-    )
+    generator = torch.Generator().manual_seed(draw.random.getrandbits(60))
+    size = images, queries, heads, len(shapes), points, 2
+    places = 0.5 + torch.randn(size, generator=generator) * spread
     leaves = dict(
         value=leaf(draw.tensor('value', images, keys, heads, width)),
         locations=leaf(draw.tensor('locations', like=places)),
@@ -310,10 +294,6 @@ def ms_deform_attn(draw):
     starts = torch.cat((sizes.new_zeros(1), sizes.prod(1).cumsum(0)[:-1]))
     out = MultiScaleDeformableAttnFunction.apply(value, sizes, starts, locations, weights, 64)
     check_gradients(draw, leaves, out, expected)
-
-
-def draw_generator(draw):
-    return torch.Generator().manual_seed(draw.random.getrandbits(60))
 
 
 def carafe(draw):
@@ -371,21 +351,9 @@ def sync_bn(draw):
     norm, out = torch.zeros_like(x, dtype=torch.float32), torch.zeros_like(x)
     _ext.sync_bn_forward_mean(x, ours_mean)
     _ext.sync_bn_forward_var(x, ours_mean, ours_var)
-    _ext.sync_bn_forward_output(
-        x,
-        ours_mean,
-        ours_var,
-        weight if affine else None,
-        bias if affine else None,
-        moving,
-        moving_var,
-        norm,
-        std,
-        out,
-        eps=eps,
-        momentum=momentum,
-        group_size=1,
-    )
+    tensors = x, ours_mean, ours_var, *((weight, bias) if affine else (None, None))
+    outs = moving, moving_var, norm, std, out
+    _ext.sync_bn_forward_output(*tensors, *outs, eps=eps, momentum=momentum, group_size=1)
     # Statistics are float32 whatever the input: errors grow with what the norm multiplies by.
     loose = max(1.0, (1 / (var.detach() + eps).sqrt()).max().item()) if channels else 1.0
     stats = partial(check_float32, loose=loose * (1 + x.abs().max().item() if x.numel() else 1))
@@ -409,16 +377,11 @@ def sync_bn(draw):
 def check_float32(name, got, expected, loose):
     """Compare a result that was computed in float32, whatever its dtype."""
     assert got.shape == expected.shape, name
-    own = max(torch.finfo(got.dtype).eps, torch.finfo(torch.float32).eps)
+    eps = torch.finfo(torch.float32).eps
     size = max(expected.abs().max().item(), 1.0) if expected.numel() else 1.0
-    atol = SUMS * torch.finfo(torch.float32).eps * size * loose
-    torch.testing.assert_close(
-        got.cpu().double(),
-        expected.detach(),
-        rtol=4 * own,
-        atol=atol,
-        msg=lambda text: f'{name}: {text}',
-    )
+    bounds = dict(rtol=4 * max(torch.finfo(got.dtype).eps, eps), atol=SUMS * eps * size * loose)
+    message = dict(msg=lambda text: f'{name}: {text}')
+    torch.testing.assert_close(got.cpu().double(), expected.detach(), **bounds, **message)
 
 
 CASES = {
@@ -448,16 +411,7 @@ OPERATORS = {name_of(function): function for function in CASES}
 
 
 def case(operator, seed, device='cpu'):
-    """Run one case.
-
-    Args:
-        operator: A name in ``OPERATORS``.
-        seed: The case's number.
-        device: Where the operator runs.
-
-    Raises:
-        AssertionError: With the operator, the seed, and all that was drawn.
-    """
+    """Run one case; an AssertionError has the operator, the seed, and all that was drawn."""
     for attempt in range(ATTEMPTS):
         draw = Draw(f'{operator} {seed} {attempt}', device)
         try:
