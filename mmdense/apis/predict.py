@@ -114,10 +114,8 @@ class Predictor(BasePredictor):
             for finding in check_sample(Sample(str(image)), options):
                 if finding.severity == ERROR:
                     raise UserError(str(finding))
-            try:
+            with explain(f'{image}: not an image that can be read'):
                 return self._loader(dict(img_path=str(image), img_id=0))
-            except Exception as error:  # OpenCV, Pillow and the file system each raise their own
-                raise UserError(f'{image}: not an image that can be read') from error
         check_pixels(image, 'BGR')
         pixels = image.astype(np.float32) if self._loader.to_float32 else image
         shape = image.shape[:2]

@@ -37,8 +37,14 @@ class NamedPipeline(Compose):
             raise_first(check_sample(sample, self.options), error)
             raise RuntimeError(f'{sample.image}: a transform failed ({one_line(error)})') from error
         packed = data.get('data_samples') if isinstance(data, dict) else None
-        if self.options.classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
-            self._check_labels(packed, sample)
+        classes = self.options.classes
+        if classes and isinstance(packed, BaseDataElement) and 'gt_sem_seg' in packed:
+            labels = packed.gt_sem_seg.data
+            unknown = ((labels < 0) | (labels >= classes)) & (labels != self.options.ignored)
+            if unknown.any():
+                raise_first(check_sample(sample, self.options))
+                text = f'after the pipeline it has labels outside the {classes} classes'
+                raise UserError(f'{sample.label_map}: {text}')
         return data
 
     def _transform(self, data: dict, sample: Sample) -> dict | None:
@@ -54,17 +60,6 @@ class NamedPipeline(Compose):
                 if shape != (size := size or shape):
                     raise_first(check_sample(sample, self.options))
         return data
-
-    def _check_labels(self, packed: BaseDataElement, sample: Sample) -> None:
-        labels = packed.gt_sem_seg.data
-        classes = self.options.classes
-        unknown = ((labels < 0) | (labels >= classes)) & (labels != self.options.ignored)
-        if unknown.any():
-            raise_first(check_sample(sample, self.options))
-            raise UserError(
-                f'{sample.label_map}: after the pipeline it has labels outside the {classes} '
-                'classes'
-            )
 
 
 def naming(runner: type) -> type:

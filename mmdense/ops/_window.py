@@ -137,7 +137,7 @@ def psamask_backward(grad_output: Tensor, grad_input: Tensor, psa_type: int, **s
     index, inside = _places(grad_output.device, **sizes)
     grad = grad_output.flatten(2)
     grad = (grad if psa_type == COLLECT else grad.transpose(1, 2)).reshape(grad_output.shape)
-    grad_input.zero_().scatter_add_(1, index, grad * inside)
+    grad_input.zero_().scatter_add_(1, index, grad.where(inside, 0))
 
 
 def _places(
