@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,15 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f'{twice} is in two sweeps')
     check_writable(out / 'results.json')
-    (out / 'pictures').mkdir(parents=True, exist_ok=True)
-    alike = len({json.dumps(_conditions(r), sort_keys=True) for r in results}) == 1
+    conditions = ([r['machine'] | dict(date=None), r['measured']] for r in results)
+    alike = len({json.dumps(each, sort_keys=True) for each in conditions}) == 1
     if not alike:
         warn('the sweeps were measured on other machines or in other ways: no times and memory')
     for row in rows:
         folder = row.pop('folder')
         row['pictures'] = [_copy(folder, file, out) for file in row['pictures']]
+        for seed in (seed for seed in row['seeds'] if 'matches' in seed):
+            _copy(folder, seed['matches'], out)
         if not alike:
             row |= dict(infer={}, train=None)
     metrics = dict.fromkeys(name for r in results for name in r['metrics'])
@@ -75,12 +77,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _conditions(results: Mapping[str, Any]) -> list[Any]:
-    """Return what times depend on."""
-    machine = {k: v for k, v in results['machine'].items() if k != 'date'}
-    return [machine, results['measured']]
-
-
 def _copy(folder: Path, file: str, out: Path) -> str:
+    (out / file).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / file, out / file)
     return file

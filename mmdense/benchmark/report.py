@@ -12,7 +12,7 @@ import html
 import json
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,10 +24,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from tabulate import tabulate
 
+from mmdense.benchmark.bootstrap import RESAMPLES, compare_rows
 from mmdense.benchmark.latex import latex_table
 from mmdense.benchmark.plots import (
     Item,
-    pareto_front,
     plot_curves,
     plot_scatter,
     style_sheet,
@@ -149,7 +149,7 @@ class Report:
     """What the pages show, from the ``results`` of :meth:`.Sweep.report`."""
 
     style_sheet = style_sheet()
-    missing = MISSING
+    missing, resamples = MISSING, RESAMPLES
 
     def __init__(self, folder: Path, results: Mapping[str, Any]) -> None:
         self.folder, self.results, self.rows = folder, results, results['rows']
@@ -176,10 +176,10 @@ class Report:
         self.columns = [known[name] for name in chosen if name in known]
         self.unknown = [name for name in results['columns'] if name not in known]
         self.parts = [*self._parts()]
-        self.with_parts = [i for i, row in enumerate(self.rows) if row['parts']]
         sign = -1 if self.metric.better == 'max' else 1
         keys = [math.inf if value is None else sign * value for value in self.metric.values]
         self.ranked = sorted(range(len(keys)), key=keys.__getitem__)  # rows, best first
+        self.differences = compare_rows(folder, self.finished, self.metric.full_title, self.ranked)
         names = dict.fromkeys(row['family'] for row in self.rows)
         self.families = {name: number for number, name in enumerate(names)}
         self.swatches = {name: swatch(number) for name, number in self.families.items()}
@@ -279,15 +279,34 @@ class Report:
                 best = _listed(name for name, value in values if value == column.best)
                 figure = f'{column.text(column.best)} {column.unit}'.rstrip()
                 sentences.append(f'{title}: {best}, {figure}.')
-        fronts = [
-            {plot.items[i].name for i in pareto_front([item.points[0] for item in plot.items])}
-            for plot in self.plots
-        ]
-        always = set.intersection(*fronts) if fronts and len(names) > 1 else set()
-        if always and not untrained:
-            on_all = _listed(name for name in names if name in always)
-            sentences.append(f'On the Pareto front of every plot: {on_all}.')
         return sentences
+
+    @cached_property
+    def lists(self) -> dict[str, list[str]]:
+        """Sentences by their title: which backbones are better, and the best one of each group."""
+        rows = [(i, self.rows[i]) for i in self.ranked if self.metric.values[i] is not None]
+        names = {i: row['backbone'] + ' (single run)' * (len(row['seeds']) == 1) for i, row in rows}
+        others, groups = defaultdict(list), defaultdict(list)
+        for (i, j), (value, low, high) in self.differences.items():
+            verdict = 'better than' if low > 0 else 'not distinguishable from'
+            text = f'{names[j]} ({value:.3f}; {low:.3f} to {high:.3f})'
+            others[f'{names[i]} is {verdict}'].append(text)
+        for i, row in rows:
+            groups[row['family']].append(i)
+        costs = {i: row['parts']['backbone']['macs'] / 1e9 for i, row in rows if row['parts']}
+        exponents = {i: math.floor(math.log2(cost)) for i, cost in costs.items() if cost}
+        for i, exponent in sorted(exponents.items(), key=lambda item: item[1]):
+            low = 2.0**exponent
+            groups[f'Backbones of {low:.3g} to {2 * low:.3g} G MACs'].append(i)
+        best = [(group, self.rows[m[0]]['backbone'], m) for group, m in groups.items()]
+        lists = {
+            'Differences': [f'{words} {_listed(texts)}.' for words, texts in others.items()],
+            'Families and costs': [
+                f'{group}: {name}, {self.metric.cell(m[0])} (the best of {len(m)}).'
+                for group, name, m in best
+            ],
+        }
+        return {title: sentences for title, sentences in lists.items() if sentences}
 
     @cached_property
     def curves(self) -> list[Plot]:

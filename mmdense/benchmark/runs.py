@@ -22,11 +22,14 @@ from typing import Any
 
 import torch
 
-from mmdense.errors import UserError, one_line
+from mmdense.benchmark.bootstrap import keep_matches
+from mmdense.config.read import load_config
+from mmdense.errors import UserError, one_line, warn
 from mmdense.files import atomic_write
 
-# In mmengine's log: epoch (if it counts them), iteration, their number, time left.
-STATE = re.compile(r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d)')
+# In mmengine's log: epoch (if it counts them), iteration, their number, time left, loss.
+STATE = r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d).*? loss: (\S+)'
+ACCURACY = r'\(val\).*? (?:coco/)?(\w+_mAP|mIoU): (\S+)'
 RAISED = re.compile(r'[\w.]*(Error|Exception|Interrupt)\b')
 LOG_TAIL = 20_000  # characters
 POLL = 0.5  # seconds
@@ -107,6 +110,10 @@ class TrainingRun:
         if process.returncode:
             self.save_state('failed', seconds, error=self._read_error(process.returncode))
         else:
+            try:
+                keep_matches(load_config(str(self.config)))
+            except Exception as error:  # from any library; the training is done
+                warn(f'{self.name}: no matches: {one_line(error)}')
             self.save_state('done', seconds)
 
     def checkpoint(self, *args: Any) -> Any:
@@ -122,14 +129,14 @@ class TrainingRun:
     def read_progress(self) -> tuple[str, float]:
         """Return the state and the share of the training that is done."""
         text = self.log.read_text(errors='replace')[-LOG_TAIL:] if self.log.exists() else ''
-        if not (matches := STATE.findall(text)):
+        if not (matches := re.findall(STATE, text)):
             return 'testing' if self.weights else 'starting', 0.0
-        epoch, step, steps, left = matches[-1]
-        share = int(step) / int(steps)
-        if not epoch or not self.epochs:
-            return f'iteration {step} of {steps}, {left} left', share
-        text = f'epoch {epoch} of {self.epochs}, {left} left'
-        return text, (int(epoch) - 1 + share) / self.epochs
+        epoch, step, steps, left, loss = matches[-1]
+        share, place = int(step) / int(steps), f'iteration {step} of {steps}'
+        if epoch and self.epochs:
+            share, place = (int(epoch) - 1 + share) / self.epochs, f'epoch {epoch} of {self.epochs}'
+        figures = [f'loss {loss}', *(f'{k} {v}' for k, v in re.findall(ACCURACY, text)[-1:])]
+        return ', '.join([place, f'{left} left', *figures]), share
 
     def _read_error(self, status: int) -> str:
         """Return the line of the log that says why the process ended."""

@@ -35,6 +35,7 @@ from torch import nn
 from mmdense.apis.export import export_onnx
 from mmdense.apis.predict import Predictor
 from mmdense.benchmark.backbones import PRUNING, BackboneSpec
+from mmdense.benchmark.bootstrap import MATCHES, keep_predictions
 from mmdense.benchmark.memory import random_batch
 from mmdense.benchmark.report import GROUPS, VERSION, write_report
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
@@ -425,6 +426,8 @@ class Sweep:
         seeds = []
         for run, (_, records) in zip(runs, outcomes, strict=True):
             seed = dict(seed=run.seed, **run.state)
+            if (matches := run.folder / MATCHES).exists():
+                seed['matches'] = str(matches.relative_to(self.folder))
             final = records[-1] if records and seed['status'] == 'done' else {}
             seeds.append(dict(seed, metrics={k: v for k, v in final.items() if k != 'iter'}))
         metrics, deviations = {}, {}
@@ -457,6 +460,7 @@ def _write_config(run: TrainingRun, cfg: Config) -> None:
     """Write a training's config. After a training it must be the same, unless that failed."""
     cfg = copy.deepcopy(cfg)
     cfg.randomness.seed, cfg.work_dir = run.seed, str(run.folder)
+    list(keep_predictions(cfg))
     file, folder, text = run.config, run.folder, cfg.pretty_text
     check_writable(file)
     if (folder / 'last_checkpoint').exists() and file.exists() and file.read_text() != text:

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmdense.benchmark.bootstrap import RESAMPLES, compare_rows
 from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.plots import COLOURS, FAMILIES, Item, pareto_front, plot_scatter
 from mmdense.benchmark.report import VERSION, write_report
@@ -41,6 +42,7 @@ def make_row(i=0, **changes):
         losses=[[10 * k, 3.0 / k] for k in range(1, 9)],
         validations=[{'iter': 40, 'box AP': 0.1}, {'iter': 80, 'box AP': 0.3 + 0.01 * i}],
         deviations={},
+        seeds=[dict(seed=0)],
         pictures=[],
     )
     return {**row, **changes}
@@ -150,7 +152,6 @@ def test_no_winner_where_nothing_was_learned(report):
     page, _, _ = report(rows)
     assert 'No backbone has learned the task yet: the best box AP is 0.005. Train' in page.text
     assert 'Best box AP' not in page.text
-    assert 'Pareto front of every plot' not in page.text
     assert 'Fastest inference: net-0' in page.text
 
 
@@ -201,7 +202,7 @@ def test_the_report(report, tmp_path):
     assert len(ids) == len({*ids})
 
     # The table: the best backbone first, each heading a button, the best value of a column bold.
-    (head,) = [row for row in page.rows if 'medianms' in [c.replace(' ', '') for c in row]]
+    (head,) = [row for row in page.rows if 'medianms' in [''.join(c.split()) for c in row]]
     head = [' '.join(cell.split()) for cell in head]
     assert head[0] == 'box AP', 'box AP50 has no values'
     body = [row for row in page.rows if row and row[0].strip().startswith('net-')][:4]
@@ -231,7 +232,6 @@ def test_the_report(report, tmp_path):
     # Words, the same on both pages.
     assert 'Best box AP: net-1, 0.700.' in page.text
     assert 'Fastest inference: net-0, 10.0 ms.' in page.text
-    assert 'On the Pareto front of every plot: net-1.' in page.text
     assert '4 backbones: 3 done, 1 failed.' in page.text
     for content in (' '.join(page.text.split()), markdown):
         assert 'one image of 192 x 160 pixels' in content
@@ -249,6 +249,67 @@ def test_the_report(report, tmp_path):
         assert 'Train data: 9 images (CocoDataset, a.json, SHA-256 ffffffffffff).' in content
         assert 'Changed in the config: train_cfg.max_epochs=2.' in content
         assert 'python tools/benchmark.py sweep x' in content
+
+
+def write_matches(folder, name, ap, images=9):
+    """``ap`` is one number, or one with a standard deviation."""
+    mean, deviation = ap if isinstance(ap, tuple) else (ap, 0.01)
+    values = np.random.default_rng(5).normal(mean, deviation, 1 + RESAMPLES)
+    values[0] = mean
+    arrays = {'box AP/ap': values, 'box AP/images': np.arange(images)}
+    np.savez(folder / f'{name}.npz', **arrays)
+    return dict(seed=0, matches=f'{name}.npz')
+
+
+def test_what_is_better(tmp_path):
+    """The same images in a resample: their chance is no difference, but that of the seeds is."""
+    rows = {
+        'high': [0.52],
+        'same': [0.52],
+        'pair': [0.519],
+        'seeds': [0.35, 0.5, 0.65],
+        'same seeds': [0.35, 0.5, 0.65],
+        'stable': [0.40, 0.41, 0.42],
+        'none': [],
+        'other': [0.1],
+    }
+    rows = {
+        name: make_row(
+            i,
+            backbone=name,
+            metrics={'box AP': float(np.mean(aps)) if aps else 0.2},
+            seeds=[
+                write_matches(tmp_path, f'{i}-{s}', ap, images=7 if name == 'other' else 9)
+                for s, ap in enumerate(aps)
+            ]
+            or [dict(seed=0)],
+        )
+        for i, (name, aps) in enumerate(rows.items())
+    }
+    names = [*rows]
+    ranked = sorted(range(len(names)), key=lambda i: -rows[names[i]]['metrics']['box AP'])
+    differences = compare_rows(tmp_path, [*rows.values()], 'box AP', ranked)
+    lows = {(names[i], names[j]): low for (i, j), (_, low, _) in differences.items()}
+    assert len(lows) == 15, 'all pairs of six'
+    better = {pair for pair, low in lows.items() if low > 0}
+    assert ('high', 'pair') in better, 'on every resample'
+    assert ('high', 'stable') in better
+    assert lows['high', 'same'] == 0
+    assert not better & {('seeds', 'same seeds'), ('high', 'seeds'), ('seeds', 'stable')}
+    value, low, high = differences[3, 5]
+    assert value == pytest.approx(0.09)
+    # Means of three: 0.15 / sqrt(3) and 0.01 / sqrt(3) in quadrature, times 1.96.
+    assert (high - low) / 2 == pytest.approx(0.17, rel=0.2)
+    (tmp_path / 'results.json').write_text(json.dumps(make_results([*rows.values()])))
+    write_report(tmp_path)
+    text = (tmp_path / 'report.md').read_text()
+    single, figures = '(single run)', '(0.001; 0.001 to 0.001)'
+    assert f'- high {single} is better than pair {single} {figures} and stable (' in text
+    figures = '(0.000; 0.000 to 0.000)'
+    assert f'- high {single} is not distinguishable from same {single} {figures}, seeds (' in text
+    assert '- RDNet: high, 0.520 (the best of 2).\n' in text
+    assert '- Backbones of 2 to 4 G MACs: high, 0.520 (the best of 8).\n' in text
+    assert '<h2>Differences</h2>' in (tmp_path / 'report.html').read_text()
 
 
 def test_nothing_is_taken_for_markup(report):

@@ -81,6 +81,11 @@ def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
     sweep.train(stand_in, lambda *update: updates.append(update))
     assert [sweep.state(b.name)['status'] for b in sweep.backbones] == ['failed', 'done']
     assert updates[-1] == ('timm:resnet18', 'done', 1)
+    log = sweep.runs['timm:resnet18'][0].log
+    text = 'Epoch(val) [1][4/4]    coco/bbox_mAP: 0.5  coco/bbox_mAP_50: 0.6  time: 1\n'
+    log.write_text(text + log.read_text())
+    state = 'epoch 1 of 8, 0:01:20 left, loss 1.0, bbox_mAP 0.5'
+    assert sweep.runs['timm:resnet18'][0].read_progress() == (state, 0.25 / 8)
     rows = results_of(folder)
     assert rows['rdnet-nano']['error'] == 'torch.OutOfMemoryError: out of memory'
     assert rows['rdnet-nano']['metrics'] == {}
