@@ -1,10 +1,12 @@
 """Train and test a config with one backbone after the other, and report; merge such reports."""
 
 import argparse
+import re
 import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from mmdense import cli  # sets what torch reads when it is loaded
 import torch
 from mmengine.config import Config, DictAction
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
@@ -227,18 +231,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.show('one step of', name)
 
         sweep.try_out(conditions.device, show_name)
-    with Progress(
-        '{task.description}',
-        BarColumn(),
-        '{task.fields[state]}',
-        console=console,
-        disable=not console.is_terminal,
-    ) as bars:
-        names = [run.name for runs in sweep.runs.values() for run in runs]
-        tasks = {name: bars.add_task(name, total=1.0, state='waiting') for name in names}
+    board = Board(console, [run.name for runs in sweep.runs.values() for run in runs])
+    with (
+        Live(board, console=console, refresh_per_second=2) if console.is_terminal else nullcontext()
+    ):
 
         def show(name: str, state: str, share: float) -> None:
-            bars.update(tasks[name], completed=share, state=escape(state))
+            board.show(name, state, share)
             lines.show(name, state)
 
         sweep.train(train, show, jobs)
@@ -261,6 +260,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     console.print(f'report: {folder / "report.html"}', soft_wrap=True, markup=False)
     if failed:
         sys.exit(f'failed: {", ".join(failed)} (logs: {folder}/runs/*/output.log)')
+
+
+class Board:
+    """Where each training stands, as a live table: those that run first, as many as fit."""
+
+    def __init__(self, console: Console, names: Sequence[str]) -> None:
+        self.console = console
+        self.shares = dict.fromkeys(names, 0.0)
+        self.cells = {name: ['waiting', '', '', ''] for name in names}
+
+    def show(self, name: str, state: str, share: float) -> None:
+        self.shares[name] = share
+        if match := re.fullmatch(r'(.*? of \d+), (.*) left, loss ([^,]+)(?:, (.*))?', state):
+            self.cells[name] = [text or '' for text in match.groups()]
+        else:
+            self.cells[name][:2] = state, ''
+
+    def __rich__(self) -> Table:
+        done = [name for name, (state, *_) in self.cells.items() if state == 'done']
+        table = Table('training', '', 'state', 'left', 'loss', 'accuracy', box=None)
+        table.title = f'{len(done)} of {len(self.cells)} trainings done'
+        waiting = [name for name, (state, *_) in self.cells.items() if state == 'waiting']
+        running = [name for name in self.cells if name not in {*done, *waiting}]
+        for name in [*running, *done[::-1], *waiting][: max(self.console.height - 4, 1)]:
+            bar = ProgressBar(1.0, self.shares[name], width=16)
+            cells = (Text(text, overflow='ellipsis', no_wrap=True) for text in self.cells[name])
+            table.add_row(Text(name), bar, *cells)
+        return table
 
 
 class Lines:

@@ -298,12 +298,11 @@ class Report:
         for i, exponent in sorted(exponents.items(), key=lambda item: item[1]):
             low = 2.0**exponent
             groups[f'Backbones of {low:.3g} to {2 * low:.3g} G MACs'].append(i)
-        best = [(group, self.rows[m[0]]['backbone'], m) for group, m in groups.items()]
         lists = {
             'Differences': [f'{words} {_listed(texts)}.' for words, texts in others.items()],
             'Families and costs': [
-                f'{group}: {name}, {self.metric.cell(m[0])} (the best of {len(m)}).'
-                for group, name, m in best
+                f'{group}: {names[i]}, {self.metric.cell(i)} (the best of {1 + len(others)}).'
+                for group, (i, *others) in groups.items()
             ],
         }
         return {title: sentences for title, sentences in lists.items() if sentences}

@@ -307,8 +307,8 @@ def test_what_is_better(tmp_path):
     assert f'- high {single} is better than pair {single} {figures} and stable (' in text
     figures = '(0.000; 0.000 to 0.000)'
     assert f'- high {single} is not distinguishable from same {single} {figures}, seeds (' in text
-    assert '- RDNet: high, 0.520 (the best of 2).\n' in text
-    assert '- Backbones of 2 to 4 G MACs: high, 0.520 (the best of 8).\n' in text
+    assert '- RDNet: high (single run), 0.520 (the best of 2).\n' in text
+    assert '- Backbones of 2 to 4 G MACs: high (single run), 0.520 (the best of 8).\n' in text
     assert '<h2>Differences</h2>' in (tmp_path / 'report.html').read_text()
 
 

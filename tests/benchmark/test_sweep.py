@@ -407,6 +407,27 @@ def test_progress_in_lines_without_a_terminal(monkeypatch, capsys):
     assert capsys.readouterr().out == text
 
 
+def test_progress_as_a_table():
+    console = Console(width=100, height=7, record=True)
+    board = load_tool('benchmark').Board(console, 'abcd')
+    for name, state, share in (
+        ('b', 'epoch 1 of 8, 1 day, 0:01:20 left, loss 1.25, bbox_mAP 0.5', 0.25),
+        ('c', 'epoch 8 of 8, 0:00:00 left, loss 0.75', 1.0),
+        ('c', 'done', 1.0),
+        ('d', 'RuntimeError: [x], y', 0.0),
+    ):
+        board.show(name, state, share)
+    console.print(board)
+    lines = [' '.join(line.replace('━', '').split()) for line in console.export_text().splitlines()]
+    assert lines == [
+        '1 of 4 trainings done',
+        'training state left loss accuracy',
+        'b epoch 1 of 8 1 day, 0:01:20 1.25 bbox_mAP 0.5',
+        'd RuntimeError: [x], y',
+        'c done 0.75',
+    ], 'those that run come first, and as many as fit'
+
+
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
