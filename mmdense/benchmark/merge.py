@@ -48,8 +48,7 @@ def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] =
     for row in rows:
         folder = row.pop('folder')
         row['pictures'] = [_copy(folder, file, out) for file in row['pictures']]
-        for seed in (seed for seed in row['seeds'] if 'matches' in seed):
-            _copy(folder, seed['matches'], out)
+        [_copy(folder, seed['matches'], out) for seed in row['seeds'] if 'matches' in seed]
         if not alike:
             row |= dict(infer={}, train=None)
     metrics = dict.fromkeys(name for r in results for name in r['metrics'])

@@ -175,7 +175,6 @@ class Report:
         known = {column.name: column for column in self.all_columns if column.known}
         self.columns = [known[name] for name in chosen if name in known]
         self.unknown = [name for name in results['columns'] if name not in known]
-        self.parts = [*self._parts()]
         sign = -1 if self.metric.better == 'max' else 1
         keys = [math.inf if value is None else sign * value for value in self.metric.values]
         self.ranked = sorted(range(len(keys)), key=keys.__getitem__)  # rows, best first
@@ -209,12 +208,6 @@ class Report:
             yield Column(slug, 'Model', title, unit, values, better)
         minutes = [row and _finite(row['seconds'], 60) for row in self.finished]
         yield Column('training_min', 'Training', 'time', 'min', minutes)
-
-    def _parts(self) -> Iterable[Column]:
-        for part in dict.fromkeys(name for row in self.rows for name in row['parts']):
-            for key, slug, title, unit, size, _ in PARTS:
-                values = [_finite(row['parts'].get(part, {}).get(key), size) for row in self.rows]
-                yield Column(f'{_slug(part)}_{slug}', part, title, unit, values)
 
     def _plots(self) -> Iterable[Plot]:
         """Draw the plots of which at least one backbone has both figures."""
@@ -294,9 +287,8 @@ class Report:
         for i, row in rows:
             groups[row['family']].append(i)
         costs = {i: row['parts']['backbone']['macs'] / 1e9 for i, row in rows if row['parts']}
-        exponents = {i: math.floor(math.log2(cost)) for i, cost in costs.items() if cost}
-        for i, exponent in sorted(exponents.items(), key=lambda item: item[1]):
-            low = 2.0**exponent
+        classes = {i: 2.0 ** math.floor(math.log2(cost)) for i, cost in costs.items()}
+        for i, low in sorted(classes.items(), key=lambda item: item[1]):
             groups[f'Backbones of {low:.3g} to {2 * low:.3g} G MACs'].append(i)
         lists = {
             'Differences': [f'{words} {_listed(texts)}.' for words, texts in others.items()],
@@ -363,8 +355,8 @@ class Report:
 
     def write_csv(self, file: Path) -> None:
         """Write a line for each backbone; units are in the names of the columns."""
-        columns = [*self.all_columns, *self.parts]
-        columns += [*filter(None, (column.spread for column in self.all_columns))]
+        columns = [*self.all_columns]
+        columns += filter(None, [column.spread for column in columns])
         words = ('backbone', 'family', 'status', 'error', 'source')
         with file.open('w', encoding='utf-8', newline='') as output:
             writer = csv.writer(output, lineterminator='\n')
