@@ -163,7 +163,7 @@ def test_parameters_outside_modules_freeze_too():
 
 
 @pytest.mark.parametrize(
-    'name', ['test_resnet', 'test_convnext', 'mobilenetv3_small_050', 'hrnet_w18_small']
+    'name', ['test_resnet', 'test_convnext', 'test_vit', 'mobilenetv3_small_050', 'hrnet_w18_small']
 )
 def test_recomputing_equals_the_plain_step(name):
     results = []
