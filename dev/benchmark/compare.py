@@ -313,7 +313,7 @@ def prepare(
             net.zero_grad(set_to_none=True)
             cached = torch.cuda.memory_allocated() - before  # by the network, for its next run
             row['memory'] = cached + peak_bytes(run, setting.device)
-        return run, row | dict(error=_error(_results(net, run, setting), exact))
+        return run, row | dict(error=_error(net, run, setting, exact))
     except Exception as failure:  # a compiler error, or an unsupported memory format
         return None, dict(failed=f'{type(failure).__name__}: {failure}'.splitlines()[0])
 
@@ -380,9 +380,12 @@ def _loss(features: Sequence[Tensor]) -> Tensor:
     return sum(x.to(torch.promote_types(x.dtype, torch.float32)).square().mean() for x in features)
 
 
-def _error(results: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def _error(
+    net: nn.Module, run: Callable[[], Any], setting: Setting, exact: Sequence[Tensor]
+) -> float:
     # Root mean square: the largest error of a pixel varies by a fifth between images.
-    return max(float((a - b).norm() / b.norm()) for a, b in zip(results, exact, strict=True))
+    pairs = zip(_results(net, run, setting), exact, strict=True)
+    return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def timed(run: Callable[[], Any], device: str) -> float:

@@ -50,3 +50,11 @@ def test_no_form_launches_more_than_it_did(results):
         if results[row].get('kernels', 0) > kernels
     }
     assert not more
+
+
+def test_inductor_schedules_less_for_shared_statistics():
+    """A torch whose compiler reads the options of ``DenseNet.compile`` otherwise shows here."""
+    mmdense, timm = lines_of('dev.dry_run.inductor')
+    assert mmdense['kernels'] < timm['kernels']
+    assert mmdense['gb'] < 0.9 * timm['gb']
+    assert mmdense['kept_gb'] < 0.6 * timm['kept_gb']

@@ -70,6 +70,8 @@ def test_configurations():
     assert 'mmdense' in names
     assert 'mmdense, lean, channels-last' in names
     assert 'torchvision_memory_efficient, channels-last, compiled' in names
+    names = [c.name for c in contenders(Setting('densenet121', 'train', device='cuda'))]
+    assert [n for n in names if 'unshared' in n] == ['mmdense, unshared, channels-last, compiled']
     names = [c.name for c in contenders(Setting('condensenetv2_a'), compiled=False)]
     assert names == [
         'mmdense',
