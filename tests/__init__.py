@@ -1,0 +1,1 @@
+"""A package, since a library that others need installs one of this name too."""
