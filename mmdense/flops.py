@@ -83,16 +83,16 @@ def backbone_macs(net: nn.Module, size: tuple[int, int], *, in_channels: int = 3
 def model_costs(
     model: nn.Module, size: tuple[int, int], *, num_boxes: int = 1000, num_masks: int = 100
 ) -> dict[str, Cost]:
-    """Return the cost of each part of a detector or segmentor, for one image.
+    """Return the cost of each part of a model, for one image.
 
     The heads of a two-stage detector run on a fixed number of RoIs in each stage, as in mmdet 2.x.
     An auxiliary head, which runs only in training, has parameters but no MACs. A warning names
     operators that were not counted. The result is such as
     ``dict(backbone=..., neck=..., rpn_head=..., bbox_head=..., mask_head=...)``.
 
-    The model, in eval mode on the meta device, is a one- or two-stage detector, or a segmentor with
-    a decode head, else ValueError. ``size`` is height and width in pixels; ``num_boxes`` and
-    ``num_masks`` are the RoIs of the box and of the mask heads.
+    The model, in eval mode on the meta device, is a one- or two-stage detector, a segmentor with a
+    decode head, or a classifier, else ValueError. ``size`` is height and width in pixels;
+    ``num_boxes`` and ``num_masks`` are the RoIs of the box and of the mask heads.
     """
     unknown: Counter[str] = Counter()
     costs = {}
@@ -107,6 +107,8 @@ def model_costs(
         costs['decode_head'] = Cost(count_parameters(head)) + cost
         if getattr(model, 'with_auxiliary_head', False):
             costs['auxiliary_head'] = Cost(count_parameters(model.auxiliary_head))
+    elif hasattr(model, 'head'):  # of a classifier
+        costs['head'], _ = count_cost(model.head, maps, unknown)
     elif not dense:
         raise ValueError(f'{type(model).__name__}: no rpn_head, bbox_head or decode_head to count')
     for name in dense:

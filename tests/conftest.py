@@ -25,6 +25,17 @@ def project(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def crops(project):
+    """The demo's class folders of digits, where the configs expect them."""
+    folder = project / 'data/digit_crops'
+    for split in ('train', 'val'):
+        load_tool('make_demo_dataset').crop_digits(project / 'data/digits', split, folder / split)
+        for digit in range(10):
+            (folder / split / str(digit)).mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope='session')
 def run_tool(project):
     """Return a function that runs a command in the working folder.
 

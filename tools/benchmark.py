@@ -25,7 +25,7 @@ from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.published import PUBLISHED, find_published
 from mmdense.benchmark.runs import run_as_job
-from mmdense.benchmark.sweep import Sweep
+from mmdense.benchmark.sweep import TASKS, Sweep
 from mmdense.benchmark.timing import FORMS, PRECISIONS, Conditions
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
@@ -174,12 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_length(cfg, epochs=args.epochs, iters=args.iters)
     has_weights = (cfg.model.get('backbone') or {}).get('init_cfg') is not None
     pretrained = args.pretrained or (has_weights and not args.from_scratch)
-    detection = cfg.get('default_scope') != 'mmseg'
-    start = dict(pretrained=pretrained, detection=detection)
+    task = TASKS.get(cfg.get('default_scope'), 'detection')
+    start = dict(pretrained=pretrained, detection=task == 'detection')
     asked = [name for name in args.backbones if name.startswith(PUBLISHED)]
     backbones = [find_backbone(name, **start) for name in args.backbones if name not in asked]
     backbones += read_rows(args.rows, **start) if args.rows else []
-    task = 'detection' if detection else 'segmentation'
     published = find_published([name.removeprefix(PUBLISHED) for name in asked], task)
     if args.published:
         like = find_published((b.name for b in backbones), task, like=args.config)

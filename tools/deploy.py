@@ -44,6 +44,9 @@ def parser() -> argparse.ArgumentParser:
         metavar=('HEIGHT', 'WIDTH'),
         help='of the probe image (224 224)',
     )
+    parser.add_argument(
+        '--test', action='store_true', help='also test the model in the form that is written'
+    )
     return parser
 
 
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_writable(out)
     cfg.load_from = None
     trained = copy.deepcopy(cfg)  # before build_runner() changes it
-    runner = build_runner(cfg, loaders=())
+    runner = build_runner(cfg, loaders=('test',) if args.test else ())
     model = unwrap(runner.model)
     net = deployable(model)[0]
     checkpoint = load_weights(runner, args.checkpoint)
@@ -77,6 +80,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report(costs, height, width)
     written = f'checkpoint: {out}; config: {out.with_suffix(".py")}'
     Console().print(written, soft_wrap=True, markup=False)
+    if args.test:
+        table = Table('metric', 'value')
+        for name, value in runner.test().items():
+            table.add_row(name, f'{value:.3f}')
+        Console().print(table)
 
 
 def report(costs: Sequence[FormCost], height: int, width: int) -> None:

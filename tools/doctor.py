@@ -292,6 +292,8 @@ def probe_config(path: str) -> list[Finding]:
             fix = f'{train} data_root=FOLDER'
             if 'digits' in str(cfg.get('data_root')):
                 fix = f'python tools/make_demo_dataset.py --out {cfg.data_root}'
+            if 'digit_crops' in str(cfg.get('data_root')):
+                fix = f'python tools/make_demo_dataset.py --out data/digits --crops {cfg.data_root}'
             if match := re.match(r'\w+_evaluator[\w.]*', str(error)):
                 fix = f'{train} {match[0]}=FILE'
             rows.append(Finding('data', 'error', str(error), fix))

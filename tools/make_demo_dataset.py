@@ -1,18 +1,24 @@
 """Make the demo dataset: handwritten digits on photographs, for detection and segmentation.
 
 Its sources come with scikit-learn, so nothing is downloaded. A folder that is up to date stays as
-it is; one that was made with other arguments is replaced.
+it is; one that was made with other arguments is replaced. --crops cuts the digits out, for
+classification.
 """
 
 import argparse
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
 
 from mmdense import cli
 from mmdense.datasets import make_digits
 from mmdense.errors import UserError
+
+CROP = 48  # pixels, of the images of single digits
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,12 +35,16 @@ def parser() -> argparse.ArgumentParser:
         parser.add_argument(
             name, type=int, default=default, metavar=metavar, help=f'{text} (%(default)s)'
         )
+    parser.add_argument(
+        '--crops', metavar='DIR', help='also write each digit into a folder of its class, in DIR'
+    )
     return parser
 
 
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = vars(parser().parse_args(argv))
+    crops = args.pop('crops')
     console = Console(soft_wrap=True, highlight=False, markup=False)
     try:
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -51,6 +61,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split in data.images
     )
     console.print(f'{data.root} {"made" if data.made else "is up to date"}: {counts}')
+    if crops:
+        for split in data.images:
+            crop_digits(data.root, split, Path(crops, split))
+        console.print(f'{crops} made: {CROP} x {CROP} pixels around each digit')
+
+
+def crop_digits(root: Path, split: str, out: Path) -> None:
+    """Write a square around each annotated digit to OUT/DIGIT."""
+    content = json.loads((root / f'annotations/instances_{split}.json').read_text())
+    files = {image['id']: root / split / image['file_name'] for image in content['images']}
+    names = {category['id']: category['name'] for category in content['categories']}
+    for digit in content['annotations']:
+        x, y, width, height = digit['bbox']
+        half = 0.6 * max(width, height)
+        x, y = x + width / 2, y + height / 2
+        box = tuple(map(round, (x - half, y - half, x + half, y + half)))
+        file = out / names[digit['category_id']] / f'{digit["id"]:06}.png'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(files[digit['image_id']]) as image:
+            image.crop(box).resize((CROP, CROP), Image.Resampling.BILINEAR).save(file)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Test a trained detector or segmentor, or its exported file."""
+"""Test a trained detector, segmentor or classifier, or an exported file."""
 
 import argparse
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--out',
         metavar='FILE',
-        help='predictions: a .pkl file (detection) or a folder of label maps (segmentation)',
+        help='predictions: a .pkl file, or a folder of label maps (segmentation)',
     )
     parser.add_argument(
         '--deploy', action='store_true', help="use the backbone's fastest form: same predictions"

@@ -26,9 +26,26 @@ from mmdense.models.backbones import FAMILIES, Backbone
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / 'mmdense/benchmark/published.yml'
 # Height and width of the images; the first is the size of the published tables.
-SIZES = dict(detection=[(800, 1280)], segmentation=[(512, 2048), (512, 512)])
-SPECIAL_SIZES = {'coco-320x320': [(320, 320)], 'nyu-480x480': [(480, 640)]}  # by config name
-DATA = dict(CocoDataset='COCO', ADE20KDataset='ADE20K', NYUDataset='NYU Depth V2')
+SIZES = dict(
+    detection=[(800, 1280)],
+    segmentation=[(512, 2048), (512, 512)],
+    classification=[(224, 224)],
+)
+SPECIAL_SIZES = {  # by config name
+    'coco-320x320': [(320, 320)],
+    'nyu-480x480': [(480, 640)],
+    'in1k-384x384': [(384, 384)],
+    'cifar10': [(32, 32)],
+    'cifar100': [(32, 32)],
+}
+DATA = dict(
+    CocoDataset='COCO',
+    ADE20KDataset='ADE20K',
+    NYUDataset='NYU Depth V2',
+    ImageNet='ImageNet-1k',
+    CIFAR10='CIFAR-10',
+    CIFAR100='CIFAR-100',
+)
 HEADS = {
     'mask-rcnn': 'Mask R-CNN',
     'cascade-mask-rcnn': 'Cascade Mask R-CNN',
@@ -40,11 +57,18 @@ HEADS = {
     'unet': 'U-Net',
 }
 # Fields of the recipe in a config's name.
-OPTIONS = dict(ms='multi-scale', crop='crops', condense='scheduled pruning', amp='AMP')
+OPTIONS = dict(
+    ms='multi-scale',
+    crop='crops',
+    condense='scheduled pruning',
+    cosine='cosine',
+    finetune='fine-tuned',
+    amp='AMP',
+)
 # Arguments that give the network of a classifier.
 CLASSIFIER = dict(
     ReXNet=dict(taps='unet'),  # with the last 1x1 convolution
-    CondenseNetV2=dict(form='condensed'),
+    CondenseNetV2=dict(form='condensed', out_indices=[-1]),
     ShuffleNetV2=dict(out_indices=[4]),  # the last 1x1 convolution
 )
 CONDENSENETV2_HIDDEN = dict(a=828, b=1024, c=1024)  # between its two linear layers
@@ -87,17 +111,33 @@ class Recipe:
         return self.path.parts[-3]
 
     @property
+    def classifies(self) -> bool:
+        return self.task == 'classification'
+
+    @property
     def head(self) -> str:
-        return HEADS[self.path.stem.split('_')[0]]
+        return self.family if self.classifies else HEADS[self.path.stem.split('_')[0]]
 
     @property
     def backbone(self) -> str:
-        size = self.path.stem.split('_')[1].split('-')[1]
+        fields = self.path.stem.split('_')
+        size = fields[0].partition('-')[2] if self.classifies else fields[1].split('-')[1]
         return f'{self.family}-{size.upper()}'
 
     @property
     def title(self) -> str:
-        return f'{self.head}, {self.backbone}'
+        return self.backbone if self.classifies else f'{self.head}, {self.backbone}'
+
+    @property
+    def results(self) -> dict[str, list[float]]:
+        """What was published, by the names of metrics; a classifier's error as its accuracy."""
+        if not self.classifies:
+            return self.row.get('results', {})
+        row = {**self.row}
+        for name in ('top-1 error', 'error'):
+            if name in row:
+                row.setdefault('top-1', round(100 - row[name], 2))
+        return {name: [row[name]] for name in ('top-1', 'top-5') if name in row}
 
     @property
     def data(self) -> str:
@@ -118,13 +158,13 @@ class Recipe:
         """Such as '3x, multi-scale, crops, AMP'."""
         *_, recipe, data = self.path.stem.split('_')
         options = sorted(recipe.split('-')[:-1], key=list(OPTIONS).index)
-        crops = [] if self.data == 'COCO' else [f'crops of {data.partition("-")[2]}']
+        crops = [f'crops of {data.partition("-")[2]}'] if self.task == 'segmentation' else []
         return ', '.join([self.length, *crops, *(OPTIONS[option] for option in options)])
 
     @property
     def weights(self) -> str | None:
         init_cfg = self.cfg.model.backbone.get('init_cfg')  # scheduled pruning has none
-        return init_cfg and init_cfg.checkpoint
+        return init_cfg.checkpoint if init_cfg else self.cfg.get('load_from')
 
     @cached_property
     def model(self) -> nn.Module:
@@ -193,17 +233,22 @@ def read_recipes(published: dict[str, Any]) -> list[Recipe]:
     recipes = []
     for family, figures in published.items():
         for task in SIZES:
-            part = figures.get(task, {})
-            rows = {row['config']: row for row in part.get('rows', [])}
+            parts = figures['classifiers'] if task == 'classification' else [figures.get(task, {})]
+            rows = {
+                row['config']: (row, part['source'])
+                for part in parts
+                for row in part.get('rows', [])
+                if 'config' in row
+            }
             folder = ROOT / 'configs' / task / figures.get('folder', family.lower())
             group = []
-            for path in folder.glob(f'*_{family.lower()}-*.py'):
+            start = '' if task == 'classification' else '*_'
+            for path in folder.glob(f'{start}{family.lower()}-*.py'):
                 cfg = Config.fromfile(path)
                 backbone = cfg.model.backbone
                 assert backbone.type == f'mmdense.{figures.get("type", family)}', path
-                weights = backbone.get('init_cfg', {}).get('checkpoint', '').split('://')[-1]
-                row = rows.get(path.stem, {})
-                source = part.get('source', '')
+                weights = (backbone.get('init_cfg') or {}).get('checkpoint', '').split('://')[-1]
+                row, source = rows.get(path.stem, ({}, ''))
                 group.append(Recipe(family, path, cfg, row, source, top1.get(weights)))
             recipes += sorted(group, key=lambda r: (r.head, r.params, r.path.stem))
     return recipes
@@ -256,9 +301,9 @@ def classifier_head(family: str, arch: str | dict, channels: int, classes: int) 
         channels = 1280
         layers = [conv, nn.BatchNorm2d(channels), *layers]
     if family == 'CondenseNetV2':
-        hidden = CONDENSENETV2_HIDDEN[arch]
+        hidden = CONDENSENETV2_HIDDEN[arch] if isinstance(arch, str) else None  # of CIFAR
         layers = necks.CondenseNetV2Neck(in_channels=channels, hidden_channels=hidden)
-    return nn.Sequential(*layers, nn.Linear(hidden or channels, classes))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(hidden or channels, classes))
 
 
 def named_networks(family: str) -> list[tuple[dict[str, str], Backbone]]:

@@ -39,21 +39,30 @@ RESULTS = {  # name in published.yml -> task and metrics of a metafile
     'mAP': ('Object Detection', ['box AP']),
     'mIoU': ('Semantic Segmentation', ['mIoU']),
     'mIoU, multi-scale': ('Semantic Segmentation', ['mIoU(ms+flip)']),
+    'top-1': ('Image Classification', ['Top 1 Accuracy']),
+    'top-5': ('Image Classification', ['Top 5 Accuracy']),
 }
 COLUMNS = {  # results in the model zoo, by data
     'COCO': {'box AP': ('box AP', 'mAP'), 'mask AP': ('mask AP',)},
     'ADE20K': {'mIoU': ('mIoU',), 'mIoU, ms + flip': ('mIoU, multi-scale',)},
     'NYU Depth V2': {},
+    'ImageNet-1k': {'top-1': ('top-1',), 'top-5': ('top-5',)},
+    'CIFAR-10': {'top-1': ('top-1',)},
+    'CIFAR-100': {'top-1': ('top-1',)},
 }
 SECTIONS = {
     'COCO': 'Detection and instance segmentation, COCO',
     'ADE20K': 'Semantic segmentation, ADE20K',
     'NYU Depth V2': 'Depth, NYU Depth V2',
+    'ImageNet-1k': 'Classification, ImageNet-1k',
+    'CIFAR-10': 'Classification, CIFAR-10',
+    'CIFAR-100': 'Classification, CIFAR-100',
 }
 FOLDERS = {
     'COCO': '`data/coco`',
     'ADE20K': '`data/ade/ADEChallengeData2016`',
     'NYU Depth V2': '`data/nyu`, as mmseg prepares it',
+    'ImageNet-1k': '`data/imagenet`, and CIFAR in `data/cifar10` and `data/cifar100`',
 }
 RELEASED = 'https://github.com/jianghaojun/CondenseNetV2#results'
 PAGES = dict(  # of ImageNet weights, by scheme
@@ -166,12 +175,14 @@ def classifier_rows(family: str, kind: str, part: dict) -> list[dict[str, str]]:
         accuracies = [
             f'{key} {value}' for key, value in row.items() if re.search('top-|error', key)
         ]
+        config = f'configs/classification/{family.lower()}/{row.get("config")}.py'
         rows.append(
             {
                 'network': name,
                 'image': f'{row["size"]}x{row["size"]}' if 'size' in row else '',
                 **costs(f'{family} {name}', row, counts),
                 'published accuracy (%)': ', '.join(accuracies),
+                'recipe': link('not run here', config, REPRODUCTION) if 'config' in row else '',
                 'reason for the difference': reasons_of(row),
             }
         )
@@ -191,8 +202,7 @@ def recipe_row(recipe: Recipe) -> dict[str, str]:
         **costs(recipe.title, recipe.row, counts),
         'GMACs at other sizes': ', '.join(f'{g:.4g} ({w}x{h})' for (h, w), g in others),
         'published results': '; '.join(
-            f'{name} {", ".join(map(str, values))}'
-            for name, values in recipe.row.get('results', {}).items()
+            f'{name} {", ".join(map(str, values))}' for name, values in recipe.results.items()
         ),
         'reason for the difference': reasons_of(recipe.row),
     }
@@ -260,7 +270,8 @@ def metafile_entry(recipe: Recipe) -> dict[str, Any]:
             if 'max_iters' in train
             else {'Epochs': train.max_epochs}
         ),
-        'Batch Size': recipe.cfg.auto_scale_lr.base_batch_size,
+        'Batch Size': recipe.cfg.auto_scale_lr.base_batch_size
+        * recipe.cfg.optim_wrapper.get('accumulative_counts', 1),
         'Parameters': recipe.params,
         'FLOPs': recipe.macs[0],
         'Image Size': list(recipe.sizes[0]),
@@ -277,7 +288,7 @@ def metafile_entry(recipe: Recipe) -> dict[str, Any]:
     }
     if recipe.row:
         metrics: dict[str, dict[str, float]] = {}
-        for name, values in recipe.row['results'].items():
+        for name, values in recipe.results.items():
             task, names = RESULTS[name]
             metrics.setdefault(task, {}).update(zip(names, values, strict=True))
         entry['Results'] = [
@@ -301,13 +312,14 @@ def zoo_row(recipe: Recipe, page: str) -> dict[str, str]:
         'image': f'{width}x{height}',
         'params (M)': f'{recipe.params / 1e6:.2f}',
         'GMACs': f'{giga:.{1 if giga >= 10 else 2}f}',
-        'ImageNet weights': 'none',
-        'top-1': '[{}]({})'.format(*recipe.top1) if recipe.top1 else '',
     }
-    if recipe.weights:
+    if not recipe.classifies:
+        row['ImageNet weights'] = 'none'
+        row['top-1'] = '[{}]({})'.format(*recipe.top1) if recipe.top1 else ''
+    if recipe.weights and not recipe.classifies:
         scheme, name = recipe.weights.split('://')
         row['ImageNet weights'] = f'[{PurePosixPath(name).name}]({PAGES[scheme].format(name)})'
-    results = recipe.row.get('results', {})
+    results = recipe.results
     for title, names in COLUMNS[recipe.data].items():
         values = [results[name][0] for name in names if name in results]
         row[f'published {title}'] = f'[{values[0]}]({recipe.source})' if values else ''

@@ -19,7 +19,8 @@ COCO_IDS = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
 
 def num_classes_of(model: nn.Module) -> int | None:
     """Return the number of classes of a model's head, if it has one."""
-    head = getattr(model, 'decode_head', None) or getattr(model, 'bbox_head', None)
+    names = ('decode_head', 'bbox_head', 'head')
+    head = next((getattr(model, name) for name in names if getattr(model, name, None)), None)
     if head is None:
         head = getattr(getattr(model, 'roi_head', None), 'bbox_head', None)
     if isinstance(head, nn.ModuleList):  # cascades
@@ -37,7 +38,7 @@ def describe_classes(
     segments = hasattr(model, 'decode_head')
     scope = cfg.get('default_scope') or ('mmseg' if segments else 'mmdet')
     classes, palette = class_names(inner_dataset(cfg), scope, meta, num_classes_of(model))
-    if segments:
+    if segments or scope == 'mmpretrain':
         categories = [dict(id=i, name=name) for i, name in enumerate(classes, start=1)]
     else:
         trained = bool(meta.get('dataset_meta') or meta.get('CLASSES'))

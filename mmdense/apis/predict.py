@@ -34,7 +34,7 @@ from mmdense.weights.loading import check_min_loaded, load_checked
 
 
 class Predictor(BasePredictor):
-    """A trained detector or segmentor for inference.
+    """A trained detector, segmentor or classifier for inference.
 
     Each image goes through the config's test pipeline and the model on its own, so predictions do
     not depend on the other images of a call. As in training, OpenCV reads 16-bit images as their
@@ -78,7 +78,7 @@ class Predictor(BasePredictor):
             raise UserError(f'no device {device}: {str(error).splitlines()[0]}') from error
         name = cfg.filename or 'the config'
         self._scope = cfg.get('default_scope') or 'mmdet'
-        self.segments = self._scope == 'mmseg'
+        self.segments, self.classifies = (self._scope == x for x in ('mmseg', 'mmpretrain'))
         with DefaultScope.overwrite_default_scope(self._scope):
             self._loader, self._pipeline = _build_pipeline(cfg, name)
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
@@ -103,7 +103,7 @@ class Predictor(BasePredictor):
                 sample = self.model.test_step(pseudo_collate([data]))[0]
             except ValueError as error:  # mostly too small
                 raise UserError(f'{name}: {error}') from error
-        if not self.segments and 'pred_instances' not in sample:
+        if not (self.segments or self.classifies or 'pred_instances' in sample):
             raise UserError(f'{type(self.model).__name__} predicts no boxes')
         return [sample]
 
@@ -139,6 +139,11 @@ class Predictor(BasePredictor):
                     probabilities = torch.where(positive, logits[0], 1 - logits[0])
                 arrays['probabilities'] = probabilities.float().cpu().numpy()
         instances = {} if self.segments else sample.get(f'{source}_instances', {})
+        if self.classifies and (labels := sample.get(f'{source}_label')) is not None:
+            boxes = labels.new_tensor([[0, 0, *sample.ori_shape[::-1]]]).expand(len(labels), 4)
+            instances = dict(bboxes=boxes, labels=labels)
+            if source == 'pred':
+                instances['scores'] = sample.pred_score[labels]
         for key in ('bboxes', 'labels', 'scores', 'masks'):
             if key in instances:
                 value = instances[key]

@@ -150,5 +150,6 @@ def _from_file(path: str, pretrained: bool) -> BackboneSpec:
     if not pretrained:
         config.pop('init_cfg', None)
     hooks = tuple(hook for hook in cfg.get('custom_hooks') or [] if hook['type'] == PRUNING)
-    name = Path(path).stem.split('_')[:2][-1]  # {algorithm}_{backbone}_...
+    number = 1 if cfg.get('default_scope') == 'mmpretrain' else 2  # {algorithm}_{backbone}_...
+    name = Path(path).stem.split('_')[:number][-1]
     return BackboneSpec(name, str(config['type']).removeprefix('mmdense.'), config, hooks)

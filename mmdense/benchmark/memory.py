@@ -156,7 +156,7 @@ def _measure(
 
     def train(batch: int, times: list[float]) -> None:
         """Run a step without its update and append its seconds."""
-        data = random_batch(batch, size, segmentation=cfg.get('default_scope') == 'mmseg')
+        data = random_batch(batch, size, scope=cfg.get('default_scope'))
         # A backward pass creates gradients while it frees activations. With all gradients there
         # from the beginning, the peak is linear in the batch.
         _zero_gradients(model)
@@ -230,8 +230,8 @@ def training_step(model: nn.Module, wrapper: OptimWrapper, data: dict[str, list]
     wrapper.backward(model.parse_losses(losses)[0])
 
 
-def random_batch(batch: int, size: tuple[int, int], *, segmentation: bool) -> dict[str, list]:
-    """Return random images with boxes, masks and semantic maps, or with label and depth maps."""
+def random_batch(batch: int, size: tuple[int, int], *, scope: str | None) -> dict[str, list]:
+    """Return random images with what models of mmseg, of mmpretrain or, by default, mmdet learn."""
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmseg.structures import SegDataSample
@@ -240,7 +240,11 @@ def random_batch(batch: int, size: tuple[int, int], *, segmentation: bool) -> di
     samples = []
     for _ in range(batch):
         labels = torch.randint(2, (1, *size), dtype=torch.uint8)
-        if segmentation:
+        if scope == 'mmpretrain':
+            from mmpretrain.structures import DataSample
+
+            sample = DataSample(metainfo=meta).set_gt_label(0)
+        elif scope == 'mmseg':
             sample = SegDataSample(metainfo=meta)
             sample.gt_sem_seg = PixelData(data=labels.long())
             sample.gt_depth_map = PixelData(data=10 * torch.rand(1, *size))

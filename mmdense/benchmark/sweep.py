@@ -62,7 +62,8 @@ from mmdense.visualization import logs
 
 MEASURED = 'measurements.json'
 CHANNELS_LAST = 'mmdense.ChannelsLastHook'
-DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)')
+TASKS = dict(mmseg='segmentation', mmpretrain='classification')  # others are of detection
+DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)', classification='top-1 (%)')
 SCORE_THRESHOLD = 0.3  # of boxes in pictures
 
 
@@ -208,7 +209,7 @@ class Sweep:
             with suppress(UserError):  # the config does not state it
                 size = training_size(cfg)
             number = min(cfg.train_dataloader.batch_size, 2)  # some norms need two
-            batch = random_batch(number, size, segmentation=cfg.default_scope == 'mmseg')
+            batch = random_batch(number, size, scope=cfg.default_scope)
             try:
                 step = training_run(cfg, batch)
                 step.model.init_weights()
@@ -334,7 +335,7 @@ class Sweep:
             if channels_last:
                 step.model.to(memory_format=torch.channels_last)
             runs['train', 1][f'train {name}'] = step
-            if not truth and {'gt_sem_seg', 'gt_instances'} & {*items[0]['data_samples'].keys()}:
+            if not truth and any(key.startswith('gt_') for key in samples[0].keys()):  # noqa: SIM118
                 pictures = [predictor.draw(s.img_path, s, truth=True) for s in samples]
                 truth = self._save(pictures, 'truth')
         for (kind, number), group in runs.items():
@@ -375,7 +376,7 @@ class Sweep:
         file = self.folder / MEASURED
         measured = json.loads(file.read_text()) if file.exists() else {}
         rows = [self._row(spec, measured.get('rows', {})) for spec in self.backbones]
-        task = 'segmentation' if self.cfg.default_scope == 'mmseg' else 'detection'
+        task = TASKS.get(self.cfg.default_scope, 'detection')
         data = (node for _, node in iter_dataset_configs(self.cfg.train_dataloader, ''))
         data = [str(node.get('data_root') or node.get('ann_file') or '') for node in data]
         # Reports are read on other machines.

@@ -251,8 +251,7 @@ def measure_configs(
             remove_weights(cfg.model)
             if 'size' in cfg.model.get('data_preprocessor', {}):  # mmseg's pads images to it
                 cfg.model.data_preprocessor.size = shape
-            segmentation = cfg.get('default_scope') == 'mmseg'
-            data = random_batch(batch, shape, segmentation=segmentation)
+            data = random_batch(batch, shape, scope=cfg.get('default_scope'))
             steps[name] = training_run(cfg, data)
             steps[name].model.init_weights()  # heads expect few objects
             model = steps[name].model

@@ -38,7 +38,7 @@ class Reader:
         stated = self.node.get(self.key)
         if isinstance(stated, tuple):
             stated = list(stated)
-        if self.name == 'neck':  # some read the last map only, or coarse to fine
+        if self.name == 'neck' and isinstance(self.channels, list):  # some read one, or backwards
             return not isinstance(stated, list) or stated in (self.channels, self.channels[::-1])
         return stated is None or stated == self.channels
 
@@ -48,6 +48,10 @@ def readers(model: Mapping[str, Any], channels: Sequence[int]) -> Iterator[Reade
 
     A head that reads a feature map that does not exist raises UserError.
     """
+    if str(model.get('type')).endswith('ImageClassifier'):
+        name = 'neck' if 'in_channels' in (model.get('neck') or {}) else 'head'
+        yield Reader(name, model[name], 'in_channels', channels[-1])
+        return
     if model.get('neck'):
         neck = model['neck']  # further necks read the first one
         first = neck[0] if isinstance(neck, list | tuple) else neck
@@ -185,6 +189,8 @@ def put_backbone(cfg: Config, backbone: Mapping[str, Any], *, frozen: bool = Fal
     if 'in_channels' in old:
         new.in_channels = old.in_channels
     channels, strides, _ = backbone_maps(old, scope)
+    if scope == 'mmpretrain':  # the neck may be of one family
+        cfg.model.neck = ConfigDict(type='GlobalAveragePooling')
     found = [*readers(cfg.model, channels)]
     if not found:
         raise UserError(f'{cfg.filename} has no neck: only detectors with one take other backbones')

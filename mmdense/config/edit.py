@@ -165,17 +165,20 @@ def use_tta(cfg: Config) -> None:
 
 
 def write_predictions(cfg: Config, out: str) -> None:
-    """Write test predictions: a .pkl file (detection) or a folder of label maps (segmentation)."""
+    """Write test predictions: a .pkl file, or a folder of label maps (segmentation)."""
     if cfg.default_scope == 'mmseg':
         metrics = [metric for _, metric in iter_metrics(cfg.test_evaluator)]
         depth = [metric for metric in metrics if metric['type'] == 'DepthMetric']
         for metric in depth:  # mmseg names the files by the images' last names
             metric['output_dir'] = out
         hooks = [] if depth else [dict(type='mmdense.SaveLabelMapsHook', out_dir=out)]
+    elif out.endswith('.pkl') and cfg.default_scope == 'mmpretrain':
+        dump, hooks = dict(type='DumpResults', out_file_path=out), []
+        cfg.test_evaluator = [*(m for _, m in iter_metrics(cfg.test_evaluator)), dump]
     elif out.endswith('.pkl'):
         hooks = [dict(type='mmdense.SavePredictionsHook', out_file=out)]
     else:
-        raise UserError(f'--out {out}: the predictions of a detector go to a .pkl file')
+        raise UserError(f'--out {out}: the predictions go to a .pkl file')
     cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), *hooks]
 
 
@@ -183,6 +186,8 @@ def use_show_dir(cfg: Config, folder: str) -> None:
     """Save images of the test predictions in ``folder``."""
     if 'visualization' not in cfg.get('default_hooks', {}):
         raise UserError(f'{cfg.filename} has no default_hooks.visualization to draw with')
+    if cfg.default_scope == 'mmpretrain':  # which would exchange red and blue
+        raise UserError('--show-dir draws boxes and segmentations: tools/infer.py draws classes')
     folder = str(Path(folder).resolve())  # mmdet would add a relative path to its work dir
     hook = cfg.default_hooks.visualization
     hook.draw = True

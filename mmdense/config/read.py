@@ -6,6 +6,7 @@ Python and YAML configs are executed: only run configs you trust.
 import ast
 import traceback
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def load_config(
     ``work_dirs/<name>``.
     """
     cfg = read_config(path)
+    if cfg.get('default_scope') == 'mmpretrain' and not find_spec('mmpretrain'):
+        raise UserError(f"{path} needs mmpretrain: pip install -e '.[classification]'")
     check_sections(cfg, path)
     options = dict(options or {})
     if 'data_root' in options:
@@ -90,6 +93,8 @@ def load_config(
         raise UserError(f'{path} has no model: choose a config outside _base_')
     if not isinstance(cfg.model, dict):
         raise UserError(f'model must be a dict, but is {cfg.model!r}')
+    if cfg.get('data_preprocessor'):  # mmpretrain's configs have it beside the model
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     fill_channels(cfg)
     cfg.launcher = launcher
     cfg.work_dir = work_dir or cfg.get('work_dir') or f'work_dirs/{find_config(path).stem}'

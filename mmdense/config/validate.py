@@ -106,7 +106,11 @@ def check_data_files(cfg: Config, loaders: Sequence[str]) -> None:
     check_prefixes(cfg, loaders)
     for where, dataset in _datasets(cfg, loaders):
         root = dataset.get('data_root') or ''
-        prefixes = (dataset.get('data_prefix') or {}).values()
+        prefixes = dataset.get('data_prefix') or {}
+        prefixes = [prefixes] if isinstance(prefixes, str) else prefixes.values()
+        kind = find(dataset.get('type'), [DATASETS], cfg.get('default_scope'))
+        if kind and 'download' in arguments(kind):  # it fetches what is missing
+            continue
         for name in [dataset.get('ann_file'), *(p for p in prefixes if isinstance(p, str))]:
             path = Path(root, name or '')
             if '://' in root or '://' in str(name) or path.exists():

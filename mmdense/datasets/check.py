@@ -46,7 +46,7 @@ KINDS = {
     'not a label map': (ERROR, 'save one 8-bit number per pixel as PNG, grey or with a palette'),
     'unknown label': (
         ERROR,
-        'fix the map or metainfo.classes; if 0 is not a class and classes count from 1, set '
+        'fix the labels or metainfo.classes; if 0 is not a class and classes count from 1, set '
         'reduce_zero_label=True',
     ),
     'binary masks': (

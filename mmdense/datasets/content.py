@@ -54,6 +54,14 @@ def check_objects(
     return findings
 
 
+def check_labels(where: str, images: Mapping[int, int], classes: Sequence[str]) -> list[Finding]:
+    """Check the labels of a classifier's data set: its number of images by label."""
+    absent = [name for i, name in enumerate(classes) if not images[i]]
+    unknown = sorted(label for label in images if not 0 <= label < (len(classes) or label + 1))
+    kinds = {'absent class': ('no image of', absent), 'unknown label': ('label', unknown)}
+    return [Finding(k, where, f'{text} {first_of(x)}') for k, (text, x) in kinds.items() if x]
+
+
 def class_pixels(counts: np.ndarray, options: ReadOptions) -> np.ndarray:
     """Return the pixels of each class from the pixels of each number in label maps, [256]."""
     labels = map_labels(np.arange(256), options)
@@ -106,6 +114,10 @@ def check_agreement(
             if value != expected:
                 text = f'{key} is {value}, but {expected} in {first.where}'
                 findings.append(Finding('other labels', options.where, text))
+    folders = [(o.where, [*getattr(dataset, 'folder_to_idx', ())]) for o, dataset, _ in datasets]
+    first, *others = [place for place in folders if place[1]] or [('', [])]
+    for where, names in others:  # mmpretrain numbers the folders of each data set
+        findings += compare_labels(names, first[1], first[0], where)
     train = images.pop('train_dataloader', ())
     for loader, files in images.items():
         if shared := _shared(train, files, content):

@@ -27,6 +27,7 @@ from mmdense.datasets.check import ERROR, Finding, ReadOptions, Sample, check_sa
 from mmdense.datasets.coco import CocoCheck
 from mmdense.datasets.content import (
     check_agreement,
+    check_labels,
     check_objects,
     check_pixels,
     class_pixels,
@@ -44,7 +45,7 @@ HINT = 'tools/check_dataset.py CONFIG finds all that is wrong'
 def iter_dataset_configs(node: Any, where: str) -> Iterator[tuple[str, ConfigDict]]:
     """Yield every dataset config below ``node`` that reads files, with its place in the config."""
     if isinstance(node, dict):
-        if node.get('ann_file') or node.get('data_prefix'):
+        if any(node.get(key) for key in ('ann_file', 'data_prefix', 'split')):
             yield where, node
         for key in ('dataset', 'datasets'):
             if key in node:
@@ -257,12 +258,17 @@ def check_annotations(
         infos = dataset.filter_data()
     except Exception as error:  # each dataset raises its own
         return [Finding('unreadable annotations', place, one_line(error))], [], ()
+    classes = dataset.metainfo.get('classes') or ()  # mmpretrain's are those of the folders
     findings, samples = [], [to_sample(info) for info in infos if 'img_path' in info]
+    if not samples and any('img' in info for info in infos):  # CIFAR's, in one file
+        return [], [], classes
     if not samples:
         findings.append(Finding('no images', place, f'none left of {len(dataset.data_list)}'))
     else:
         with suppress(LookupError, TypeError):  # not of objects
             findings += check_objects(place, *_count_objects(infos, classes), classes)
+        with suppress(LookupError, TypeError):  # not of single labels
+            findings += check_labels(place, Counter(info['gt_label'] for info in infos), classes)
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         findings.append(Finding('same name', place, f'metainfo.classes repeats {twice}'))
     return findings, samples, () if twice else classes

@@ -299,6 +299,8 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         raise UserError(f'{kind} has no head: export its backbone')
     if part == 'model' and not Preprocessing(model).order:
         raise UserError(f'{kind} has no data preprocessor: export its parts')
+    if part != 'backbone' and hasattr(model, 'head'):
+        raise UserError(f'ONNX export has no outputs of {kind}: add --part backbone')
     model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     for parent in list(model.modules()):
         if getattr(parent, 'inplace', False):

@@ -41,20 +41,16 @@ class CondenseNetV2Neck(_Neck):
 
     Args:
         in_channels: Channels of the last feature map.
-        hidden_channels: Of the linear layer, 828 for 'a', 1024 for 'b' and 'c'. By default it is
-            left out.
+        hidden_channels: Of the linear layer, 828 for 'a', 1024 for 'b' and 'c'. By default
+            what follows the pooling is left out.
     """
 
     def __init__(self, *, in_channels: int, hidden_channels: int | None = None) -> None:
-        layers = dict(
-            norm=nn.BatchNorm2d(in_channels),
-            relu=nn.ReLU(inplace=True),
-            pool=nn.AdaptiveAvgPool2d(1),
-            se=SqueezeExcite(in_channels, reduction=16),
-        )
+        pool = nn.AdaptiveAvgPool2d(1)
+        layers = dict(norm=nn.BatchNorm2d(in_channels), relu=nn.ReLU(inplace=True), pool=pool)
         if hidden_channels:
-            fc = nn.Linear(in_channels, hidden_channels)
-            layers |= dict(flat=nn.Flatten(), fc=fc, act=nn.Hardswish())
+            layers |= dict(se=SqueezeExcite(in_channels, reduction=16), flat=nn.Flatten())
+            layers |= dict(fc=nn.Linear(in_channels, hidden_channels), act=nn.Hardswish())
         super().__init__(**layers)
 
 

@@ -3,6 +3,7 @@
 A prediction is a dict of arrays. Instances: ``bboxes`` [N, 4] as x1, y1, x2, y2 in pixels of the
 upright image, ``scores`` [N], ``labels`` [N] and, if the model predicts them, ``masks`` [N, H, W].
 A segmentation: ``label_map`` [H, W] and ``probabilities`` [H, W], of each pixel's class.
+A classifier's prediction is one instance: the image.
 """
 
 import json
@@ -25,7 +26,7 @@ Prediction = Mapping[str, np.ndarray]
 
 
 class BasePredictor:
-    """A trained detector or segmentor, whatever runs it.
+    """A trained detector, segmentor or classifier, whatever runs it.
 
     A subclass sets the attributes, and overrides ``_read`` (an image source), ``_pixels`` (of what
     was read, as RGB), ``_predict`` (on several of what was read) and ``_arrays`` (of a prediction).
@@ -35,10 +36,12 @@ class BasePredictor:
         palette: Class colours, RGB from 0 to 255.
         categories: COCO categories by label, ``dict(id=..., name=...)``.
         segments: Whether the model is a segmentor.
+        classifies: Whether it is a classifier, for which ``score_thr`` does not apply.
         batch: The number of images that are predicted together.
     """
 
     batch = 1
+    classifies = False
 
     def _read(self, image: ImageSource) -> Any:
         return read_image(image)
@@ -88,6 +91,7 @@ class BasePredictor:
         return self._draw(self._pixels(self._read(image)), self._arrays(prediction), score_thr)
 
     def _draw(self, pixels: np.ndarray, arrays: Prediction, score_thr: float) -> np.ndarray:
+        score_thr *= not self.classifies
         if 'label_map' in arrays:
             return draw_label_map(pixels, arrays['label_map'], self.classes, self.palette)
         if 'bboxes' in arrays:
@@ -105,6 +109,7 @@ class BasePredictor:
         return self._coco(self._arrays(prediction), image_id, score_thr)
 
     def _coco(self, arrays: Prediction, image_id: int, score_thr: float) -> list[dict[str, Any]]:
+        score_thr *= not self.classifies
         arrays = _segments(arrays) if self.segments else _select(arrays, score_thr)
         results = []
         for i, (x1, y1, x2, y2) in enumerate(arrays['bboxes'].tolist()):

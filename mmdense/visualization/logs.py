@@ -24,6 +24,8 @@ METRICS = {
     'coco/bbox_mAP_50': 'box AP50',
     'mIoU': 'mIoU (%)',
     'rmse': 'RMSE (m)',
+    'accuracy/top1': 'top-1 (%)',
+    'accuracy/top5': 'top-5 (%)',
 }
 # The usual names of all metrics that have one.
 METRIC_NAMES = METRICS | {

@@ -93,7 +93,7 @@ def test_larger_batches_are_predicted(width):
     (cost,) = plan(cfg, size=(64, 96), modes=['lean'])
     cfg.model.backbone.memory = 'lean'
     model, wrapper = build_training(cfg, 'cpu')
-    data = random_batch(6, (64, 96), segmentation=False)
+    data = random_batch(6, (64, 96), scope='mmdet')
 
     def step():
         for parameter in model.parameters():

@@ -126,7 +126,7 @@ def test_precision_and_memory_format(precision, weights, outputs):
     conditions.prepare(model, 'trained')
     seen = []
     model.backbone.register_forward_hook(lambda module, args, maps: seen.append(maps[0]))
-    batch = random_batch(2, (64, 96), segmentation=True)
+    batch = random_batch(2, (64, 96), scope='mmseg')
     assert len(inference_run(model, lambda number: batch, 2, precision)(0)()) == 2
     assert (len(seen[0]), seen[0].dtype) == (2, outputs)
     weight = model.backbone.stem[0].weight

@@ -136,7 +136,7 @@ def test_training_changes_nothing_in_a_frozen_backbone(backbone, frozen):
     model.init_weights()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(2):
-        training_step(model, wrapper, random_batch(2, (64, 96), segmentation=False))
+        training_step(model, wrapper, random_batch(2, (64, 96), scope='mmdet'))
         wrapper.step()
     changed = {
         name for name, old in before.items() if not torch.equal(model.state_dict()[name], old)
@@ -168,7 +168,7 @@ def test_necks_from_coarse_to_fine_and_none(base, channels, tmp_path):
     put_backbone(cfg, backbone)
     assert cfg.model.neck.in_channels == channels
     model, wrapper = build_training(cfg, 'cpu')
-    training_step(model, wrapper, random_batch(2, (64, 64), segmentation=False))
+    training_step(model, wrapper, random_batch(2, (64, 64), scope='mmdet'))
 
 
 def test_random_weights_are_not_frozen():

@@ -6,10 +6,17 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 
 from mmdense.config.read import load_config
+from mmdense.datasets.digits import CLASSES
 from mmdense.engine.runner import build_runner
 from support import ROOT
 
 RECIPES = [
+    'classification/condensenetv2/condensenetv2-110_300e_cifar10',
+    'classification/condensenetv2/condensenetv2-a_350e_in1k',
+    'classification/densenet/densenet-121_90e_in1k',
+    'classification/densenet/densenet-bc-100-k12_300e_cifar100',
+    'classification/rdnet/rdnet-t_amp-300e_in1k',
+    'classification/rexnet/rexnet-1.0_amp-400e_in1k',
     'detection/baselines/faster-rcnn_mobilenetv2-1.0_fpn_1x_coco',
     'detection/baselines/faster-rcnn_shufflenetv2-0.5_fpn_1x_coco',
     'detection/condensenetv2/faster-rcnn_condensenetv2-c_fpn_condense-3x_coco',
@@ -32,7 +39,7 @@ RECIPES = [
     'segmentation/rexnet/unet_rexnet-1.0_160k_ade20k-512x512',
     'segmentation/rexnet/unet_rexnet-1.0_25k_nyu-480x480',
 ]
-FAST = ('mask-rcnn_rexnet-1.0', 'unet_rexnet-1.0_160k')
+FAST = ('mask-rcnn_rexnet-1.0', 'unet_rexnet-1.0_160k', 'condensenetv2-a_350e')
 SIDE = 64
 
 
@@ -63,7 +70,7 @@ def replace(node, key, old, new):
         node[key] = new
 
 
-def shrink(cfg, project, depth_data):
+def shrink(cfg, project, depth_data, crops):
     """Train on demo data, with few RoIs, for two iterations, without validation."""
     load, pack = dict(type='LoadImageFromFile'), cfg.train_pipeline[-1]
     resize = dict(type='Resize', scale=(SIDE, SIDE), keep_ratio=True)
@@ -72,6 +79,16 @@ def shrink(cfg, project, depth_data):
         dataset.data_root = str(depth_data)
         dataset.pipeline[3].crop_size = (SIDE, SIDE)
         cfg.model.data_preprocessor.size = (SIDE, SIDE)
+    elif cfg.default_scope == 'mmpretrain':
+        steps = cfg.train_pipeline
+        replace(steps, 'scale', 224, SIDE)
+        if steps[0].type != 'LoadImageFromFile':  # CIFAR's are in one file
+            steps = [load, dict(type='Resize', scale=(32, 32)), *steps]
+        folders = dict(data_root=str(crops), data_prefix='train', metainfo=dict(classes=CLASSES))
+        dataset = dict(type='CustomDataset', pipeline=steps, **folders)
+        for part in (cfg.model.head, cfg.model.data_preprocessor):
+            part.num_classes = len(CLASSES)
+        cfg.optim_wrapper.accumulative_counts = 1
     else:
         task = dict(mmdet='detection', mmseg='segmentation')[cfg.default_scope]
         base = Config.fromfile(ROOT / f'configs/{task}/_base_/digits_{task}.py')
@@ -117,9 +134,11 @@ def recipe(name):
 
 
 @pytest.mark.parametrize('name', map(recipe, RECIPES))
-def test_two_iterations_and_a_prediction(name, project, depth_data, tmp_path):
+def test_two_iterations_and_a_prediction(name, project, depth_data, crops, tmp_path):
+    if name.startswith('classification'):
+        pytest.importorskip('mmpretrain')
     cfg = load_config(str(ROOT / f'configs/{name}.py'), work_dir=str(tmp_path))
-    shrink(cfg, project, depth_data)
+    shrink(cfg, project, depth_data, crops)
     runner = build_runner(cfg, loaders=('train',))
     gradients = MissingGradients()
     runner.register_hook(gradients)
@@ -136,6 +155,9 @@ def test_two_iterations_and_a_prediction(name, project, depth_data, tmp_path):
     for sample in results:
         if cfg.model.type == 'DepthEstimator':
             assert sample.pred_depth_map.data.shape[-2:] == sample.ori_shape
+        elif cfg.default_scope == 'mmpretrain':
+            assert sample.pred_score.shape == (10,)
+            assert sample.pred_score.sum() == pytest.approx(1)
         elif cfg.default_scope == 'mmseg':
             assert sample.pred_sem_seg.data.shape == (1, *sample.ori_shape)
         else:

@@ -264,7 +264,7 @@ def test_the_command_makes_the_same_files(data, tmp_path, call_tool):
     _, output, _ = call_tool('make_demo_dataset', '--out', tmp_path / 'digits', *arguments)
     assert 'is up to date' in output
     defaults = vars(load_tool('make_demo_dataset').parser().parse_args(['--out', 'x']))
-    assert defaults == dict(out='x', train=800, val=200, size=192, seed=0)
+    assert defaults == dict(out='x', train=800, val=200, size=192, seed=0, crops=None)
 
 
 def test_the_command_fails_with_one_line(tmp_path, call_tool, monkeypatch):

@@ -1,0 +1,3 @@
+_base_ = './densenet-40-k12_300e_cifar10.py'
+
+model = dict(backbone=dict(arch=dict(layers=(32, 32, 32))), head=dict(in_channels=1168))

@@ -1,0 +1,5 @@
+_base_ = './densenet-40-k12_300e_cifar10.py'
+
+model = dict(
+    backbone=dict(arch=dict(growth_rate=24, layers=(32, 32, 32))), head=dict(in_channels=2320)
+)

@@ -1,0 +1,3 @@
+_base_ = './densenet-121_90e_in1k.py'
+
+model = dict(backbone=dict(arch='161'), head=dict(in_channels=2208))

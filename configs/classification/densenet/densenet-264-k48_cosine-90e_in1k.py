@@ -1,0 +1,5 @@
+_base_ = './densenet-264-k48_90e_in1k.py'
+
+param_scheduler = [
+    dict(type='CosineAnnealingLR', T_max=_base_.max_epochs, convert_to_iter_based=True)
+]

@@ -1,0 +1,20 @@
+# DenseNet without bottlenecks of 40 layers.
+_base_ = ['../_base_/cifar100.py', '../_base_/sgd_300e.py', '../_base_/default_runtime.py']
+
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='mmdense.DenseNet',
+        arch=dict(
+            growth_rate=12,
+            layers=(12, 12, 12),
+            stem='cifar',
+            stem_channels=16,
+            bottleneck=False,
+            reduction=1.0,
+        ),
+        out_indices=(2,),
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=100, in_channels=448),
+)

@@ -1,0 +1,3 @@
+_base_ = './rexnet-1.0_amp-400e_in1k.py'
+
+model = dict(backbone=dict(arch='3.0'), head=dict(in_channels=3840))
