@@ -282,7 +282,7 @@ class Report:
         others, groups = defaultdict(list), defaultdict(list)
         for (i, j), (value, low, high) in self.differences.items():
             verdict = 'better than' if low > 0 else 'not distinguishable from'
-            text = f'{names[j]} ({value:.3f}; {low:.3f} to {high:.3f})'
+            text = f'{names[j]} ({value:.4f}; {low:.4f} to {high:.4f})'
             others[f'{names[i]} is {verdict}'].append(text)
         for i, row in rows:
             groups[row['family']].append(i)

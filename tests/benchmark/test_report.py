@@ -303,9 +303,9 @@ def test_what_is_better(tmp_path):
     (tmp_path / 'results.json').write_text(json.dumps(make_results([*rows.values()])))
     write_report(tmp_path)
     text = (tmp_path / 'report.md').read_text()
-    single, figures = '(single run)', '(0.001; 0.001 to 0.001)'
+    single, figures = '(single run)', '(0.0010; 0.0010 to 0.0010)'
     assert f'- high {single} is better than pair {single} {figures} and stable (' in text
-    figures = '(0.000; 0.000 to 0.000)'
+    figures = '(0.0000; 0.0000 to 0.0000)'
     assert f'- high {single} is not distinguishable from same {single} {figures}, seeds (' in text
     assert '- RDNet: high (single run), 0.520 (the best of 2).\n' in text
     assert '- Backbones of 2 to 4 G MACs: high (single run), 0.520 (the best of 8).\n' in text
