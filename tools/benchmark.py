@@ -24,6 +24,7 @@ from rich.text import Text
 from mmdense.benchmark.backbones import find_backbone, read_rows
 from mmdense.benchmark.merge import merge_sweeps
 from mmdense.benchmark.published import PUBLISHED, find_published
+from mmdense.benchmark.robustness import SEVERITIES
 from mmdense.benchmark.runs import run_as_job
 from mmdense.benchmark.sweep import TASKS, Sweep
 from mmdense.benchmark.timing import FORMS, PRECISIONS, Conditions
@@ -81,6 +82,22 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument('--from-scratch', action='store_true', help='start from random weights')
     sweep.add_argument(
         '--frozen', action='store_true', help='train necks and heads only, to compare weights'
+    )
+    sweep.add_argument(
+        '--corruptions',
+        nargs='+',
+        default=[],
+        metavar='NAME',
+        help="test on corrupted images too, such as gaussian_noise; 'all' are the common fifteen",
+    )
+    sweep.add_argument(
+        '--severities',
+        nargs='+',
+        type=int,
+        choices=SEVERITIES,
+        default=[*SEVERITIES],
+        metavar='1..5',
+        help='of the corruptions (all five)',
     )
     sweep.add_argument(
         '--gpus', type=int, default=1, metavar='N', help='train on N GPUs (torchrun)'
@@ -200,6 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         columns=args.columns,
         published=published,
         frozen=args.frozen,
+        corruptions=args.corruptions,
+        severities=args.severities,
     )
     cluster = args.launcher == 'slurm'
     jobs = None
@@ -240,6 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lines.show(name, state)
 
         sweep.train(train, show, jobs)
+        sweep.test_corrupted(train, show, jobs)
     with console.status('') as status:
 
         def show_text(text: str) -> None:
@@ -271,6 +291,7 @@ class Board:
 
     def show(self, name: str, state: str, share: float) -> None:
         self.shares[name] = share
+        self.cells.setdefault(name, ['', '', '', ''])
         if match := re.fullmatch(r'(.*? of \d+), (.*) left, loss ([^,]+)(?:, (.*))?', state):
             self.cells[name] = [text or '' for text in match.groups()]
         else:

@@ -12,7 +12,8 @@ from mmdense.benchmark.report import VERSION, write_report
 from mmdense.errors import UserError, warn
 from mmdense.files import atomic_write, check_writable
 
-SETTINGS = ('task', 'config', 'schedule', 'data', 'pretrained', 'frozen', 'rule', 'seeds')
+SETTINGS = ('task', 'config', 'schedule', 'data', 'pretrained', 'frozen')
+SETTINGS += ('rule', 'seeds', 'corruptions')
 
 
 def merge_sweeps(folders: Sequence[Path], out: Path, *, columns: Sequence[str] = ()) -> None:

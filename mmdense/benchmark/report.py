@@ -35,11 +35,12 @@ from mmdense.benchmark.plots import (
     swatch,
     write_png,
 )
+from mmdense.benchmark.robustness import FIGURES
 from mmdense.benchmark.timing import FORMS
 from mmdense.visualization.logs import METRIC_NAMES
 
 VERSION = 4  # of results.json; docs/comparing.md describes it
-NAMES = {*METRIC_NAMES.values()}
+NAMES = {*METRIC_NAMES.values(), *FIGURES}
 MISSING = '–'
 CURVE_POINTS = 150
 LEARNED = 0.05  # a smaller metric, as a share of the largest possible, ranks nothing

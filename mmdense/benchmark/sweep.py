@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +39,12 @@ from mmdense.benchmark.backbones import PRUNING, BackboneSpec
 from mmdense.benchmark.bootstrap import MATCHES, keep_predictions
 from mmdense.benchmark.memory import random_batch
 from mmdense.benchmark.report import GROUPS, VERSION, write_report
+from mmdense.benchmark.robustness import (
+    SEVERITIES,
+    corrupted,
+    corruption_names,
+    robustness,
+)
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import (
     Conditions,
@@ -83,6 +90,8 @@ class Sweep:
             mmseg's metrics and of the costs.
         published: Published figures to show, as :func:`.find_published` returns them.
         frozen: Train necks and heads only, see :func:`.put_backbone`.
+        corruptions: Names of image corruptions to test under, see :func:`.corruption_names`.
+        severities: Of the corruptions, from 1 to 5.
 
     A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
     depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
@@ -103,6 +112,8 @@ class Sweep:
         columns: Sequence[str] = (),
         published: Sequence[Mapping[str, Any]] = (),
         frozen: bool = False,
+        corruptions: Sequence[str] = (),
+        severities: Sequence[int] = SEVERITIES,
     ) -> None:
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
@@ -112,6 +123,8 @@ class Sweep:
         self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
         self.command, self.pretrained, self.gpus = command, pretrained, gpus
         self.columns, self.published, self.frozen = list(columns), list(published), frozen
+        kinds = corruption_names(corruptions) if corruptions else []
+        self.corruptions = [*itertools.product(kinds, severities)]
         self.size = size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
@@ -234,11 +247,6 @@ class Sweep:
         the other in this process's terminal.
         """
 
-        def finish(run: TrainingRun) -> None:
-            state = run.state
-            self.report()
-            progress(run.name, state.get('error', 'done'), float(state['status'] == 'done'))
-
         todo = []
         pairs = [(name, run) for name, runs in self.runs.items() for run in runs]
         for name, run in sorted(pairs, key=lambda pair: pair[1].seed):
@@ -248,6 +256,57 @@ class Sweep:
                 progress(run.name, 'done', 1.0)
             else:
                 todo.append(run)
+        self._run(todo, command, progress, jobs)
+
+    def test_corrupted(
+        self, command: Sequence[str], progress: Progress, jobs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Test what is trained on corrupted images; see :meth:`train`."""
+        todo = []
+        trained = [(n, run) for n, runs in self.runs.items() for run in runs]
+        for name, run in trained:
+            tests = self.corrupted_runs(run) if run.state['status'] == 'done' else []
+            for test, kind in zip(tests, self.corruptions, strict=bool(tests)):
+                cfg = corrupted(self.configs[name], *kind)
+                cfg.randomness.seed, cfg.work_dir = run.seed, str(test.folder)
+                cfg.sweep.tested = run.state['seconds']  # another training is tested anew
+                if test.config.exists() and test.config.read_text() != cfg.pretty_text:
+                    shutil.rmtree(test.folder, ignore_errors=True)
+                test.folder.mkdir(parents=True, exist_ok=True)
+                atomic_write(test.config, cfg.pretty_text.encode())
+                if test.state['status'] != 'done':
+                    todo.append(test)
+        self._run(todo, command, progress, jobs)
+
+    def corrupted_runs(self, run: TrainingRun) -> list[TrainingRun]:
+        """Return the tests of a finished training on corrupted images."""
+        if not self.corruptions:
+            return []
+        checkpoint = (run.folder / 'last_checkpoint').read_text().strip()
+        return [
+            TrainingRun(
+                f'{run.name}, {kind} {severity}',
+                run.seed,
+                run.config.with_suffix(f'.{kind}-{severity}.py'),
+                run.folder.with_name(f'{run.folder.name}.{kind}-{severity}'),
+                None,
+                checkpoint,
+            )
+            for kind, severity in self.corruptions
+        ]
+
+    def _run(
+        self,
+        todo: Sequence[TrainingRun],
+        command: Sequence[str],
+        progress: Progress,
+        jobs: Mapping[str, Any] | None,
+    ) -> None:
+        def finish(run: TrainingRun) -> None:
+            state = run.state
+            self.report()
+            progress(run.name, state.get('error', 'done'), float(state['status'] == 'done'))
+
         if jobs is not None and todo:
             places = dict(folder=self.folder / 'jobs', gpus=self.gpus)
             train_as_jobs(todo, command, progress=progress, finished=finish, **places, **jobs)
@@ -397,6 +456,7 @@ class Sweep:
             pretrained=self.pretrained,
             frozen=self.frozen,
             seeds=self.seeds,
+            corruptions=self.corruptions,
             columns=self.columns,
             **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
@@ -430,13 +490,18 @@ class Sweep:
             if (matches := run.folder / MATCHES).exists():
                 seed['matches'] = str(matches.relative_to(self.folder))
             final = records[-1] if records and seed['status'] == 'done' else {}
-            seeds.append(dict(seed, metrics={k: v for k, v in final.items() if k != 'iter'}))
+            final = {k: v for k, v in final.items() if k != 'iter'}
+            seeds.append(dict(seed, metrics=final | self._robustness(run, final)))
         metrics, deviations = {}, {}
         for metric in seeds[0]['metrics'] if state['status'] == 'done' else ():
             values = [seed['metrics'].get(metric, math.nan) for seed in seeds]
             metrics[metric] = statistics.fmean(values)
             if len(values) > 1:
                 deviations[metric] = statistics.stdev(values)
+        error = state.get('error')
+        for test in itertools.chain(*map(self.corrupted_runs, runs if metrics else [])):
+            if test.state['status'] == 'failed':
+                error = f'{test.name.removeprefix(f"{name}, ")}: {test.state["error"]}'
         row = dict(
             backbone=name,
             family=backbone.family,
@@ -445,7 +510,7 @@ class Sweep:
             config=str(runs[0].config.relative_to(self.folder)),
             run=str(runs[0].folder.relative_to(self.folder)),
             status=state['status'],
-            error=state.get('error'),
+            error=error,
             seconds=None if backbone.checkpoint else state['seconds'],
             metrics=metrics,
             deviations=deviations,
@@ -455,6 +520,14 @@ class Sweep:
         )
         unmeasured = dict(parts={}, infer={}, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
+
+    def _robustness(self, run: TrainingRun, final: Mapping[str, float]) -> Mapping[str, float]:
+        """Return the figures of a training's corrupted tests, once all are done."""
+        tests = self.corrupted_runs(run) if final else []
+        if not tests or any(test.state['status'] != 'done' for test in tests):
+            return {}
+        metric = logs.main_metrics(final)[0]
+        return robustness(final[metric], [_read_log(test)[1][-1].get(metric, 0) for test in tests])
 
 
 def _write_config(run: TrainingRun, cfg: Config) -> None:

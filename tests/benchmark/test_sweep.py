@@ -144,6 +144,34 @@ def test_a_checkpoint_is_tested(tmp_path, stand_in, monkeypatch):
         sweep_of(tmp_path / 'x', names)
 
 
+def test_corrupted_images(tmp_path, stand_in, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a.pth').touch()
+    cfg = load_config(str(DEMOS['detection']))
+    spec = find_backbone(f'{NAMES[1]}@a.pth', pretrained=False)
+    options = dict(command='sweep', pretrained=False, corruptions=['fog', 'snow'], severities=[3])
+    for _ in range(2):
+        sweep = Sweep(cfg, [spec], tmp_path / 'x', **options)
+        sweep.train(stand_in)
+        sweep.test_corrupted(stand_in, lambda *_: None)
+    (row,) = results_of(tmp_path / 'x').values()
+    assert row['metrics'] == {'box AP': 5, 'mPC': 5, 'rPC (%)': 100}
+    assert 'mPC' in (tmp_path / 'x/report.md').read_text()
+    for name in ('fog', 'snow'):
+        config = load_config(str(tmp_path / f'x/configs/timm-resnet18-a.pth.{name}-3.py'))
+        pipeline = config.test_dataloader.dataset.pipeline
+        assert [step['type'] for step in pipeline][:2] == ['LoadImageFromFile', 'mmdet.Corrupt']
+        assert pipeline[1].corruption == name
+        assert (tmp_path / f'x/runs/timm-resnet18-a.pth.{name}-3/starts').read_text() == '.'
+    failed = sweep.corrupted_runs(sweep.runs[spec.name][0])[0]
+    failed.save_state('failed', 1.0, error='fog is missing')
+    sweep.report()
+    (row,) = results_of(tmp_path / 'x').values()
+    assert (row['metrics'], row['error']) == ({'box AP': 5}, 'fog 3: fog is missing')
+    with pytest.raises(UserError, match="no corruption 'fig'; did you mean 'fog'"):
+        Sweep(cfg, [spec], tmp_path / 'x', **options | dict(corruptions=['fig']))
+
+
 # Commands of SLURM: an array's jobs run at once, on this machine.
 SLURM = dict(
     sbatch=f"""#!{sys.executable}
@@ -515,12 +543,14 @@ def test_a_checkpoint_compiled_for_inference(project, run_tool):
     ]
     command += ['--seeds', 2, '--out', 'checkpoint', '--compile', '--form', 'trained']
     command += ['--rounds', 2, '--batch', 2, '--pictures', 1, '--device', 'cpu']
+    command += ['--corruptions', 'gaussian_noise', '--severities', 5]
     status, output = run_tool(*command, TORCH_LOGS='dynamo')
     assert status == 0, output
     assert 'calling compiler function inductor' in output
     (row,) = results_of(project / 'checkpoint').values()
     assert (row['error'], row['source']) == (None, 'vit.pth')
     assert 0 <= row['metrics']['box AP'] < 1
+    assert 0 <= row['metrics']['mPC'] < 1
     assert row['infer']['trained']['compiled']
     assert row['infer']['trained']['p50'] > 0
     assert (project / 'checkpoint/results.tex').read_text().count('(published)') == 2
