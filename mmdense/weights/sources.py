@@ -30,7 +30,7 @@ from torch.hub import download_url_to_file, get_dir
 
 from mmdense.errors import UserError, one_line
 from mmdense.weights.files import read_checkpoint
-from mmdense.weights.formats import convert, state_dict_of
+from mmdense.weights.formats import convert, recognise, state_dict_of
 
 FOLDER = 'MMDENSE_WEIGHTS'  # environment variable: the folder of the user's own weights
 CONDENSENETV2 = 'https://github.com/jianghaojun/CondenseNetV2#results'
@@ -160,11 +160,12 @@ def load_from_file(filename: str, map_location: Any = None) -> dict[str, Any]:
 
 
 def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """Return timm's pretrained weights for ``timm://NAME``, without the classifier.
+    """Return timm's pretrained weights for ``timm://NAME``.
 
     They come from the folder that ``MMDENSE_WEIGHTS`` names (NAME.safetensors, .pth or .bin, or the
     hub's files in a folder NAME), or else from the Hugging Face hub: its cache, or the network
-    unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely. UserError if
+    unless ``HF_HUB_OFFLINE=1``. timm checks that they fill its own network completely. The
+    classifier is left out of networks that mmdense has no format for. UserError if
     timm has no such weights, none of these has them, or they don't fit.
     """
     name = filename.removeprefix('timm://')
@@ -179,7 +180,8 @@ def load_from_timm(filename: str, map_location: Any = None) -> dict[str, Any]:
             f'{filename} could not be downloaded ({one_line(error)}): get model.safetensors of '
             f'{published.hf_hub_id} from the Hugging Face hub, and {_put(name + SUFFIXES[0])}'
         ) from error
-    net.reset_classifier(0)
+    if recognise(net.state_dict()) is None:  # else the format maps a classifier, or drops it
+        net.reset_classifier(0)
     return dict(state_dict={k: v.to(map_location or 'cpu') for k, v in net.state_dict().items()})
 
 

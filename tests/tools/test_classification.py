@@ -4,8 +4,10 @@ import json
 import pickle
 
 import pytest
+import timm
 import torch
 from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
 
 from mmdense.config.read import load_config
 from support import ROOT, load_tool
@@ -57,6 +59,25 @@ def test_accuracy_and_predictions(call_tool, crops, checkpoint, tmp_path):
     status, _, error = call_tool('test', CONFIG, checkpoint, '--show-dir', tmp_path, *work_dir)
     assert status == 2
     assert 'tools/infer.py draws classes' in error
+
+
+@pytest.mark.slow
+def test_released_weights_are_proved_on_imagenet(call_tool, tmp_path, monkeypatch):
+    """ImageNet has a thousand folders, two of whose classes are named crane."""
+    name = 'rexnet_100.nav_in1k'
+    torch.manual_seed(0)
+    torch.save(timm.create_model(name, pretrained=False).state_dict(), tmp_path / f'{name}.pth')
+    monkeypatch.setenv('MMDENSE_WEIGHTS', str(tmp_path))
+    for i in range(1000):
+        (tmp_path / f'val/n{i:04}').mkdir(parents=True)
+    Image.new('RGB', (260, 240)).save(tmp_path / 'val/n0007/0.JPEG')
+    options = ['--cfg-options', f'data_root={tmp_path}', 'test_dataloader.num_workers=0']
+    config = ROOT / 'configs/classification/rexnet/rexnet-1.0_amp-400e_in1k.py'
+    status, output, error = call_tool(
+        'test', config, f'timm://{name}', '--work-dir', tmp_path / 'work', *options
+    )
+    assert status == 0, error
+    assert 'accuracy/top1' in output
 
 
 def test_the_class_is_drawn_and_written(call_tool, crops, checkpoint, tmp_path):

@@ -281,6 +281,13 @@ def test_timm_from_the_users_folder(name, writer, folder, tmp_path):
         assert not made.exists()
 
 
+@pytest.mark.usefixtures('_no_hub')
+def test_timms_classifiers_of_families_are_complete(folder):
+    net = timm.create_model('rexnet_100')
+    save_file(net.state_dict(), folder / 'rexnet_100.nav_in1k.safetensors')
+    assert_same(load('timm://rexnet_100.nav_in1k')['state_dict'], net.state_dict())
+
+
 @pytest.mark.parametrize(
     'change',
     [
