@@ -81,3 +81,17 @@ def write_segmentor(file, channels=2, **options):
         dict(task='semantic segmentation', postprocessing=dict(threshold=0.5, slide=None)) | options
     )
     return write(file, nodes, outputs, values, **metadata)
+
+
+def write_classifier(file, **options):
+    """Write a classifier of red, green and blue, by the means of the channels over 100."""
+    nodes = [
+        helper.make_node('ReduceMean', ['x'], ['mean'], axes=[2, 3], keepdims=0),
+        helper.make_node('Mul', ['mean', 'hundredth'], ['logits']),
+        helper.make_node('Softmax', ['logits'], ['scores'], axis=1),
+    ]
+    outputs = [('scores', TensorProto.FLOAT, ['N', 3])]
+    values = dict(hundredth=np.float32(0.01))
+    metadata = dict(task='classification', postprocessing={}, classes=['red', 'green', 'blue'])
+    metadata |= dict(palette=[[255, 0, 0]] * 3, categories=[dict(id=i) for i in (1, 2, 3)])
+    return write(file, nodes, outputs, values, **(metadata | options))

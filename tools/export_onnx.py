@@ -1,9 +1,9 @@
 """Export a model to ONNX, and check the file against the model with onnxruntime.
 
 The file takes RGB images [N, 3, H, W] from 0 to 255 and returns boxes, scores, labels and masks of
-detectors, or the segmentation of segmentors; channel order, normalization, padding and NMS are
-inside. Batch size, height and width are dynamic if torch can export that. It is compared with the
-model's predictions on images of the test data, if there are some.
+detectors, the segmentation of segmentors, or the scores of classes; channel order, normalization,
+padding and NMS are inside. Batch size, height and width are dynamic if torch can export that. The
+file is compared with the model's predictions on images of the test data, if there are some.
 """
 
 import argparse
@@ -40,8 +40,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--part',
         choices=PARTS,
-        help='model: boxes, masks or a segmentation (default); raw: the outputs of a dense head, '
-        'or logits; neck, backbone: feature maps',
+        help='model: boxes, masks, a segmentation or classes (default); raw: the outputs of a '
+        'dense head, or logits; neck, backbone: feature maps',
     )
     parser.add_argument(
         '--no-deploy', action='store_true', help="don't export the backbone's inference form"
@@ -207,9 +207,13 @@ def describe(exported: Exported) -> list[str]:
     text = f'{source["dtype"]} RGB from 0 to 255; the file normalizes and pads them'
     if not source['normalized']:
         text = 'normalized as in training: the model has no data preprocessor'
-    if resize:
+    if resize and 'edge' in resize:
+        text += f'; resize their edge ({resize["edge"]}) to {resize["scale"]}'
+    elif resize:
         ratio = ', which keeps the ratio' if resize['keep_ratio'] else ''
         text += f'; resize them to {resize["scale"][0]} x {resize["scale"][1]}{ratio}'
+    if metadata['crop']:
+        text += f'; crop the centre, {metadata["crop"][0]} x {metadata["crop"][1]}'
     lines.append(f'images: {text}')
     if exported.unread:
         lines.append(f'resize images yourself, mmdense.runtime does not: {exported.unread}')

@@ -80,9 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_task(file: str, predictor: BasePredictor, model: nn.Module) -> None:
     """Raise a UserError if a file predicts something else than the config's model."""
-    classes, segments = len(predictor.classes), hasattr(model, 'decode_head')
-    if predictor.segments != segments or classes not in (0, num_classes_of(model)):
+    classes = len(predictor.classes)
+    same = predictor.segments == hasattr(model, 'decode_head')
+    same = same and predictor.classifies == hasattr(model, 'head')
+    if not same or classes not in (0, num_classes_of(model)):
         kind = 'segmentor' if predictor.segments else 'detector'
+        kind = 'classifier' if predictor.classifies else kind
         raise UserError(
             f'{file} is a {kind} of {classes} classes, and the config has another model: '
             'pass the config that it was exported with'

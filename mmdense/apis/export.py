@@ -1,4 +1,4 @@
-"""Export a model to ONNX: boxes, masks or a segmentation in one file, or parts of the model."""
+"""Export a model to ONNX: boxes, masks, a segmentation or classes in a file, or its parts."""
 
 import copy
 import inspect
@@ -64,9 +64,9 @@ def export_onnx(
     """Export a model to an ONNX file of standard operators, in float32.
 
     The input is ``images`` [N, 3, H, W], RGB from 0 to 255; channel order, normalization and
-    padding are inside. Outputs: see :class:`.Detector`, :class:`.Segmentor` and :class:`.Part`.
-    Batch size, height and width are dynamic if torch can export that; otherwise the batch size is,
-    or nothing. :mod:`.metadata` describes what the file says about itself.
+    padding are inside. Outputs: see :class:`.Detector`, :class:`.Segmentor`, :class:`.Classifier`
+    and :class:`.Part`. Batch size, height and width are dynamic if torch can export that; otherwise
+    the batch size is, or nothing. :mod:`.metadata` describes what the file says about itself.
 
     onnxruntime then runs the file on several batches of the config's validation images, if there
     are some. UserError, and no file, if its outputs differ from the model's predictions, the model
@@ -74,7 +74,7 @@ def export_onnx(
     the file cannot be written.
 
     Args:
-        model: A detector, segmentor or backbone with its weights; it is not modified.
+        model: A detector, segmentor, classifier or backbone with its weights; it is not modified.
         file: Path of the .onnx file, overwritten if it exists. Above 1.5 GB, weights go to
             NAME.onnx.data beside it.
         part: See :func:`.build_network`.
@@ -105,6 +105,10 @@ def export_onnx(
         expected.override(**settings)
     elif given := [name for name, value in settings.items() if value is not None]:
         raise UserError(f'{", ".join(given)}: complete detectors only, not part {expected.part!r}')
+    steps = (inner_dataset(config) or {}).get('pipeline')
+    if expected.task == 'classification' and steps and 'Load' not in str(steps[0]['type']):
+        # mmpretrain's data in memory are RGB, as CIFAR, where files are BGR.
+        raise UserError('the test pipeline loads no files: pass a config with LoadImageFromFile')
     expected.fit_divisor(size)
     if isinstance(expected, Part):
         expected.name_outputs(size)

@@ -1,1 +1,1 @@
-"""Modules that torch.onnx exports: complete detectors and segmentors, and their parts."""
+"""Modules that torch.onnx exports: complete models, and their parts."""

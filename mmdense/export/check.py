@@ -34,7 +34,7 @@ NOISE = 1e-5  # of normalized pixels
 TIES = 1e-5  # of scores
 SEVERAL = 10  # times the change by noise: the rounding of all layers adds up
 ROUGH = dict.fromkeys(LIMITS, math.inf) | dict(lost=0.5, segmentation=0.5)  # of lower precision,
-CONFIDENT = 0.3  # for boxes with such a score
+CONFIDENT = 0.3  # for boxes and classes with such a score
 
 Batches = Iterable[tuple[int, int, int]]  # N, H and W of each
 
@@ -46,7 +46,7 @@ def find_images(cfg: Config | None, count: int = 3, loader: str = 'test') -> lis
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
             dataset = DATASETS.build(dataset)
         images = [dataset[i]['inputs'] for i in range(min(count, len(dataset)))]
-    except (AttributeError, OSError, TypeError, UserError):  # no loader, no files
+    except (AttributeError, OSError, RuntimeError, TypeError, UserError):  # no loader, no files
         return []
     return [x.round().byte() if x.is_floating_point() else x for x in images]
 
@@ -131,6 +131,7 @@ def _predict(model: nn.Module, inputs: Iterable[Tensor]) -> list[BaseDataElement
         size = tuple(images.shape[2:])
         meta = dict(img_shape=size, ori_shape=size, pad_shape=size, scale_factor=(1, 1), img_id=0)
         samples = [DetDataSample(metainfo=meta) for _ in images]  # segmentors take it too
+        samples = None if hasattr(model, 'head') else samples  # mmpretrain makes its own
         results += model.test_step(dict(inputs=list(images), data_samples=samples))
     return results
 
@@ -161,6 +162,11 @@ def _differences(
     values: dict[str, list[float]] = defaultdict(list)
     lost, count = 0, 0
     for a, b in zip(results, expected, strict=True):
+        if 'pred_score' in b:
+            values['scores'].append(float((a.pred_score - b.pred_score).abs().max()))
+            lost += int(b.pred_score.max() > CONFIDENT and a.pred_label != b.pred_label)
+            count += 1  # the class of an image
+            continue
         if 'pred_instances' not in b:
             other = a.pred_sem_seg.data != b.pred_sem_seg.data
             values['segmentation'].append(float(other.float().mean()))

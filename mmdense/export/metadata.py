@@ -1,7 +1,7 @@
 """What an exported file says about itself: enough to run it without its config.
 
 The dictionary is JSON in the file's metadata, under the key ``mmdense``; pixels are from 0 to 255,
-sides are width, height in ``resize`` and ``pad``, and height, width elsewhere.
+sides are width, height in ``resize``, ``pad`` and ``crop``, and height, width elsewhere.
 """
 
 import sys
@@ -14,7 +14,8 @@ from mmengine.config import Config, ConfigDict
 from mmdense.export.networks import Network
 from mmdense.runtime.session import SCHEMA
 
-LIBRARIES = ('mmdense', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'timm', 'onnx')
+LIBRARIES = ('mmdense', 'torch', 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'timm', 'onnx')
+GEOMETRY = dict(Resize='resize', ResizeEdge='resize', Pad='pad', CenterCrop='crop')
 PASSIVE = ('Load', 'Pack', 'Collect')  # transforms that leave the pixels alone, by their beginning
 
 
@@ -34,7 +35,7 @@ def build_metadata(
         [] if x is None else [round(v, 4) for v in x.flatten().tolist()[::step]]
         for x in (preprocess.mean, preprocess.std)
     )
-    resize, pad, reason = read_geometry(config)
+    geometry, reason = read_geometry(config, crop=network.task == 'classification')
     metadata = dict(
         schema=SCHEMA,
         part=network.part,
@@ -56,8 +57,7 @@ def build_metadata(
             order=preprocess.order,
             divisor=preprocess.divisor,
         ),
-        resize=resize,
-        pad=pad,
+        **geometry,
         postprocessing=network.postprocessing(),
     )
     return metadata, reason
@@ -71,31 +71,38 @@ def inner_dataset(config: Config | None, loader: str = 'test') -> ConfigDict | N
     return dataset
 
 
-def read_geometry(
-    config: Config | None,
-) -> tuple[dict[str, Any] | None, dict[str, Any] | None, str]:
-    """Return how a config's test pipeline resizes and pads images, and what is not understood.
+def read_geometry(config: Config | None, crop: bool = False) -> tuple[dict[str, Any], str]:
+    """Return how a config's test pipeline changes images, and what is not understood.
 
-    ``resize`` is ``dict(scale=[width, height], keep_ratio=...)`` of mmcv's Resize,
-    bilinear; ``pad`` is ``dict(size=[width, height], value=...)``, at the right and bottom.
+    ``resize`` is ``dict(scale=[width, height], keep_ratio=...)`` of mmcv's Resize or ``dict(scale=
+    side, edge=...)`` of mmpretrain's ResizeEdge, bilinear, or with ``pillow``'s interpolation;
+    ``pad`` is ``dict(size=[width, height], value=...)``, at the right and bottom; ``crop`` is
+    [width, height] of the centre, which ``crop`` allows. None is no change.
     """
+    unknown = dict(resize=None, pad=None, crop=None)
     dataset = inner_dataset(config)
     if dataset is None:
-        return None, None, 'there is no test_dataloader with a pipeline'
-    found: dict[str, Any] = dict(Resize=None, Pad=None)
+        return unknown, 'there is no test_dataloader with a pipeline'
+    found: dict[str, Any] = dict(unknown)
     for transform in dataset.get('pipeline') or []:
         kind = str(transform['type']).rpartition('.')[2]
         if kind.startswith(PASSIVE):
             continue
-        bilinear = transform.get('interpolation', 'bilinear') == 'bilinear'
-        sides, value = transform.get('scale', transform.get('size')), transform.get('pad_val', 0)
+        name, method = GEOMETRY.get(kind), transform.get('interpolation', 'bilinear')
+        pillow = dict(pillow=method) if transform.get('backend') == 'pillow' else {}
+        sides = next((transform[k] for k in ('scale', 'size', 'crop_size') if k in transform), None)
+        value = transform.get('pad_val', 0)
         value = value.get('img', 0) if isinstance(value, Mapping) else value
         levels = {value} if isinstance(value, int | float) else {*value}
-        if found.get(kind, kind) or found['Pad'] or not (sides and bilinear) or len(levels) > 1:
-            return None, None, f'{kind} of the test pipeline is not in the file'
-        sides = [sides, sides] if isinstance(sides, int) else list(sides)
-        keep_ratio = bool(transform.get('keep_ratio', False))
-        found[kind] = dict(scale=sides, keep_ratio=keep_ratio)
-        if kind == 'Pad':
-            found[kind] = dict(size=sides, value=float(levels.pop()))
-    return found['Resize'], found['Pad'], ''
+        known = name and sides and (pillow or method == 'bilinear') and len(levels) == 1
+        known = known and (name != 'crop' or crop and not transform.get('auto_pad'))
+        if not known or found[name] or found['pad'] or found['crop']:
+            return unknown, f'{kind} of the test pipeline is not in the file'
+        pair = [sides, sides] if isinstance(sides, int) else list(sides)
+        if kind == 'Resize':
+            found[name] = dict(scale=pair, keep_ratio=bool(transform.get('keep_ratio'))) | pillow
+        elif kind == 'ResizeEdge':
+            found[name] = dict(scale=sides, edge=transform.get('edge', 'short')) | pillow
+        else:
+            found[name] = pair if name == 'crop' else dict(size=pair, value=float(levels.pop()))
+    return found, ''

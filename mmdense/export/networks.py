@@ -37,8 +37,8 @@ class Preprocessing(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         source = getattr(model, 'data_preprocessor', None)
-        swap = getattr(source, '_channel_conversion', None)  # mmengine's
-        swap = getattr(source, 'channel_conversion', swap)  # mmseg's
+        names = '_channel_conversion', 'channel_conversion', 'to_rgb'  # mmengine, mmseg, mmpretrain
+        swap = next((getattr(source, name) for name in names if hasattr(source, name)), None)
         self.order = '' if swap is None else 'RGB' if swap else 'BGR'  # mmcv reads BGR
         for name in ('mean', 'std'):
             self.register_buffer(name, getattr(source, name, None) if self.order else None)
@@ -231,6 +231,15 @@ class Segmentor(Network):
         return dict(threshold=threshold, slide=slide, align_corners=align)
 
 
+class Classifier(Network):
+    """Images to ``scores`` [N, C], the probabilities of the classes."""
+
+    names, task = ('scores',), 'classification'
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return (self.model(self.preprocess(images)).softmax(1),)
+
+
 class Part(Network):
     """Images to the feature maps of a backbone or neck, or the raw outputs of a dense head.
 
@@ -278,16 +287,16 @@ class Part(Network):
 def build_network(model: nn.Module, part: str | None) -> Network:
     """Return a copy of a model, or of a part of it, that :func:`.write_graph` exports.
 
-    ``part`` is 'model' (boxes, masks or segmentation), 'raw' (a dense head's outputs, or logits),
-    'neck' or 'backbone'; by default 'model', or all there is of a model without a head. UserError
-    if the model does not have the part, or it cannot be exported.
+    ``part`` is 'model' (boxes, masks, segmentation, scores), 'raw' (a dense head's outputs, or
+    logits), 'neck' or 'backbone'; by default 'model', or all there is of a model without a head.
+    UserError if the model does not have the part, or it cannot be exported.
     """
     kind = type(model).__name__
-    two_stage = hasattr(model, 'roi_head')
+    two_stage, classifies = hasattr(model, 'roi_head'), getattr(model, 'head', None) is not None
     segments, detects = hasattr(model, 'decode_head'), hasattr(model, 'bbox_head')
+    whole = segments or detects or two_stage or classifies
     has_neck = getattr(model, 'neck', None) is not None
     if part is None:
-        whole = segments or detects or two_stage
         part = 'model' if whole else 'neck' if has_neck else 'backbone'
     if part not in PARTS:
         raise ValueError(f'part is {part!r}, must be one of {PARTS}')
@@ -295,12 +304,14 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         raise UserError(f'{kind} has no neck: export its backbone')
     if part == 'raw' and (_is_detr(model) or not (segments or detects)):
         raise UserError(f'{kind} has no dense head with raw outputs: export the model or the neck')
-    if part == 'model' and not (segments or detects or two_stage):
+    if part == 'model' and not whole:
         raise UserError(f'{kind} has no head: export its backbone')
     if part == 'model' and not Preprocessing(model).order:
         raise UserError(f'{kind} has no data preprocessor: export its parts')
-    if part != 'backbone' and hasattr(model, 'head'):
-        raise UserError(f'ONNX export has no outputs of {kind}: add --part backbone')
+    if classifies and part != 'backbone':
+        names = [base.__name__ for base in type(model.head).__mro__]
+        if part == 'neck' or 'ClsHead' not in names:  # others have no softmax
+            raise UserError(f'no ONNX export of the {part} with {names[0]}: add --part backbone')
     model = copy.deepcopy(model).float().cpu().eval().requires_grad_(False)
     for parent in list(model.modules()):
         if getattr(parent, 'inplace', False):
@@ -313,7 +324,9 @@ def build_network(model: nn.Module, part: str | None) -> Network:
         if part == 'raw':
             network.part, network.names = part, network.names[-1:]
         return network
-    return Detector(model) if part == 'model' else Part(model, part)
+    if part == 'model':
+        return Classifier(model) if classifies else Detector(model)
+    return Part(model, part)
 
 
 def _is_detr(model: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from mmdense.runtime.models import open_model
 
 
 class OnnxModel(BaseModel):
-    """A detector's or segmentor's .onnx file in the place of the model, for ``test_step``.
+    """A complete model's .onnx file in the place of the model, for ``test_step``.
 
     Neighbours of one size run as a batch: predictions don't depend on padding, as mmdet's do.
     The options are those of :func:`.open_model`; there are as many threads as torch has by default.
@@ -40,6 +40,10 @@ class OnnxModel(BaseModel):
                 width, height = sample.get('scale_factor', (1, 1))
                 size = np.rint(np.multiply(sample.ori_shape, (height, width))).astype(int)
                 output = {name: values[i] for name, values in outputs.items()}
+                if self.predictor.classifies:
+                    sample.pred_score = scores = torch.from_numpy(output['scores'])
+                    sample.pred_label = scores.argmax(0, keepdim=True)
+                    continue
                 found = self.predictor.finish(output, tuple(size), sample.ori_shape)
                 found = {name: torch.from_numpy(values) for name, values in found.items()}
                 if self.predictor.segments:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -59,8 +60,17 @@ def check_pixels(image: np.ndarray, order: str) -> np.ndarray:
     return image
 
 
-def scaled_size(height: int, width: int, scale: Sequence[int], keep_ratio: bool) -> tuple[int, int]:
-    """Return the (height, width) that mmcv's Resize gives an image; ``scale`` is (w, h)."""
+def scaled_size(
+    height: int, width: int, scale: Any, keep_ratio: bool = False, edge: str = ''
+) -> tuple[int, int]:
+    """Return the (height, width) that mmcv's Resize gives an image; ``scale`` is (w, h).
+
+    With ``edge``, 'short', 'long', 'width' or 'height', mmpretrain's ResizeEdge; ``scale`` is that
+    edge's length.
+    """
+    if edge:
+        side = dict(height=height, width=width, short=min(height, width), long=max(height, width))
+        return int(scale * height / side[edge]), int(scale * width / side[edge])
     if not keep_ratio:
         return scale[1], scale[0]
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
@@ -86,11 +96,15 @@ def interpolate(values: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     return values
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize(image: np.ndarray, size: tuple[int, int], pillow: str = '') -> np.ndarray:
     """Resize uint8 [H, W, 3] to (height, width): the same pixels as OpenCV's INTER_LINEAR.
 
-    In its fixed point: weights of 11 bits, horizontal sums without their lowest 4 bits.
+    In its fixed point: weights of 11 bits, horizontal sums without their lowest 4 bits. With
+    ``pillow``, such as 'bicubic', by Pillow.
     """
+    if pillow:
+        method = Image.Resampling[pillow.upper()]
+        return np.asarray(Image.fromarray(image).resize(size[::-1], method))
     (height, width), (y, x) = image.shape[:2], map(positions, image.shape[:2], size)
     if (height, width) == size:
         return image
@@ -104,6 +118,13 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     above, below = image[lines.reshape(2, -1)]
     result = (y0[:, None] * above >> 16) + (y1[:, None] * below >> 16)
     return (result + 2 >> 2).astype(np.uint8)
+
+
+def crop_center(image: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Return the centre of an image, at most ``size`` (w, h), as mmcv's CenterCrop."""
+    sides = zip(image.shape, size[::-1], strict=False)
+    starts = [max(0, round((side - target) / 2)) for side, target in sides]
+    return image[tuple(slice(a, a + n) for a, n in zip(starts, size[::-1], strict=True))]
 
 
 def find_images(sources: Sequence[str | Path], out: str | Path) -> dict[Path, Path]:

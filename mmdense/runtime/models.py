@@ -1,4 +1,4 @@
-"""Detectors and segmentors from an exported file: ``Detector('model.onnx')('image.jpg')``."""
+"""Detectors, segmentors and classifiers from a file: ``Detector('model.onnx')('image.jpg')``."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mmdense.errors import UserError
-from mmdense.runtime.images import interpolate, positions, resize, scaled_size
+from mmdense.runtime.images import crop_center, interpolate, positions, resize, scaled_size
 from mmdense.runtime.results import BasePredictor, Prediction
 from mmdense.runtime.session import Session
 
@@ -62,11 +62,13 @@ class OnnxPredictor(BasePredictor):
         return [results[i] for i in range(len(read))]
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
-        size, rule = image.shape[:2], self.metadata.get('resize')
+        size, rule = image.shape[:2], dict(self.metadata.get('resize') or {})
+        pillow, crop = rule.pop('pillow', ''), self.metadata.get('crop')
         target = scaled_size(*size, **rule) if rule else size
         if not min(target):
             raise UserError(f'{size[0]} x {size[1]} pixels: too narrow to be resized')
-        return resize(image, target)
+        image = resize(image, target, pillow)
+        return crop_center(image, crop) if crop else image
 
     def _pad(self, image: np.ndarray) -> np.ndarray:
         rule = self.metadata.get('pad')
@@ -138,6 +140,24 @@ class Segmentor(OnnxPredictor):
         return dict(label_map=label_map, probabilities=probabilities)
 
 
+class Classifier(OnnxPredictor):
+    """A classifier; see :class:`OnnxPredictor`.
+
+    A prediction has all classes, the best first: ``labels`` [C], ``scores`` [C] and ``bboxes``
+    [C, 4], each the complete image. Only the best is drawn and written.
+    """
+
+    tasks, segments, classifies = ('classification',), False, True
+
+    def finish(self, output: dict[str, np.ndarray], size: Size, original: Size) -> Prediction:
+        labels = (-output['scores']).argsort(kind='stable')
+        boxes = np.broadcast_to([0, 0, *original[::-1]], (len(labels), 4))
+        return dict(bboxes=boxes, labels=labels, scores=output['scores'][labels])
+
+    def _arrays(self, prediction: Prediction) -> Prediction:
+        return {name: values[:1] for name, values in prediction.items()}
+
+
 def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: Size, threshold: float) -> np.ndarray:
     """Paste masks into an image as mmdet's FCNMaskHead does: bool [N, H, W].
 
@@ -157,12 +177,12 @@ def paste_masks(masks: np.ndarray, boxes: np.ndarray, size: Size, threshold: flo
     return pasted
 
 
-KINDS = {task: kind for kind in (Detector, Segmentor) for task in kind.tasks}
+KINDS = {task: kind for kind in (Detector, Segmentor, Classifier) for task in kind.tasks}
 
 
 def open_model(
     file: str | Path, *, provider: str = 'cpu', threads: int | None = None, batch: int = 1
-) -> Detector | Segmentor:
-    """Return the detector or segmentor in a file; for the arguments see :class:`OnnxPredictor`."""
+) -> OnnxPredictor:
+    """Return the predictor of a file's task; for the arguments see :class:`OnnxPredictor`."""
     session = Session(file, provider=provider, threads=threads)
     return KINDS.get(session.metadata['task'], Detector)(session, batch=batch)

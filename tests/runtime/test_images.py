@@ -10,6 +10,7 @@ from torch.nn import functional
 from bad_data import UNUSABLE, USABLE, write
 from mmdense.errors import UserError
 from mmdense.runtime.images import (
+    crop_center,
     find_images,
     interpolate,
     positions,
@@ -67,6 +68,18 @@ def test_sizes_are_those_of_mmcv(original, keep_ratio):
     image, scale = np.zeros((*original, 3), np.uint8), (192, 128)
     expected = mmcv.imrescale(image, scale) if keep_ratio else mmcv.imresize(image, scale)
     assert scaled_size(*original, scale, keep_ratio) == expected.shape[:2]
+
+
+@pytest.mark.parametrize('edge', ['short', 'long', 'width', 'height'])
+@pytest.mark.parametrize('original', [(60, 45), (45, 61), (50, 50)])
+def test_classifiers_read_the_pixels_of_mmpretrain(original, edge):
+    transforms = pytest.importorskip('mmpretrain.datasets.transforms')
+    image = np.random.default_rng(0).integers(0, 256, (*original, 3), np.uint8)
+    settings = dict(scale=39, edge=edge, backend='pillow', interpolation='bicubic')
+    expected = transforms.ResizeEdge(**settings)(dict(img=image))
+    expected = mmcv.transforms.CenterCrop((40, 32))(expected)['img']
+    resized = resize(image, scaled_size(*original, 39, edge=edge), 'bicubic')
+    np.testing.assert_array_equal(crop_center(resized, (40, 32)), expected)
 
 
 @pytest.mark.parametrize('align_corners', [True, False])

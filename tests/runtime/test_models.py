@@ -14,9 +14,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mmdense.errors import UserError
-from mmdense.runtime import Detector, Segmentor, Session, models, open_model
+from mmdense.runtime import Classifier, Detector, Segmentor, Session, models, open_model
 from mmdense.runtime.__main__ import main
-from onnx_files import write_detector, write_segmentor
+from onnx_files import write_classifier, write_detector, write_segmentor
 
 BOXES, SCORES, LABELS = [[8, 4, 40, 30], [2, 2, 20, 20], [0, 0, 0, 0]], [0.6, 0.2, -1.0], [1, 0, 0]
 MASKS = np.zeros((3, 28, 28), np.float32)
@@ -149,6 +149,22 @@ def test_each_kind_refuses_the_other_s_file(tmp_path, detector, segmentor):
     model = Detector(write_detector(tmp_path / 'y.onnx', BOXES, SCORES, LABELS, resize=resize))
     with pytest.raises(UserError, match='1 x 5000 pixels: too narrow'):
         model(np.zeros((1, 5000, 3), np.uint8))
+
+
+def test_a_classifier(tmp_path, folder):
+    rules = dict(resize=dict(scale=8, edge='short', pillow='bilinear'), crop=[8, 8])
+    file = write_classifier(tmp_path / 'x.onnx', **rules)
+    image = np.zeros((20, 60, 3), np.uint8)
+    image[..., 2], image[:, :15, 0] = 100, 255  # blue, and red outside the centre
+    (found,) = Classifier(file)(image)
+    expected = np.exp([1, 0, 0]) / (np.e + 2)
+    np.testing.assert_allclose(found['scores'], expected, atol=1e-6)
+    assert found['labels'].tolist() == [2, 0, 1]
+    (result,) = open_model(file).coco(found, 1, score_thr=0.9)  # whatever the score
+    assert (result['category_id'], result['bbox']) == (3, [0, 0, 60, 20])
+    assert Classifier(file).draw(image, found).shape == image.shape
+    together = Classifier(file, batch=3)(sorted(folder.glob('*.png')))
+    assert [x['labels'][0] for x in together] == [0, 0, 1]
 
 
 # The command

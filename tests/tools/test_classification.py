@@ -3,13 +3,16 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 import timm
 import torch
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
 
+from mmdense.apis import Predictor
 from mmdense.config.read import load_config
+from mmdense.runtime import open_model
 from support import ROOT, load_tool
 
 pytest.importorskip('mmpretrain')
@@ -140,11 +143,57 @@ def test_condensenetv2_is_condensed_and_tested(call_tool, crops, tmp_path):
     assert load_config(str(out.with_suffix('.py'))).model.backbone.form == 'condensed'
 
 
-def test_onnx_export_of_a_classifier_is_refused(call_tool, tmp_path):
-    arguments = ['--out', tmp_path / 'model.onnx', '--work-dir', tmp_path]
+@pytest.mark.slow
+def test_an_exported_file_equals_the_model(call_tool, crops, checkpoint, tmp_path):
+    pytest.importorskip('onnxruntime')
+    config, file = tmp_path / 'cropped.py', tmp_path / 'model.onnx'
+    config.write_text(
+        f"_base_ = '{CONFIG}'\n"
+        "edge = dict(type='ResizeEdge', scale=60, backend='pillow', interpolation='bicubic')\n"
+        "crop = dict(type='CenterCrop', crop_size=48)\n"
+        "pipeline = [dict(type='LoadImageFromFile'), edge, crop, dict(type='PackInputs')]\n"
+        'val_dataloader = dict(dataset=dict(pipeline=pipeline))\n'
+        'test_dataloader = val_dataloader\n'
+    )
+    arguments = [config, checkpoint, '--out', file, '--work-dir', tmp_path, '--size', 48, 48]
+    status, output, _ = call_tool('export_onnx', *arguments)
+    assert status == 0
+    assert 'resize their edge (short) to 60; crop the centre, 48 x 48' in ' '.join(output.split())
+    images = [*(crops / 'val').glob('*/*.png')][:6]
+    wide = tmp_path / 'wide.png'
+    Image.effect_noise((90, 70), 80).convert('RGB').save(wide)
+    samples = Predictor(config, checkpoint, device='cpu')([*images, wide])
+    found = open_model(file)([*images, wide])
+    for sample, result in zip(samples, found, strict=True):
+        scores = sample.pred_score.numpy()[result['labels']]
+        np.testing.assert_allclose(result['scores'], scores, rtol=0, atol=1e-5)
+    assert open_model(file).classes == tuple('0123456789')
+    accuracies = []
+    for weights in (checkpoint, file):
+        status, output, _ = call_tool('test', config, weights, '--work-dir', tmp_path)
+        accuracies.append(output.split('accuracy/top1 │')[1].split()[0])
+    assert accuracies[0] == accuracies[1]
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--part', 'neck'], 'no ONNX export of the neck with LinearClsHead: add --part backbone'),
+        (
+            ['--cfg-options', 'model.head.type=MultiLabelLinearClsHead'],
+            'no ONNX export of the model with MultiLabelLinearClsHead: add --part backbone',
+        ),
+        (
+            ['--cfg-options', "test_dataloader.dataset.pipeline=[{'type': 'PackInputs'}]"],
+            'the test pipeline loads no files: pass a config with LoadImageFromFile',
+        ),
+    ],
+)
+def test_what_is_not_exported(options, message, call_tool, tmp_path):
+    arguments = ['--out', tmp_path / 'model.onnx', '--work-dir', tmp_path, *options]
     status, _, error = call_tool('export_onnx', CONFIG, *arguments)
     assert status == 2
-    assert 'no outputs of ImageClassifier: add --part backbone' in error
+    assert message in error
 
 
 @pytest.mark.slow

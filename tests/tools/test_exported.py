@@ -12,7 +12,7 @@ from PIL import Image
 from mmdense.config.read import load_config
 from mmdense.export.check import find_images
 from mmdense.export.onnx_model import OnnxModel
-from onnx_files import write_detector, write_segmentor
+from onnx_files import write_classifier, write_detector, write_segmentor
 from support import DEMOS
 
 pytest.importorskip('onnxscript')
@@ -88,6 +88,7 @@ def test_a_file_of_another_model(call_tool, project, monkeypatch, tmp_path):
     for file, kind in (
         (detector, 'detector of 2'),
         (write_segmentor(tmp_path / 'b.onnx', classes=['x'] * 10), 'segmentor of 10'),
+        (write_classifier(tmp_path / 'c.onnx', classes=['x'] * 10), 'classifier of 10'),
     ):
         status, _, errors = call_tool('test', DEMOS['detection'], file, '--work-dir', tmp_path)
         assert status == 2
