@@ -142,6 +142,19 @@ def test_ties_at_the_threshold_and_at_the_end_of_full_lists():
     assert lost([0.9, 0.6], [0.9, 0.600001], max_per_img=3) == 0.5
 
 
+def test_classifiers_differ_in_scores_and_confident_classes():
+    def sample(*scores):
+        element = DetDataSample()
+        element.pred_score = torch.tensor(scores)
+        element.pred_label = element.pred_score.argmax(0, keepdim=True)
+        return element
+
+    results = [sample(0.5, 0.3, 0.2), sample(0.29, 0.28, 0.22)]
+    expected = [sample(0.4, 0.5, 0.1), sample(0.28, 0.29, 0.22)]
+    found = _differences(results, expected, True, {})
+    assert found == pytest.approx(dict(lost=0.5, scores=0.2))
+
+
 def test_segmentations_differ_in_pixels_alone():
     maps = torch.zeros(1, 2, 2), torch.tensor([[[0, 0], [0, 1]]])
     a, b = (SegDataSample(pred_sem_seg=PixelData(data=x)) for x in maps)
