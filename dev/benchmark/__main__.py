@@ -1,4 +1,4 @@
-"""Compare mmdense's backbones with other implementations of the same networks."""
+"""Compare mmdense's backbones, and detectors on them, with other implementations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from rich.console import Console
 
 from dev.benchmark import gpu
 from dev.benchmark.compare import DTYPES, MMDENSE, MODES, Setting, compare
+from dev.benchmark.detectors import CONFIGS, compare_detectors
+from dev.benchmark.detectors import FORMS as DETECTOR_FORMS
 from dev.benchmark.floors import device_peaks
 from dev.benchmark.networks import NETWORKS, PEERS
 from dev.benchmark.report import markdown
 from dev.benchmark.side_by_side import compare_side_by_side
 from mmdense.benchmark.timing import machine
-from mmdense.cli import example, report_errors
+from mmdense.cli import example, report_errors, silence_libraries
 from mmdense.errors import UserError
 
 
@@ -34,17 +37,11 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_compare)
     command.add_argument('--names', nargs='+', required=True, choices=list(NETWORKS))
+    _add_options(command)
     command.add_argument(
         '--against', nargs='+', choices=PEERS, help='peers (default: all that have the network)'
     )
-    command.add_argument('--mode', nargs='+', choices=MODES, default=['infer'])
-    command.add_argument('--size', nargs=2, type=int, default=(512, 512), metavar=('H', 'W'))
-    command.add_argument('--batch', type=int, default=1)
-    command.add_argument('--dtype', nargs='+', choices=list(DTYPES), default=['float32'])
-    command.add_argument('--rounds', type=int, default=30)
-    command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    command.add_argument('--threads', type=int, default=2, help='CPU threads (%(default)s)')
-    command.add_argument('--no-compile', action='store_true', help='skip torch.compile')
+    command.set_defaults(mode=['infer'], size=(512, 512), batch=1, dtype=['float32'], rounds=30)
     command.add_argument('--no-memory', action='store_true', help='skip peak memory')
     command.add_argument(
         '--forms', nargs='+', help="forms of mmdense's network, such as lean (default: all)"
@@ -52,7 +49,21 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--cuda-graphs', action='store_true', help='time inference in CUDA graphs too (on a GPU)'
     )
-    command.add_argument('--json', type=Path, help='append the results to this file')
+    command = commands.add_parser(
+        'detectors',
+        help="time Faster R-CNN on these backbones and on timm's, with the same weights",
+        **example('-m dev.benchmark detectors --names densenet121 --mode train'),
+    )
+    command.set_defaults(run=_detectors, mode=[*MODES], batch=2, rounds=10)
+    command.add_argument('--names', nargs='+', choices=list(CONFIGS), default=list(CONFIGS))
+    command.add_argument(
+        '--forms',
+        nargs='+',
+        choices=sorted({form for forms in DETECTOR_FORMS.values() for form in forms}),
+        default=['plain', 'deployed'],
+        help="forms of mmdense's backbone, each in the modes that have it (default: %(default)s)",
+    )
+    _add_options(command)
     command = commands.add_parser(
         'gpu',
         help='run all checks and timings of a GPU (dev/benchmark/gpu.sh)',
@@ -67,6 +78,19 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--json', type=Path, help='record (dev/benchmark/results/DEVICE.json)')
     command.add_argument('--until', type=float, help=argparse.SUPPRESS)
     return parser
+
+
+def _add_options(command: argparse.ArgumentParser) -> None:
+    """Add what both comparisons have; the defaults differ."""
+    command.add_argument('--mode', nargs='+', choices=MODES)
+    command.add_argument('--size', nargs=2, type=int, metavar=('H', 'W'))
+    command.add_argument('--batch', type=int)
+    command.add_argument('--dtype', nargs='+', choices=list(DTYPES))
+    command.add_argument('--rounds', type=int)
+    command.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    command.add_argument('--threads', type=int, default=2, help='CPU threads (%(default)s)')
+    command.add_argument('--no-compile', action='store_true', help='skip torch.compile')
+    command.add_argument('--json', type=Path, help='append the results to this file')
 
 
 @report_errors
@@ -95,7 +119,24 @@ def _compare(args: argparse.Namespace) -> None:
         for mode in args.mode
         for dtype in args.dtype
     ]
-    _measure(settings, args.device, args.json)
+    peaks = device_peaks() if args.device == 'cuda' else None
+    _measure(settings, args.device, args.json, partial(compare, peaks=peaks))
+
+
+def _detectors(args: argparse.Namespace) -> None:
+    silence_libraries()
+    torch.set_num_threads(args.threads)
+    on_cpu = args.device == 'cpu'
+    size = tuple(args.size or ((320, 320) if on_cpu else (800, 1344)))
+    dtypes = args.dtype or ['float32' if on_cpu else 'bfloat16']
+    options = dict(compiled=not args.no_compile, forms=args.forms, rounds=args.rounds)
+    settings = [
+        (Setting(name, mode, size, args.batch, dtype, args.device), options)
+        for name in args.names
+        for mode in args.mode
+        for dtype in dtypes
+    ]
+    _measure(settings, args.device, args.json, compare_detectors)
 
 
 def _peers(name: str, against: Sequence[str] | None) -> list[str]:
@@ -131,18 +172,19 @@ def _gpu(args: argparse.Namespace) -> None:
 
 
 def _measure(
-    settings: Sequence[tuple[Setting, dict[str, Any]]], device: str, file: Path | None
+    settings: Sequence[tuple[Setting, dict[str, Any]]],
+    device: str,
+    file: Path | None,
+    measure: Callable[..., dict[str, Any]],
 ) -> None:
     """Compare in each setting, with its options; print results and append them to a file."""
     console = Console()
     record = _open_record(file, device)
-    peaks = device_peaks() if device == 'cuda' else None
     for setting, options in settings:
         with console.status('') as status:
-            result = compare(
+            result = measure(
                 setting,
                 **options,
-                peaks=peaks,
                 progress=lambda text, name=setting.network: status.update(f'{name}: {text}'),
             )
         _save(record, result, file)
