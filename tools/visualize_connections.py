@@ -8,10 +8,14 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from mmdense import cli
+
+# isort: split
+
 from mmengine.runner import CheckpointLoader
 from rich.console import Console
 
-from mmdense import cli, models  # noqa: F401  (models adds the addresses of weights)
+import mmdense.models  # noqa: F401  (adds the addresses of weights)
 from mmdense.errors import UserError, suggest_file
 from mmdense.files import check_writable
 from mmdense.visualization.connections import connection_strengths, draw_connections
