@@ -27,6 +27,7 @@ MODELS = _child(
     parents.MODELS, 'mmdense.models', 'mmdense.models.necks', 'mmdense.models.heads', ENGINE
 )
 DATASETS = _child(parents.DATASETS, 'mmdense.datasets.label_maps')
+TRANSFORMS = _child(parents.TRANSFORMS, 'mmdense.datasets.corruption')
 HOOKS = _child(parents.HOOKS, ENGINE)
 LOOPS = _child(parents.LOOPS, ENGINE)
 OPTIM_WRAPPERS = _child(parents.OPTIM_WRAPPERS, ENGINE)

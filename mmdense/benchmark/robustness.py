@@ -37,7 +37,7 @@ def corrupted(cfg: Config, corruption: str, severity: int) -> Config:
     UserError if the pipeline of the validation data does not load images.
     """
     cfg = copy.deepcopy(cfg)
-    transform = dict(type='mmdet.Corrupt', corruption=corruption, severity=severity)
+    transform = dict(type='mmdense.Corrupt', corruption=corruption, severity=severity)
     for place, node in iter_dataset_configs(cfg.val_dataloader, 'val_dataloader'):
         if pipeline := node.get('pipeline'):
             loads = [str(step['type']).endswith('LoadImageFromFile') for step in pipeline]

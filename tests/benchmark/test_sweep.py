@@ -160,7 +160,7 @@ def test_corrupted_images(tmp_path, stand_in, monkeypatch):
     for name in ('fog', 'snow'):
         config = load_config(str(tmp_path / f'x/configs/timm-resnet18-a.pth.{name}-3.py'))
         pipeline = config.test_dataloader.dataset.pipeline
-        assert [step['type'] for step in pipeline][:2] == ['LoadImageFromFile', 'mmdet.Corrupt']
+        assert [step['type'] for step in pipeline][:2] == ['LoadImageFromFile', 'mmdense.Corrupt']
         assert pipeline[1].corruption == name
         assert (tmp_path / f'x/runs/timm-resnet18-a.pth.{name}-3/starts').read_text() == '.'
     failed = sweep.corrupted_runs(sweep.runs[spec.name][0])[0]
