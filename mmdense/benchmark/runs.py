@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -243,7 +244,9 @@ def _executor(
     folder: Path, cluster: str, parallel: int, gpus: int, options: Mapping[str, Any]
 ) -> Any:
     try:
-        import submitit
+        # Otherwise its import sets up logging, which closes the log files of all other packages.
+        with mock.patch.dict(os.environ, SUBMITIT_LOG_LEVEL='NOCONFIG'):
+            import submitit
     except ModuleNotFoundError as error:
         raise UserError('jobs need another package: pip install submitit') from error
     try:

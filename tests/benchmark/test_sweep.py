@@ -3,12 +3,14 @@
 import csv
 import fcntl
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -191,9 +193,12 @@ print('Submitted batch job 7')
 )
 
 
+needs_submitit = pytest.mark.skipif(not find_spec('submitit'), reason='submitit is missing')
+
+
+@needs_submitit
 @pytest.mark.slow
 def test_a_job_array_of_slurm(tmp_path, stand_in, monkeypatch):
-    pytest.importorskip('submitit')
     commands = tmp_path / 'bin'
     commands.mkdir()
     for name, text in SLURM.items():
@@ -213,9 +218,9 @@ def test_a_job_array_of_slurm(tmp_path, stand_in, monkeypatch):
         assert f'#SBATCH --{option}\n' in script
 
 
+@needs_submitit
 @pytest.mark.slow
 def test_jobs_give_the_same_rows_and_survive_a_killed_one(tmp_path, stand_in, monkeypatch):
-    pytest.importorskip('submitit')
     rows = []
     for folder, jobs in ((tmp_path / 'a', None), (tmp_path / 'b', dict(parallel=2))):
         sweep = sweep_of(folder, seeds=2)
@@ -236,8 +241,11 @@ def test_jobs_give_the_same_rows_and_survive_a_killed_one(tmp_path, stand_in, mo
     }
 
 
+@needs_submitit
 def test_jobs_that_cannot_run(tmp_path, stand_in, monkeypatch):
-    pytest.importorskip('submitit')
+    for name in [name for name in sys.modules if name.split('.')[0] == 'submitit']:
+        monkeypatch.delitem(sys.modules, name)
+    log = logging.FileHandler(tmp_path / 'log', 'w')
     sweep = sweep_of(tmp_path, NAMES[1:])
     for jobs, message in (
         (dict(cluster='slurm'), 'submitit: .*[Ss]lurm'),
@@ -245,6 +253,8 @@ def test_jobs_that_cannot_run(tmp_path, stand_in, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             sweep.train(stand_in, jobs=jobs)
+    assert log.stream, 'importing submitit does not close the log files of others'
+    log.close()
     monkeypatch.setitem(sys.modules, 'submitit', None)
     with pytest.raises(UserError, match='pip install submitit'):
         sweep.train(stand_in, jobs={})
