@@ -77,15 +77,17 @@ size:  ## count the lines of the package, the code around it, and the tests
 
 RECORD ?= dev/benchmark/results/cpu.json
 COMPARE = $(BIN)/python -m dev.benchmark compare --json $(RECORD)
-TRAIN = $(COMPARE) --mode train --batch 2 --no-compile
+TRAIN = $(COMPARE) --mode train --batch 2
 
-benchmark: setup  ## compare backbones with other libraries', for docs/performance.md (20 minutes)
+benchmark: setup  ## compare backbones and detectors with others', for docs/performance.md (an hour)
 	rm -f $(RECORD)
 	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile --rounds 20
 	$(COMPARE) --names rexnet_100 --dtype float32 bfloat16 --rounds 15
 	$(COMPARE) --names densenet121 rdnet_tiny --against timm --dtype float32 bfloat16 --rounds 12 --no-memory
-	$(TRAIN) --names densenet121 --against torchvision torchvision_memory_efficient --rounds 5
-	$(TRAIN) --names rdnet_tiny --dtype bfloat16 --rounds 5
+	$(TRAIN) --names densenet121 rdnet_tiny rexnet_100 --size 320 320 --forms plain lean --against timm torchvision --rounds 10 --no-memory
+	$(TRAIN) --names densenet121 --no-compile --against torchvision torchvision_memory_efficient --rounds 5
+	$(TRAIN) --names rdnet_tiny --no-compile --dtype bfloat16 --rounds 5
+	$(BIN)/python -m dev.benchmark detectors --json $(RECORD) --no-compile
 	$(BIN)/python -m dev.docs
 
 lint: setup  ## check style

@@ -9,25 +9,22 @@ from dev.markdown import table
 
 __all__ = ['best_result', 'markdown', 'training_results']
 
-# Speedups that are aimed at on a CPU, for inference at 512 x 512, batch 1.
-TARGETS = {
-    ('condensenetv2_a', 'float32'): 2.5,
-    ('condensenetv2_b', 'float32'): 2.5,
-    ('condensenetv2_c', 'float32'): 3.5,
-    ('densenet121', 'float32'): 1.15,
-    ('densenet121', 'bfloat16'): 1.2,
+# Speedups over the fastest peer that are aimed at on a CPU.
+INFERENCE_GOALS = {
+    ('condensenetv2_a', 'float32'): 4.0,
+    ('condensenetv2_b', 'float32'): 5.0,
+    ('condensenetv2_c', 'float32'): 6.5,
+    ('densenet121', 'float32'): 1.4,
+    ('densenet121', 'bfloat16'): 1.3,
     ('rdnet_tiny', 'float32'): 1.1,
-    ('rdnet_tiny', 'bfloat16'): 1.5,
-    ('rexnet_100', 'float32'): 1.1,
-    ('rexnet_100', 'bfloat16'): 1.1,
+    ('rdnet_tiny', 'bfloat16'): 1.2,
+    ('rexnet_100', 'float32'): 1.3,
+    ('rexnet_100', 'bfloat16'): 1.4,
 }
-# For training on a CPU with memory='lean' at 512 x 512, batch 2: share of a peer's memory, speedup
-# over it.
-TRAINING_TARGETS = {
-    ('densenet121', 'torchvision'): (0.333, 1.0),
-    ('densenet121', 'torchvision_memory_efficient'): (0.65, 1.0),
-    ('rdnet_tiny', 'timm'): (0.5, 0.95),
-}
+TRAINING_GOAL = 1.0  # of the fastest form
+LEAN_GOAL = 1.0  # speed of lean over that of plain
+DETECTOR_GOAL = 1.1
+MODES = dict(infer='inference', train='training')
 COLUMNS = ('speedup', '95 % interval', 'ms', 'of floor (%)', 'error', 'memory (MB)')
 LESS_EXACT = ' (larger error than the peers)'
 
@@ -40,15 +37,19 @@ def markdown(records: Sequence[Mapping[str, Any]]) -> str:
 def _record(record: Mapping[str, Any]) -> list[str]:
     versions = ', '.join(f'{name} {version}' for name, version in record['versions'].items())
     results = record['results']
-    inference = [_inference(r) for r in results if r['setting']['mode'] == 'infer']
-    training = [
-        row for r in results if r['setting']['mode'] == 'train' for row in training_results(r)
-    ]
+    tables: dict[str, list[dict[str, str]]] = {'Inference': [], 'Training': [], 'Detectors': []}
+    for result in results:
+        if 'faster-rcnn' in result['setting']['network']:
+            tables['Detectors'].append(_detector(result))
+        elif result['setting']['mode'] == 'infer':
+            tables['Inference'].append(_inference(result))
+        else:
+            tables['Training'] += training_results(result)
     parts = [
         f'## {record["device"]}, {record["date"]}\n',
         f'{versions}; OMP_WAIT_POLICY {record["omp_wait_policy"]}.\n',
     ]
-    for title, rows in (('Inference', inference), ('Training', training)):
+    for title, rows in tables.items():
         if len({row['images'] for row in rows}) == 1:  # the titles below have it
             rows = [{**row, 'images': ''} for row in rows]
         if rows:
@@ -59,8 +60,7 @@ def _record(record: Mapping[str, Any]) -> list[str]:
 
 
 def _title(setting: Mapping[str, Any]) -> str:
-    mode = dict(infer='inference', train='training')[setting['mode']]
-    return f'{setting["network"]}, {mode}, {setting["dtype"]}, {_images(setting)}'
+    return f'{setting["network"]}, {MODES[setting["mode"]]}, {setting["dtype"]}, {_images(setting)}'
 
 
 def _images(setting: Mapping[str, Any]) -> str:
@@ -68,8 +68,10 @@ def _images(setting: Mapping[str, Any]) -> str:
     return f'{height} x {width}, batch {setting["batch"]}'
 
 
-def _target(targets: Mapping[tuple[str, str], Any], setting: Mapping[str, Any], key: str) -> Any:
-    return targets.get((setting['network'], key)) if setting['device'] == 'cpu' else None
+def _goal(speedup: float, goal: float | None, setting: Mapping[str, Any]) -> str:
+    if goal is None or setting['device'] != 'cpu':
+        return ''
+    return f'{goal} ({"met" if speedup >= goal else "missed"})'
 
 
 def best_result(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -79,10 +81,9 @@ def best_result(result: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return max(candidates, key=lambda item: item[1]['ratio'])
 
 
-def _inference(result: Mapping[str, Any]) -> dict[str, str]:
-    setting = result['setting']
-    name, row = best_result(result)
-    target = _target(TARGETS, setting, setting['dtype'])
+def _summary(result: Mapping[str, Any], name: str, goal: float | None) -> dict[str, str]:
+    """Return the cells of one of mmdense's configurations."""
+    setting, row = result['setting'], result['contenders'][name]
     note = LESS_EXACT if name in result['inexact'] else ''
     return {
         'network': setting['network'],
@@ -92,48 +93,45 @@ def _inference(result: Mapping[str, Any]) -> dict[str, str]:
         'fastest peer': result['peer'],
         'speedup': f'{row["ratio"]:.2f}',
         '95 % interval': _interval(row),
-        'target': f'{target} ({_met(row["ratio"] >= target)})' if target else '',
+        'goal': _goal(row['ratio'], goal, setting),
     }
 
 
-def training_results(result: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return a row for each memory mode and each peer, both in their faster memory format."""
+def _inference(result: Mapping[str, Any]) -> dict[str, str]:
     setting = result['setting']
-    fastest: dict[tuple[str, str], Mapping[str, Any]] = {}
-    less_exact = set()
-    for name, row in result['contenders'].items():
-        whose, *form = [w for w in name.split(', ') if w not in ('channels-last', 'compiled')]
-        key = (whose, *form, '')[:2]
-        if 'memory' in row and row['ratio'] >= fastest.get(key, row)['ratio']:
-            fastest[key] = row
-        if name in result['inexact']:
-            less_exact.add(key)
+    goal = INFERENCE_GOALS.get((setting['network'], setting['dtype']))
+    return _summary(result, best_result(result)[0], goal)
+
+
+def _detector(result: Mapping[str, Any]) -> dict[str, str]:
+    cells = _summary(result, best_result(result)[0], DETECTOR_GOAL)
+    return {'detector': cells.pop('network'), 'mode': MODES[result['setting']['mode']], **cells}
+
+
+def training_results(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return a row for each memory mode, in its fastest configuration."""
+    contenders, peer = result['contenders'], result['contenders'][result['peer']]
+    fastest: dict[str, str] = {}
+    for name, row in contenders.items():
+        library, *words = [w for w in name.split(', ') if w not in ('channels-last', 'compiled')]
+        if library == 'mmdense' and 'ratio' in row:
+            form = (*words, 'plain')[0]
+            if row['ratio'] > contenders.get(fastest.get(form), dict(ratio=0))['ratio']:
+                fastest[form] = name
+    best = best_result(result)[0]
     rows = []
-    for (whose, form), row in fastest.items():
-        for (peer, _), other in fastest.items():
-            if whose != 'mmdense' or peer == 'mmdense':
-                continue
-            speedup, share = row['ratio'] / other['ratio'], row['memory'] / other['memory']
-            target = _target(TRAINING_TARGETS, setting, peer) if form == 'lean' else None
-            met = target and share <= target[0] and speedup >= target[1]
-            rows.append(
-                {
-                    'network': setting['network'],
-                    'dtype': setting['dtype'],
-                    'images': _images(setting),
-                    'mmdense': (form or 'plain')
-                    + (LESS_EXACT if (whose, form) in less_exact else ''),
-                    'peer': peer,
-                    'speedup': f'{speedup:.2f}',
-                    'memory share': f'{share:.2f}',
-                    'target': f'{target[0]} at {target[1]} ({_met(met)})' if target else '',
-                }
-            )
+    for form, name in fastest.items():
+        row = contenders[name]
+        cells = _summary(result, name, TRAINING_GOAL if name == best else None)
+        cells['against plain'] = ''
+        if form != 'plain' and 'plain' in fastest:
+            speed = row['ratio'] / contenders[fastest['plain']]['ratio']
+            goal = _goal(speed, LEAN_GOAL if form == 'lean' else None, result['setting'])
+            cells['against plain'] = f'{speed:.2f}' + (f', goal {goal}' if goal else '')
+        known = 'memory' in row and 'memory' in peer
+        cells['memory share'] = f'{row["memory"] / peer["memory"]:.2f}' if known else ''
+        rows.append(cells)
     return rows
-
-
-def _met(is_met: bool) -> str:
-    return 'met' if is_met else 'missed'
 
 
 def _details(result: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -409,7 +409,7 @@ def family_row(
             memory += [
                 f'{line["memory share"]}x'
                 for line in training_results(result)
-                if line['mmdense'] == 'lean' and line['peer'] in ('timm', 'torchvision')
+                if line['mmdense'].startswith('lean') and line['memory share']
             ]
     return {
         'family': f'[{family}]({figures["paper"]})',
