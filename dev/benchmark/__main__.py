@@ -119,7 +119,7 @@ def _compare(args: argparse.Namespace) -> None:
         for mode in args.mode
         for dtype in args.dtype
     ]
-    peaks = device_peaks() if args.device == 'cuda' else None
+    peaks = device_peaks(args.device, args.dtype)
     _measure(settings, args.device, args.json, partial(compare, peaks=peaks))
 
 

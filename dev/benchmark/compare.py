@@ -255,7 +255,7 @@ def compare(
         graphs: Include CUDA graphs.
         rounds: Number of timed runs of each configuration, each after a warm-up run.
         memory: Measure peak memory as well; on a CPU, of eager configurations.
-        peaks: What the GPU can do, as :func:`.device_peaks` returns it.
+        peaks: What the device reaches, as :func:`.device_peaks` returns it.
         progress: Called with one line about the current step.
 
     Returns:

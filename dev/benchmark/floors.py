@@ -1,4 +1,4 @@
-"""The least time that a GPU could need for a network.
+"""The least time that a device could need for a network.
 
 Each convolution or matrix product takes the time of its operations at the device's peak, or that of
 reading its operands and writing its results once at its bandwidth, whichever is longer. Norms,
@@ -8,7 +8,7 @@ activations, concatenations and copies are taken to cost nothing, as if all were
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,23 +35,25 @@ def _backward_flops(grad: Tensor, image: Tensor, weight: Tensor, *others: Any, o
 FLOPS = {**flop_registry, torch.ops.aten.convolution_backward: _backward_flops}
 
 
-def device_peaks(device: str = 'cuda') -> dict[str, float]:
-    """Measure what the GPU reaches: FLOP/s of a large product by dtype, bytes/s as ``bandwidth``.
+def device_peaks(device: str = 'cuda', dtypes: Iterable[str] = DTYPES) -> dict[str, float]:
+    """Measure what a device reaches: FLOP/s of a large product by dtype, bytes/s as ``bandwidth``.
 
-    Products of float32 are in TF32, as convolutions are by default.
+    On a GPU products of float32 are in TF32, as convolutions are by default.
     """
+    side = SIDE // 4 if device == 'cpu' else SIDE
 
     def best(run: Any) -> float:
         run()
         return min(seconds_of(run, device) for _ in range(10))
 
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision('high')
+    if device != 'cpu':
+        torch.set_float32_matmul_precision('high')
     try:
         peaks = {}
-        for name, dtype in DTYPES.items():
-            x = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
-            peaks[name] = 2 * SIDE**3 / best(lambda x=x: torch.mm(x, x))
+        for name in dtypes:
+            x = torch.ones(side, side, dtype=DTYPES[name], device=device)
+            peaks[name] = 2 * side**3 / best(lambda x=x: torch.mm(x, x))
     finally:
         torch.set_float32_matmul_precision(before)
     x = torch.ones(COPIED, dtype=torch.uint8, device=device)

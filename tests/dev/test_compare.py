@@ -370,6 +370,9 @@ def test_shares_of_the_floor_are_reported(gpu, monkeypatch):
         return 0.5
 
     monkeypatch.setattr('dev.benchmark.floors.seconds_of', seconds_of)
+    assert device_peaks('cpu', ['float32']) == dict(float32=4.0, bandwidth=4000.0)
+    assert {*precisions} == {'highest'}
+    precisions.clear()
     peaks = device_peaks('meta')
     assert peaks == dict(float32=256.0, bfloat16=256.0, float16=256.0, bandwidth=4000.0)
     assert precisions[0] == 'high'
