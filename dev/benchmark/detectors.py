@@ -72,6 +72,8 @@ def build(contender: Contender, setting: Setting, parts: Mapping[str, Tensor]) -
             features_only=True,
             out_indices=tuple(peer.feature_info.out_indices),
         )
+        # RoIAlign without mmdense: the same loop on one thread as in a compiled mmcv.
+        cfg.model.roi_head.bbox_roi_extractor.roi_layer.use_torchvision = True
     cfg.model.backbone = backbone
     torch.manual_seed(SEED)  # of the images and boxes
     data = random_batch(setting.batch, setting.size, scope='mmdet')

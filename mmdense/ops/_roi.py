@@ -35,7 +35,10 @@ def roi_align_forward(
         raise not_provided("roi_align with pool_mode='max'")
     input, rois = widen(input, rois)
     rois, bad = _usable(rois, len(input))
-    output.copy_(torch.ops.torchvision.roi_align(input, rois, *ALIGN(options)))
+    if (matrix := _matrix(input, rois, options)) is None:
+        output.copy_(torch.ops.torchvision.roi_align(input, rois, *ALIGN(options)))
+    else:
+        _multiply(output, input, *matrix[:3])
     output.masked_fill_(bad[:, None, None, None], torch.nan)
 
 
@@ -51,10 +54,14 @@ def roi_align_backward(
     grad, rois = widen(grad_output, rois)
     rois, _ = _usable(rois, len(grad_input))
     *sizes, samples, aligned = ALIGN(options)
-    sizes += grad_input.shape
-    grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(grad, rois, *sizes, samples, aligned)
-    )
+    if (matrix := _matrix(grad_input, rois, options)) is None:
+        backward = torch.ops.torchvision._roi_align_backward
+        grad_input.copy_(backward(grad, rois, *sizes, *grad_input.shape, samples, aligned))
+    else:
+        pixel, weight, _, row = matrix
+        pixel, order = pixel.int().sort()
+        count = pixel.bincount(minlength=grad_input[:, 0].numel())
+        _multiply(grad_input, grad, row[order], weight[order], count)
 
 
 def roi_pool_forward(
@@ -141,6 +148,59 @@ def _usable(rois: Tensor, images: int) -> tuple[Tensor, Tensor]:
         raise IndexError(f'a RoI of image {index:g}, where there are {images} images')
     outside = F.pad(rois.new_full((1, 4), OUTSIDE), (1, 0))
     return rois.where(~bad[:, None], outside), bad
+
+
+def _matrix(maps: Tensor, rois: Tensor, options: dict[str, float]) -> list[Tensor] | None:
+    """Return RoIAlign as a sparse matrix [R * P * Q, N * H * W], or None if the kernel is faster.
+
+    Row by row: pixels and weights of its entries, their number in each row, and the rows of them.
+    """
+    scale, *size, _, aligned = ALIGN(options)
+    bins, pixels, limits = torch.Size((len(rois), *size)), maps[:, :1].numel(), maps.shape[2:]
+    # The maps are copied to channels-last. Samples of RoIs far larger than maps fill the memory.
+    kernel = maps.device.type != 'cpu' or not 0 < pixels < 4 * bins.numel()
+    if kernel or rois[:, 1:].abs().max() * scale > 8 * max(limits):
+        return None
+    # A bilinear weight is a product of one of y and one of x, and so is its mean over a bin.
+    x, y = ((rois[:, [i, i + 2]] * scale - aligned / 2).T[..., None, None] for i in (1, 2))
+    x, x_weight, x_runs = _axis_weights(*x, size[1], limits[1], options)
+    y, y_weight, y_runs = _axis_weights(*y, size[0], limits[0], options)
+    x_runs = x_runs[:, :, None].expand(2, *bins).flatten(1)
+    y_runs = y_runs[..., None].expand(2, *bins).flatten(1)
+    row, at = _runs(*y_runs)
+    line = rois[:, 0].long().repeat_interleave(bins[1:].numel())[row] * limits[0] + y[at]
+    part, x_at = _runs(*x_runs[:, row])
+    weight = y_weight[at][part] * x_weight[x_at]
+    return [line[part] * limits[1] + x[x_at], weight, y_runs[0] * x_runs[0], row[part]]
+
+
+def _axis_weights(low: Tensor, high: Tensor, bins: int, limit: int, options: dict) -> list[Tensor]:
+    """Return pixels and weights of bins along an axis, and their counts and ends [2, R, bins]."""
+    size = (high - low).clamp(min=-torch.inf if options['aligned'] else 1) / bins
+    samples = options['sampling_ratio']
+    grid = torch.full_like(size, samples) if samples > 0 else size.ceil()
+    step = torch.arange(int(grid.max()))  # and coordinates rounded as in the kernel
+    at = low + torch.arange(bins)[:, None] * size + (step + 0.5) * size / grid.clamp(min=1)
+    share = ((step < grid) & (at >= -1) & (at <= limit)) / grid.clamp(min=1)
+    at = at.clamp(0, limit - 1)
+    pixel, part = at.long(), share * at.frac()
+    weight = at.new_zeros(len(at), bins, limit + 1).scatter_add_(2, pixel, share - part)
+    where = weight.scatter_add_(2, pixel + 1, part).nonzero(as_tuple=True)
+    count = (weight != 0).sum(2)
+    return [where[2], weight[where], torch.stack((count, count.flatten().cumsum(0).view_as(count)))]
+
+
+def _runs(count: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
+    """Return runs of ``count`` numbers before ``end``: the run of each number, and the numbers."""
+    run = torch.repeat_interleave(count)
+    return run, torch.arange(len(run)) + (end - count.cumsum(0))[run]
+
+
+def _multiply(out: Tensor, maps: Tensor, pixel: Tensor, weight: Tensor, count: Tensor) -> None:
+    """Write a sparse matrix times the pixels of maps to ``out``, on all threads."""
+    pixels, start = maps.permute(0, 2, 3, 1).flatten(0, 2), count.cumsum(0) - count
+    rows = torch.embedding_bag(pixels, pixel, start, False, 0, False, weight)[0]
+    out.permute(0, 2, 3, 1).copy_(rows.view(len(out), *out.shape[2:], -1))
 
 
 def _bin_edges(low: Tensor, high: Tensor, bins: int, limit: int) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,33 @@ def test_roi_align_has_no_maximum():
         RoIAlign(1, pool_mode='max')(torch.ones(1, 1, 8, 8), tensor([[0.0, 1, 1, 5, 5]]))
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures('threads')
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('ratio', [0, 2])
+def test_roi_align_of_many_rois_is_that_of_torchvisions_kernel(monkeypatch, ratio, aligned):
+    kernel, rng = torch.ops.torchvision.roi_align, torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 16, SIZE, SIZE + 1, dtype=torch.float64, generator=rng)
+    maps = maps.contiguous(memory_format=torch.channels_last).requires_grad_()
+    rois = random_rois(rng, 40) * tensor([1, 4, 4, 4, 4])
+    rois[0, 3:], rois[1, 3:] = rois[0, 1:3], rois[1, 1:3] - 9  # empty
+    rois[2, 1:] -= 60  # outside
+    exact = kernel(maps, rois, 0.25, 3, 2, ratio, aligned)
+    monkeypatch.delattr('torch.ops.torchvision.roi_align')
+    out = RoIAlign((3, 2), 0.25, ratio, aligned=aligned)(maps, rois)
+    torch.testing.assert_close(out, exact)
+    weight = torch.randn(exact.shape, dtype=torch.float64, generator=rng)
+    grads = (torch.autograd.grad((x * weight).sum(), maps)[0] for x in (out, exact))
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize('layer', [RoIAlign(3), RoIPool(3)])
 def test_memory_format_and_autocast_change_nothing(device, rng, layer):
     maps = torch.randn(2, 3, SIZE, SIZE, generator=rng, device=device)
