@@ -27,12 +27,16 @@ def share(text: str) -> float:
     return share
 
 
-def positive(text: str) -> int:
-    """Parse a number from 1, as the type of an argument."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f'{text} is not positive')
-    return number
+def positive(text: str, least: int = 1) -> int:
+    """Parse an integer from 1, or from ``least``, as the type of an argument."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f'{text} is not an integer >= {least}')
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Parse an integer from 0, as the type of an argument."""
+    return positive(text, 0)
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

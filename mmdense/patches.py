@@ -24,7 +24,7 @@ SILENCED = (
 )
 LOGGING = ('logging', 'mmengine.logging.logger', __name__)
 # Messages of libraries that the terminal shows: progress, metrics, and what a run starts from.
-LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'pycocotools')
+LIBRARIES = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'pycocotools')
 SHOWN = re.compile(
     r'(Epoch|Iter)\((train|val)\)|(Epoch|Iter)\(test\).* eta: |per class results|\n[+|]|LR is set|'
     r'Auto resumed|Did not find|resumed epoch|Load checkpoint|The best checkpoint|the monitored'

@@ -72,6 +72,7 @@ USABLE = {
     'deep.png': (png(DEEP), (96, 64), 'high bit depth'),
     'deep-grey.png': (png(DEEP[..., 0]), (96, 64), 'high bit depth'),
     'deep.tif': (cv2.imencode('.tif', DEEP)[1].tobytes(), (96, 64), 'high bit depth'),
+    'side-116.png': (png(cv2.resize(PIXELS, (160, 116))), (160, 116), None),
     'dot.png': (png(PIXELS[:1, :1]), (1, 1), 'extreme shape'),
     'line.png': (png(cv2.resize(PIXELS, (8000, 50))), (8000, 50), 'extreme shape'),
 }

@@ -25,9 +25,15 @@ def _anchors(channels, **head):
     return _dense(channels, anchor_generator=dict(strides=[4, 8, 16]), **head)
 
 
-def _points(channels):
+def _points(channels, **head):
     ranges = ((-1, 16), (16, 32), (32, 1e8))
-    return _dense(channels, strides=[4, 8, 16], regress_ranges=ranges)
+    return _dense(channels, strides=[4, 8, 16], regress_ranges=ranges, **head)
+
+
+def _vfnet(channels):
+    scales = dict(octave_base_scale=8, scales_per_octave=1, ratios=[1.0], strides=[4, 8, 16])
+    anchors = dict(type='AnchorGenerator', center_offset=0.0, **scales)
+    return _points(channels, anchor_generator=anchors)
 
 
 def _rtmdet(channels):
@@ -63,6 +69,7 @@ DETECTORS = dict(
     gfl=('gfl/gfl_r50_fpn_1x_coco', _anchors),
     rtmdet=('rtmdet/rtmdet_tiny_8xb32-300e_coco', _rtmdet),
     rtmdet_exp=('rtmdet/rtmdet_l_8xb32-300e_coco', _rtmdet),
+    vfnet=('vfnet/vfnet_r50_fpn_1x_coco', _vfnet),  # deformable convolutions
     ddod=('ddod/ddod_r50_fpn_1x_coco', _anchors),
     autoassign=('autoassign/autoassign_r50-caffe_fpn_1x_coco', _points),
     fsaf=('fsaf/fsaf_r50_fpn_1x_coco', _anchors),

@@ -26,6 +26,7 @@ MESSAGES = (  # package, level, message, and whether the terminal shows it
     ('mmengine.hooks', 'INFO', METRICS.replace('val', 'test'), False),  # tools/test.py has a table
     ('mmdet.evaluation', 'INFO', '\n+-------+\n| class |', True),
     ('mmdet.models', 'WARNING', 'something is wrong', True),
+    ('mmpretrain.datasets', 'INFO', 'Could not import OneDL', False),
     ('mmengine.fileio', 'WARNING', SILENCED[-1], False),
     ('mmdense.weights', 'INFO', 'from the checkpoint', True),
     ('mmdet_hooks', 'INFO', "a user's hook", True),

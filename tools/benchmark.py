@@ -31,7 +31,7 @@ from mmdense.benchmark.timing import FORMS, PRECISIONS, Conditions
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
 from mmdense.datasets import make_digits
-from mmdense.errors import UserError
+from mmdense.errors import UserError, not_negative, positive
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / 'configs/detection/demo/faster-rcnn_rdnet-nano_fpn_8e_digits.py'
@@ -71,9 +71,11 @@ def parser() -> argparse.ArgumentParser:
     sweep.add_argument('--config', default=str(DEMO), help='config to put them into (the demo)')
     sweep.add_argument('--out', type=Path, metavar='DIR', help='folder (work_dirs/sweep-CONFIG)')
     sweep.add_argument('--data-root', metavar='DIR', help='folder of the data')
-    sweep.add_argument('--epochs', type=int, metavar='N', help="length of training (the config's)")
     sweep.add_argument(
-        '--iters', type=int, metavar='N', help='the same for iteration-based configs'
+        '--epochs', type=positive, metavar='N', help="length of training (the config's)"
+    )
+    sweep.add_argument(
+        '--iters', type=positive, metavar='N', help='the same for iteration-based configs'
     )
     start = sweep.add_mutually_exclusive_group()
     start.add_argument(
@@ -100,12 +102,14 @@ def parser() -> argparse.ArgumentParser:
         help='of the corruptions (all five)',
     )
     sweep.add_argument(
-        '--gpus', type=int, default=1, metavar='N', help='train on N GPUs (torchrun)'
+        '--gpus', type=positive, default=1, metavar='N', help='train on N GPUs (torchrun)'
     )
     sweep.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help='to count MACs for (the largest)'
+        '--size', nargs=2, type=positive, metavar=('H', 'W'), help='to count MACs for (the largest)'
     )
-    sweep.add_argument('--rounds', type=int, default=20, help='timed runs of each (%(default)s)')
+    sweep.add_argument(
+        '--rounds', type=positive, default=20, help='timed runs of each (%(default)s)'
+    )
     sweep.add_argument(
         '--form',
         choices=(*FORMS, 'both'),
@@ -113,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         help="the backbones' form in inference (%(default)s)",
     )
     sweep.add_argument(
-        '--batch', type=int, default=8, help='images at once, for throughput (%(default)s)'
+        '--batch', type=positive, default=8, help='images at once, for throughput (%(default)s)'
     )
     sweep.add_argument(
         '--precision', choices=PRECISIONS, default='fp32', help='of inference (%(default)s)'
@@ -127,19 +131,21 @@ def parser() -> argparse.ArgumentParser:
         choices=('contiguous', 'channels_last'),
         help="of backbones as trained, in inference (the config's)",
     )
-    sweep.add_argument('--pictures', type=int, default=6, help='images to draw (%(default)s)')
+    sweep.add_argument(
+        '--pictures', type=not_negative, default=6, help='images to draw (%(default)s)'
+    )
     sweep.add_argument(
         '--device', choices=('cpu', 'cuda'), help="to measure on (the GPU if there's one)"
     )
     sweep.add_argument(
         '--seeds',
-        type=int,
+        type=positive,
         default=1,
         metavar='N',
         help='trainings of each (%(default)s)',
     )
     sweep.add_argument(
-        '--parallel', type=int, metavar='N', help='train N at a time, as jobs (extra: jobs)'
+        '--parallel', type=positive, metavar='N', help='train N at a time, as jobs (extra: jobs)'
     )
     sweep.add_argument(
         '--launcher', choices=('local', 'slurm'), default='local', help='of jobs (%(default)s)'
@@ -202,8 +208,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         published += [row for row in like if row not in published]
     if not backbones:
         raise UserError('name --backbones, or a file of --rows')
-    if min(args.seeds, args.parallel or 1, args.batch) < 1:
-        raise UserError('--seeds, --parallel and --batch must be 1 or more')
     folder = args.out or Path('work_dirs', f'sweep-{Path(args.config).stem}')
     sweep = Sweep(
         cfg,

@@ -23,7 +23,7 @@ from mmdense.config.read import load_config
 from mmdense.config.validate import check_prefixes
 from mmdense.datasets.check import ERROR, Finding
 from mmdense.datasets.files import check_files, list_files
-from mmdense.errors import UserError
+from mmdense.errors import UserError, positive
 from mmdense.files import check_writable
 
 LOADERS = ('train', 'val', 'test')
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument('--json', metavar='FILE', help='write all findings to this file')
     parser.add_argument(
         '--workers',
-        type=int,
+        type=positive,
         default=os.cpu_count(),
         help='processes that decode images (%(default)s)',
     )
@@ -57,8 +57,6 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f'--workers {args.workers} is not positive')
     if args.json:
         check_writable(Path(args.json))
     cfg = load_config(args.config, options=args.cfg_options)

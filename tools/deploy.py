@@ -26,7 +26,7 @@ from mmdense.apis.deployment import (
     deployed_config,
 )
 from mmdense.engine.runner import build_runner, load_weights, unwrap
-from mmdense.errors import UserError
+from mmdense.errors import UserError, positive
 from mmdense.files import check_writable
 from mmdense.flops import not_counted
 from mmdense.models import CondenseNetV2
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--size',
         nargs=2,
-        type=int,
+        type=positive,
         default=(224, 224),
         metavar=('HEIGHT', 'WIDTH'),
         help='of the probe image (224 224)',
@@ -60,8 +60,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if inputs & {out.resolve(), out.with_suffix('.py').resolve()}:
         raise UserError(f'--out {out} would overwrite the config or the checkpoint')
     height, width = args.size
-    if min(height, width) < 1:
-        raise UserError(f'--size {height} {width}: must be positive')
     check_writable(out)
     cfg.load_from = None
     trained = copy.deepcopy(cfg)  # before build_runner() changes it

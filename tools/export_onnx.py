@@ -22,7 +22,7 @@ from torch import Tensor
 from mmdense.apis.export import Exported, export_onnx
 from mmdense.benchmark.timing import inference_run, measure
 from mmdense.engine.runner import build_runner, load_weights, unwrap
-from mmdense.errors import UserError, warn
+from mmdense.errors import UserError, positive, warn
 from mmdense.export.check import check_file, find_images
 from mmdense.export.networks import PARTS
 from mmdense.export.onnx_model import OnnxModel
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         '--iou', type=cli.share, metavar='I', help="IoU threshold of NMS (test_cfg's iou_threshold)"
     )
     parser.add_argument(
-        '--max-per-img', type=int, metavar='K', help="most boxes of an image (test_cfg's)"
+        '--max-per-img', type=positive, metavar='K', help="most boxes of an image (test_cfg's)"
     )
     parser.add_argument(
         '--fixed', action='store_true', help='fix the batch size at 1, and the image size'
@@ -64,7 +64,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--size',
         nargs=2,
-        type=int,
+        type=positive,
         default=(512, 512),
         metavar=('HEIGHT', 'WIDTH'),
         help='image size of the check, and of the input with --fixed (512 512)',
@@ -74,12 +74,15 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         '--int8',
-        type=int,
+        type=positive,
         metavar='N',
         help='also write NAME-int8.onnx, calibrated on N training images',
     )
     parser.add_argument(
-        '--rounds', type=int, default=20, help='timed runs with --half and --int8 (%(default)s)'
+        '--rounds',
+        type=positive,
+        default=20,
+        help='timed runs with --half and --int8 (%(default)s)',
     )
     for option in ('--deploy', '--normalize'):  # deprecated, always on
         parser.add_argument(option, action='store_true', help=argparse.SUPPRESS)
@@ -90,11 +93,6 @@ def parser() -> argparse.ArgumentParser:
 @cli.report_errors
 def main(argv: Sequence[str] | None = None) -> None:
     args, cfg = cli.parse_config(parser(), argv)
-    height, width = args.size
-    if min(height, width) < 1:
-        raise UserError(f'--size {height} {width}: must be positive')
-    if args.max_per_img is not None and args.max_per_img < 1:
-        raise UserError(f'--max-per-img {args.max_per_img}: must be positive')
     if args.what and args.part:
         raise UserError('--what is a deprecated alias of --part: give one of them')
     if args.what:
@@ -109,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f'--half and --int8 are of complete models, not of --part {part}')
     images = find_images(cfg) if lower else []
     calibration = find_images(cfg, args.int8, 'train') if args.int8 is not None else []
-    if args.int8 is not None and not 1 <= args.int8 <= len(calibration):
+    if args.int8 is not None and args.int8 > len(calibration):
         raise UserError(f'--int8 {args.int8}: the training data have {len(calibration)} images')
     runner = build_runner(cfg, loaders=('test',) if images else ())
     checkpoint = load_weights(runner, args.checkpoint) if args.checkpoint else {}
@@ -119,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         part=part,
         config=cfg,
         meta=checkpoint.get('meta'),
-        size=(height, width),
+        size=tuple(args.size),
         deploy=not args.no_deploy,
         dtype=args.dtype,
         fixed=args.fixed,

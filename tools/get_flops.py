@@ -18,6 +18,7 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.benchmark.timing import machine, measure_configs
 from mmdense.config.read import load_config
+from mmdense.errors import not_negative, positive
 from mmdense.files import check_writable
 
 COLUMNS = dict(
@@ -32,11 +33,17 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('configs', nargs='+', help='config files')
     parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="of images (each config's largest)"
+        '--size',
+        nargs=2,
+        type=positive,
+        metavar=('H', 'W'),
+        help="of images (each config's largest)",
     )
-    parser.add_argument('--batch', type=int, default=2, help='of a training step (%(default)s)')
     parser.add_argument(
-        '--rounds', type=int, default=10, help='timed runs; 0 only counts (%(default)s)'
+        '--batch', type=positive, default=2, help='of a training step (%(default)s)'
+    )
+    parser.add_argument(
+        '--rounds', type=not_negative, default=10, help='timed runs; 0 only counts (%(default)s)'
     )
     parser.add_argument(
         '--deploy', action='store_true', help="inference with the backbones' deployed form"

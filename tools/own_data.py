@@ -27,7 +27,7 @@ from rich.console import Console
 from mmdense import cli
 from mmdense.config.edit import set_length
 from mmdense.config.read import load_config
-from mmdense.errors import UserError, first_of, one_line
+from mmdense.errors import UserError, first_of, not_negative, one_line, positive
 from mmdense.patches import find_config
 from mmdense.runtime.images import IMAGE_SUFFIXES
 from mmdense.visualization.draw import make_palette
@@ -87,13 +87,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--values',
         nargs='+',
-        type=int,
+        type=not_negative,
         metavar='N',
         help='pixel value of each class in the label maps (0, 1, 2, ...; 255 is ignored)',
     )
     parser.add_argument('--masks', action='store_true', help='instance segmentation: Mask R-CNN')
     parser.add_argument(
-        '--epochs', type=int, metavar='N', help='length of training (by the number of images)'
+        '--epochs', type=positive, metavar='N', help='length of training (by the number of images)'
     )
     parser.add_argument(
         '--no-flip', action='store_true', help='where mirrored objects differ, such as text'
@@ -248,6 +248,16 @@ def convert_voc(
 
 
 def read_label_maps(args: argparse.Namespace, folders: Sequence[str]) -> Data:
+    if [*args.annotations] == [*folders]:
+        raise UserError(
+            'images and annotations are the same: see docs/classification.md for classes'
+        )
+    for labels in args.annotations:
+        if not any(find_images(args.data / labels)):
+            raise UserError(
+                f"{args.data / labels} has no label maps (PNG): convert YOLO's and other boxes to "
+                "COCO's format"
+            )
     if not args.classes:
         raise UserError('label maps have no class names: pass --classes')
     parts, images, numbers = [], [], set()

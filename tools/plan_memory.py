@@ -19,7 +19,7 @@ from mmdense.benchmark.memory import GB, ModeCost, best_mode, config_changes, pl
 from mmdense.config.edit import use_amp
 from mmdense.config.image_size import training_size
 from mmdense.config.read import load_config
-from mmdense.errors import UserError
+from mmdense.errors import UserError, positive
 from mmdense.files import check_writable
 
 ON_A_CPU = (
@@ -36,7 +36,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument('config', help='config file')
     parser.add_argument('--gpu-gb', type=float, help="memory of the GPU (this machine's, or 24)")
     parser.add_argument(
-        '--size', nargs=2, type=int, metavar=('H', 'W'), help="of the images (the config's largest)"
+        '--size',
+        nargs=2,
+        type=positive,
+        metavar=('H', 'W'),
+        help="of the images (the config's largest)",
     )
     parser.add_argument(
         '--amp-dtype', choices=('float16', 'bfloat16'), help="mixed precision (the config's)"

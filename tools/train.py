@@ -82,7 +82,8 @@ def describe(runner: Any) -> str:
     kinds = [part['type'] for part in (cfg.model, cfg.model.get('backbone')) if part]
     processes = f' x {runner.world_size} processes' if runner.world_size > 1 else ''
     validation = f', {len(runner.val_dataloader.dataset)} to validate' if runner.val_loop else ''
-    epochs = f'{loop.max_epochs} epochs, ' if 'max_epochs' in cfg.train_cfg else ''
+    plural = 's' * (loop.max_epochs != 1)
+    epochs = f'{loop.max_epochs} epoch{plural}, ' if 'max_epochs' in cfg.train_cfg else ''
     rate = f', {optimizer.type}, lr {optimizer.get("lr")}' if optimizer else ''
     return (
         'training\n'

@@ -15,6 +15,7 @@ from rich.table import Table
 from mmdense import cli
 from mmdense.apis import Predictor
 from mmdense.config.validate import check_data_files
+from mmdense.errors import positive
 from mmdense.visualization.logs import METRICS, main_metrics, plot_runs, read_runs
 
 
@@ -22,7 +23,9 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.config_parser(__doc__, 'tools/visualize.py CONFIG CHECKPOINT --out pictures')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument('--out', metavar='DIR', help='output folder (the work dir)')
-    parser.add_argument('--num', type=int, default=12, help='number of test images (%(default)s)')
+    parser.add_argument(
+        '--num', type=positive, default=12, help='number of test images (%(default)s)'
+    )
     cli.add_score(parser, 0.5, 'drawn')
     return parser
 

@@ -6,6 +6,7 @@ an image here, and images above :data:`MAX_PIXELS` are rejected by their header.
 """
 
 import os
+import re
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _decode(file: str, options: ReadOptions) -> tuple[tuple[int, int] | None, Pr
 def _decode_by_pillow(
     image: Image.Image, file: str, options: ReadOptions
 ) -> tuple[tuple[int, int] | None, Problems]:
-    size, mode, depth = image.size, image.mode, repr(image.tile[:1])
+    size, mode, layout = image.size, image.mode, str([tile[3] for tile in image.tile[:1]])
     try:
         rotated = image.getexif().get(ORIENTATION) in ROTATED
     except Exception:  # metadata that Pillow cannot read
@@ -199,7 +200,7 @@ def _decode_by_pillow(
     if image.format == 'JPEG' and ends_in_zeros(file):
         return None, [('damaged file', 'damaged (zeros in place of its end)')]
     problems = []
-    if mode in ('I', 'F') or '16' in depth:
+    if mode in ('I', 'I;16', 'F') or re.search('(?<!BGR);16', layout):  # BGR;16 has 5 or 6 bits
         problems.append(('high bit depth', 'more than 8 bits per channel'))
     if mode in ('RGBA', 'LA') and image.getchannel('A').getextrema()[0] < 255:
         problems.append(('transparency', 'partly transparent'))

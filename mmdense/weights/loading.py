@@ -5,9 +5,10 @@ mmengine only warns about tensors that don't fit, and continues with random weig
 :class:`~mmdense.engine.LoadReportHook`, which the tools register, checks what a runner loads.
 """
 
+import ast
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -194,7 +195,26 @@ def load_checked(
         level=logging.INFO if complete else logging.WARNING,
     )
     report.require(min_loaded, source=source, part=part)
+    meta = checkpoint.get('meta') if isinstance(checkpoint, Mapping) else None
+    for name, trained in _trained_normalization((meta or {}).get('cfg')).items():
+        buffer = getattr(getattr(module, 'data_preprocessor', None), name, None)
+        here = [] if buffer is None else [round(x, 3) for x in buffer.flatten().tolist()]
+        if here and here != [round(x, 3) for x in trained]:
+            warn(f'{source} was trained with {name}={trained} of images, the config has {here}')
     return weights
+
+
+def _trained_normalization(text: Any) -> dict[str, Sequence[float]]:
+    """Return mean and std of the data preprocessor in a config's text, which is not executed."""
+    with suppress(AttributeError, SyntaxError, TypeError, ValueError):
+        for node in ast.walk(ast.parse(text)):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node
+            name = getattr(target, 'id', getattr(target, 'arg', ''))
+            if name == 'data_preprocessor' and isinstance(node, ast.Assign | ast.keyword):
+                settings = {keyword.arg: keyword.value for keyword in node.value.keywords}
+                known = [name for name in ('mean', 'std') if name in settings]
+                return {name: ast.literal_eval(settings[name]) or () for name in known}
+    return {}
 
 
 def _map_keys(

@@ -63,6 +63,7 @@ def test_settings_of_a_detr():
         ('fcos', 'RDNet'),
         ('gfl', 'DenseNet'),
         ('rtmdet', 'RDNet'),
+        ('vfnet', 'RDNet'),
         ('deformable_detr_refine', 'RDNet'),
         ('dino', 'RDNet'),
     ],

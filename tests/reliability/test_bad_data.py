@@ -142,11 +142,6 @@ def test_intact_data_have_no_findings(call_tool, run_tool):
     assert (status, output.splitlines()[-1]) == (0, '16 images: 0 errors, 0 warnings')
 
 
-def test_positive_workers_are_required(call_tool):
-    status, _, error = call_tool('check_dataset', DEMOS['detection'], '--workers', 0)
-    assert (status, error) == (2, 'error: --workers 0 is not positive\n')
-
-
 class Recorder(Hook):
     """Records the model's inputs by the name of the image, and the loss."""
 

@@ -1,11 +1,13 @@
 """Command lines: help, shell scripts, and each tool in a process of its own."""
 
+import argparse
 import subprocess
 import sys
 
 import pytest
 
-from support import ROOT
+from mmdense.errors import not_negative, positive
+from support import ROOT, load_tool
 
 TOOLS = sorted(file.stem for file in ROOT.glob('tools/*.py'))
 
@@ -18,6 +20,36 @@ def test_help_ends_in_an_example(name, command, call_tool):
     status, output, _ = call_tool(name, *filter(None, [command]), '--help')
     assert status == 0
     assert f'python tools/{name}.py' in output.lower().partition('example')[2]
+
+
+@pytest.mark.parametrize('name', [name for name in TOOLS if name != 'make_demo_dataset'])
+def test_no_option_takes_a_negative_number(name):
+    """make_demo_dataset.py checks its numbers where it uses them."""
+    parsers = [load_tool(name).parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.type in (int, positive, not_negative) and not action.choices:
+                with pytest.raises(argparse.ArgumentTypeError, match='-3 is not an integer >= '):
+                    action.type('-3')
+
+
+@pytest.mark.parametrize(
+    ('command', 'message'),
+    [
+        ('export_onnx c --out o --rounds -3', 'argument --rounds: -3 is not an integer >= 1'),
+        (
+            'export_onnx c --out o --max-per-img 0',
+            'argument --max-per-img: 0 is not an integer >= 1',
+        ),
+        ('check_dataset c --workers 0', 'argument --workers: 0 is not an integer >= 1'),
+        ('benchmark sweep --pictures x', 'argument --pictures: x is not an integer >= 0'),
+    ],
+)
+def test_a_wrong_number_ends_in_one_line(command, message, call_tool):
+    status, _, errors = call_tool(*command.split())
+    assert (status, errors.splitlines()[-1].partition('error: ')[2]) == (2, message)
 
 
 @pytest.mark.slow

@@ -151,6 +151,16 @@ def write(name, text):
         (f'{MAPS} --values 1 2 3', None, '3 --values for 2 --classes'),
         (f'{MAPS} --values 1 1', None, '1 --values for 2 --classes'),
         (
+            '--annotations images/train images/val --images images/train images/val',
+            None,
+            'images and annotations are the same: see docs/classification.md for classes',
+        ),
+        (
+            '--annotations Annotations Annotations --images images/train images/val',
+            write_voc,
+            'Annotations has no label maps .PNG.: convert YOLO',
+        ),
+        (
             MAPS,
             remove('labels/val/0_mask.png'),
             '1 of 2 images in .*images/val have no label map in .*labels/val: 0_mask.png',

@@ -11,7 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import HOOKS, MODELS, init_default_scope
 from timm.models import adapt_input_conv
 from torch import nn
@@ -607,6 +607,28 @@ def test_a_runner_adapts_channels(train, log, tmp_path):
     assert_equal(start.model, weights)
     assert_equal(start.average, weights)
     assert log[0][1] == f'{name}: adapted from 3 to 4 image channels'
+
+
+@pytest.mark.parametrize(
+    ('config', 'message'),
+    [
+        ('model = dict(data_preprocessor=dict(mean=[1, 2.5, 3], std=[4, 5, 6], type="X"))', None),
+        ('data_preprocessor = dict(std=[7.0, 5, 6])', 'std=[7.0, 5, 6] of images, the config has '),
+        ('model = dict(data_preprocessor=dict(mean=None))', None),
+        ('data_preprocessor = base', None),
+        ('data_preprocessor = dict(mean=[exit()])', None),  # nothing is executed
+        ('data_preprocessor = (', None),
+        (None, None),
+    ],
+)
+def test_another_normalization_is_a_warning(config, message, log):
+    model = nn.Linear(2, 2)
+    model.data_preprocessor = ImgDataPreprocessor(mean=[1, 2.5, 3], std=[4, 5, 6])
+    checkpoint = dict(meta=dict(cfg=config), state_dict=nn.Linear(2, 2).state_dict())
+    loading.load_checked(model, checkpoint, source='x.pth')
+    warnings = [text for level, text in log if level == logging.WARNING]
+    assert len(warnings) == (message is not None)
+    assert all(f'x.pth was trained with {message}[4.0, 5.0, 6.0]' == text for text in warnings)
 
 
 @pytest.mark.parametrize('hooks', [[], [EMA]], ids=['', 'EMA'])
