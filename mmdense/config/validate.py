@@ -270,6 +270,12 @@ def check_classes(model: nn.Module, cfg: Config, loaders: Sequence[str]) -> None
             if kind and 'ignore_index' in arguments(kind):
                 default = inspect.signature(kind).parameters['ignore_index'].default
                 ignored[f'{where}.ignore_index'] = node.get('ignore_index', default)
+            top, count = (
+                node.get('topk') or 1,
+                getattr(getattr(model, 'head', None), 'num_classes', 0),
+            )
+            if count and max([top] if isinstance(top, int) else top) > count:
+                raise UserError(f'{where}.topk is {top} for {count} classes: set {where}.topk=1')
             if 'segm' in (node.get('metric') or ()) and not any('mask' in name for name in parts):
                 raise UserError(
                     f"{where}.metric has 'segm', but {type(model).__name__} predicts no masks: set "

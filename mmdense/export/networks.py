@@ -316,8 +316,6 @@ def build_network(model: nn.Module, part: str | None) -> Network:
     for parent in list(model.modules()):
         if getattr(parent, 'inplace', False):
             parent.inplace = False  # torch.export decomposes in-place activations
-        if hasattr(parent, 'im2col_step'):
-            parent.im2col_step = 1  # mmcv's layers require batches that it divides
         for name, child in parent.named_children():
             if type(child) is nn.AdaptiveAvgPool2d:
                 setattr(parent, name, AdaptivePool(child.output_size))

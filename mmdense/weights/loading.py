@@ -200,7 +200,7 @@ def load_checked(
         buffer = getattr(getattr(module, 'data_preprocessor', None), name, None)
         here = [] if buffer is None else [round(x, 3) for x in buffer.flatten().tolist()]
         if here and here != [round(x, 3) for x in trained]:
-            warn(f'{source} was trained with {name}={trained} of images, the config has {here}')
+            warn(f'{source} was trained with {name} {trained}, but data_preprocessor has {here}')
     return weights
 
 

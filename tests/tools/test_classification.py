@@ -72,7 +72,7 @@ def test_accuracy_and_predictions(call_tool, crops, checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_released_weights_are_proved_on_imagenet(call_tool, tmp_path, monkeypatch):
+def test_the_accuracy_of_released_weights(call_tool, tmp_path, monkeypatch):
     """ImageNet has a thousand folders, two of whose classes are named crane."""
     name = 'rexnet_100.nav_in1k'
     torch.manual_seed(0)
@@ -119,6 +119,13 @@ def test_class_folders_are_checked(call_tool, crops, tmp_path):
     status, _, error = call_tool('train', CONFIG, '--cfg-options', f'data_root={tmp_path}/none')
     assert status == 2
     assert 'none not found (for train_dataloader.dataset)' in error
+
+
+def test_top_k_of_fewer_classes(call_tool, crops, tmp_path):
+    options = [f'data_root={crops}', 'val_evaluator.topk=(1,11)']
+    status, _, error = call_tool('train', CONFIG, '--work-dir', tmp_path, '--cfg-options', *options)
+    message = 'val_evaluator.topk is (1, 11) for 10 classes: set val_evaluator.topk=1'
+    assert (status, error) == (2, f'error: {message}\n')
 
 
 def test_the_doctor_names_the_command_that_makes_the_crops(crops, tmp_path, monkeypatch):
