@@ -183,7 +183,8 @@ def load_checked(
     """Load a checkpoint, log the report, and refuse a checkpoint that fills too little.
 
     Arguments and errors are those of :func:`load_into` and :meth:`LoadReport.require`;
-    ``min_loaded=0`` only reports. Returns the weights with the model's names.
+    ``min_loaded=0`` only reports. Warns of images that were normalized otherwise in training. Returns
+    the weights with the model's names.
     """
     weights, report = load_into(module, checkpoint, prefix=prefix)
     format_of = f' ({report.format.about})' if report.format else ''
@@ -199,21 +200,21 @@ def load_checked(
     for name, trained in _trained_normalization((meta or {}).get('cfg')).items():
         buffer = getattr(getattr(module, 'data_preprocessor', None), name, None)
         here = [] if buffer is None else [round(x, 3) for x in buffer.flatten().tolist()]
-        if here and here != [round(x, 3) for x in trained]:
+        if here and here != [round(x, 3) for x in trained or ()]:
             warn(f'{source} was trained with {name} {trained}, but data_preprocessor has {here}')
     return weights
 
 
-def _trained_normalization(text: Any) -> dict[str, Sequence[float]]:
+def _trained_normalization(text: Any) -> dict[str, Sequence[float] | None]:
     """Return mean and std of the data preprocessor in a config's text, which is not executed."""
-    with suppress(AttributeError, SyntaxError, TypeError, ValueError):
+    with suppress(Exception):  # the text may be anything
         for node in ast.walk(ast.parse(text)):
             target = node.targets[0] if isinstance(node, ast.Assign) else node
             name = getattr(target, 'id', getattr(target, 'arg', ''))
             if name == 'data_preprocessor' and isinstance(node, ast.Assign | ast.keyword):
                 settings = {keyword.arg: keyword.value for keyword in node.value.keywords}
                 known = [name for name in ('mean', 'std') if name in settings]
-                return {name: ast.literal_eval(settings[name]) or () for name in known}
+                return {name: ast.literal_eval(settings[name]) for name in known}
     return {}
 
 

@@ -617,7 +617,10 @@ def test_a_runner_adapts_channels(train, log, tmp_path):
             'data_preprocessor = dict(std=[7.0, 5, 6])',
             'std [7.0, 5, 6], but data_preprocessor has [4.5, 5.0, 6.0]',
         ),
-        ('model = dict(data_preprocessor=dict(mean=None))', None),
+        (
+            'model = dict(data_preprocessor=dict(mean=None))',
+            'mean None, but data_preprocessor has [1.0, 2.5, 3.0]',
+        ),
         ('data_preprocessor = base', None),
         ('data_preprocessor = dict(mean=[exit()])', None),  # nothing is executed
         ('data_preprocessor = (', None),
