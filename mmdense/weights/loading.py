@@ -183,7 +183,7 @@ def load_checked(
     """Load a checkpoint, log the report, and refuse a checkpoint that fills too little.
 
     Arguments and errors are those of :func:`load_into` and :meth:`LoadReport.require`;
-    ``min_loaded=0`` only reports. Warns of images that were normalized otherwise in training. Returns
+    ``min_loaded=0`` only reports. Another normalization of images in training is a warning. Returns
     the weights with the model's names.
     """
     weights, report = load_into(module, checkpoint, prefix=prefix)
