@@ -3,8 +3,6 @@
 Jobs are submitit's, side by side on this machine or on a SLURM cluster.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import json
@@ -27,6 +25,7 @@ from mmdense.benchmark.bootstrap import keep_matches
 from mmdense.config.read import load_config
 from mmdense.errors import UserError, one_line, warn
 from mmdense.files import atomic_write
+from mmdense.visualization import logs
 
 # In mmengine's log: epoch (if it counts them), iteration, their number, time left, loss.
 STATE = r'\(train\)\s*(?:\[(\d+)\])?\[\s*(\d+)/(\d+)\].*?eta: ([\d days,:]+\d).*? loss: (\S+)'
@@ -139,6 +138,19 @@ class TrainingRun:
         figures = [f'loss {loss}', *(f'{k} {v}' for k, v in re.findall(ACCURACY, text)[-1:])]
         return ', '.join([place, f'{left} left', *figures]), share
 
+    def read_log(self) -> tuple[list[list[float]], list[dict[str, float]]]:
+        """Return the losses, by iteration, and validations, or the test of a checkpoint."""
+        if self.weights:
+            tests = (json.loads(file.read_text()) for file in sorted(self.folder.glob('*/*.json')))
+            return [], [dict(iter=0) | _rename(logs.numbers_of(test)) for test in tests]
+        losses, validations = [], []
+        with suppress(UserError):  # nothing logged yet
+            losses, validations = logs.read_scalars(self.folder)
+        return (
+            [[record['step'], record['loss']] for record in losses],
+            [dict(iter=record['iter']) | _rename(record) for record in validations],
+        )
+
     def _read_error(self, status: int) -> str:
         """Return the line of the log that says why the process ended."""
         if status < 0:
@@ -149,6 +161,11 @@ class TrainingRun:
         # torchrun's own error follows that of its processes.
         raised = [line for line in lines if RAISED.match(line) and 'ChildFailedError' not in line]
         return [*lines[-1:], f'ended with status {status}', *raised[-1:], *messages[-1:]][-1][:300]
+
+
+def _rename(record: Mapping[str, Any]) -> dict[str, float]:
+    names = (name for name in record if name not in logs.NO_METRICS)
+    return {logs.METRIC_NAMES.get(name, name): record[name] for name in names}
 
 
 def _end_with_parent() -> None:

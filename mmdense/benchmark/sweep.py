@@ -5,15 +5,12 @@ A sweep has a folder: ``configs/NAME.py`` are the training configs, ``runs/NAME`
 continues where it stopped.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import itertools
 import json
 import math
 import re
-import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,9 +38,10 @@ from mmdense.benchmark.memory import random_batch
 from mmdense.benchmark.report import GROUPS, VERSION, write_report
 from mmdense.benchmark.robustness import (
     SEVERITIES,
-    corrupted,
+    corrupted_tests,
     corruption_names,
     robustness,
+    write_tests,
 )
 from mmdense.benchmark.runs import Progress, TrainingRun, train_as_jobs
 from mmdense.benchmark.timing import (
@@ -262,38 +260,13 @@ class Sweep:
         self, command: Sequence[str], progress: Progress, jobs: Mapping[str, Any] | None = None
     ) -> None:
         """Test what is trained on corrupted images; see :meth:`train`."""
-        todo = []
-        trained = [(n, run) for n, runs in self.runs.items() for run in runs]
-        for name, run in trained:
-            tests = self.corrupted_runs(run) if run.state['status'] == 'done' else []
-            for test, kind in zip(tests, self.corruptions, strict=bool(tests)):
-                cfg = corrupted(self.configs[name], *kind)
-                cfg.randomness.seed, cfg.work_dir = run.seed, str(test.folder)
-                cfg.sweep.tested = run.state['seconds']  # another training is tested anew
-                if test.config.exists() and test.config.read_text() != cfg.pretty_text:
-                    shutil.rmtree(test.folder, ignore_errors=True)
-                test.folder.mkdir(parents=True, exist_ok=True)
-                atomic_write(test.config, cfg.pretty_text.encode())
-                if test.state['status'] != 'done':
-                    todo.append(test)
-        self._run(todo, command, progress, jobs)
-
-    def corrupted_runs(self, run: TrainingRun) -> list[TrainingRun]:
-        """Return the tests of a finished training on corrupted images."""
-        if not self.corruptions:
-            return []
-        checkpoint = (run.folder / 'last_checkpoint').read_text().strip()
-        return [
-            TrainingRun(
-                f'{run.name}, {kind} {severity}',
-                run.seed,
-                run.config.with_suffix(f'.{kind}-{severity}.py'),
-                run.folder.with_name(f'{run.folder.name}.{kind}-{severity}'),
-                None,
-                checkpoint,
-            )
-            for kind, severity in self.corruptions
+        todo = [
+            test
+            for name, runs in self.runs.items()
+            for run in runs
+            for test in write_tests(run, self.configs.get(name), self.corruptions)
         ]
+        self._run(todo, command, progress, jobs)
 
     def _run(
         self,
@@ -482,7 +455,7 @@ class Sweep:
 
     def _row(self, backbone: BackboneSpec, measured: Mapping[str, Any]) -> dict[str, Any]:
         name, runs, state = backbone.name, self.runs[backbone.name], self.state(backbone.name)
-        outcomes = [_read_log(run) for run in runs]
+        outcomes = [run.read_log() for run in runs]
         losses, validations = outcomes[0]
         seeds = []
         for run, (_, records) in zip(runs, outcomes, strict=True):
@@ -491,7 +464,7 @@ class Sweep:
                 seed['matches'] = str(matches.relative_to(self.folder))
             final = records[-1] if records and seed['status'] == 'done' else {}
             final = {k: v for k, v in final.items() if k != 'iter'}
-            seeds.append(dict(seed, metrics=final | self._robustness(run, final)))
+            seeds.append(dict(seed, metrics=final | robustness(run, final, self.corruptions)))
         metrics, deviations = {}, {}
         for metric in seeds[0]['metrics'] if state['status'] == 'done' else ():
             values = [seed['metrics'].get(metric, math.nan) for seed in seeds]
@@ -499,9 +472,10 @@ class Sweep:
             if len(values) > 1:
                 deviations[metric] = statistics.stdev(values)
         error = state.get('error')
-        for test in itertools.chain(*map(self.corrupted_runs, runs if metrics else [])):
-            if test.state['status'] == 'failed':
-                error = f'{test.name.removeprefix(f"{name}, ")}: {test.state["error"]}'
+        for run in runs if metrics else ():
+            for test in corrupted_tests(run, self.corruptions):
+                if test.state['status'] == 'failed':
+                    error = f'{test.name.removeprefix(f"{name}, ")}: {test.state["error"]}'
         row = dict(
             backbone=name,
             family=backbone.family,
@@ -520,14 +494,6 @@ class Sweep:
         )
         unmeasured = dict(parts={}, infer={}, train=None, pictures=[])
         return row | unmeasured | measured.get(name, {})
-
-    def _robustness(self, run: TrainingRun, final: Mapping[str, float]) -> Mapping[str, float]:
-        """Return the figures of a training's corrupted tests, once all are done."""
-        tests = self.corrupted_runs(run) if final else []
-        if not tests or any(test.state['status'] != 'done' for test in tests):
-            return {}
-        metric = logs.main_metrics(final)[0]
-        return robustness(final[metric], [_read_log(test)[1][-1].get(metric, 0) for test in tests])
 
 
 def _write_config(run: TrainingRun, cfg: Config) -> None:
@@ -549,20 +515,6 @@ def _write_config(run: TrainingRun, cfg: Config) -> None:
     if run.weights:
         (folder / 'last_checkpoint').write_text(run.weights)
     atomic_write(file, text.encode())
-
-
-def _read_log(run: TrainingRun) -> tuple[list[list[float]], list[dict[str, float]]]:
-    """Return a training's losses, by iteration, and validations, or the test of a checkpoint."""
-    if run.weights:
-        tests = (json.loads(file.read_text()) for file in sorted(run.folder.glob('*/*.json')))
-        return [], [dict(iter=0) | _rename(logs.numbers_of(test)) for test in tests]
-    losses, validations = [], []
-    with suppress(UserError):  # nothing logged yet
-        losses, validations = logs.read_scalars(run.folder)
-    return (
-        [[record['step'], record['loss']] for record in losses],
-        [dict(iter=record['iter']) | _rename(record) for record in validations],
-    )
 
 
 def _changes(cfg: Config) -> dict[str, str]:
@@ -597,11 +549,6 @@ def _batch(items: Sequence[dict], size: int, number: int) -> dict[str, list]:
 
 def _slug(name: str) -> str:
     return re.sub(r'[^\w.-]+', '-', name)
-
-
-def _rename(record: Mapping[str, Any]) -> dict[str, float]:
-    names = (name for name in record if name not in logs.NO_METRICS)
-    return {logs.METRIC_NAMES.get(name, name): record[name] for name in names}
 
 
 def _parts(model: nn.Module, size: tuple[int, int]) -> dict[str, dict[str, int]]:

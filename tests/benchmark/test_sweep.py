@@ -18,6 +18,7 @@ from rich.console import Console
 
 from mmdense.benchmark.backbones import find_backbone
 from mmdense.benchmark.memory import build_training
+from mmdense.benchmark.robustness import corrupted_tests
 from mmdense.benchmark.sweep import MEASURED, Sweep
 from mmdense.config.channels import build_part, put_backbone
 from mmdense.config.read import load_config
@@ -61,13 +62,16 @@ def stand_in(tmp_path):
     return [sys.executable, str(file)]
 
 
+def specs_of(names, pretrained=False):
+    return [find_backbone(name, pretrained=pretrained) for name in names]
+
+
 def sweep_of(
-    folder, names=NAMES, *, config=DEMOS['detection'], pretrained=False, gpus=1, seeds=1, **options
+    folder, names=NAMES, *, config=DEMOS['detection'], options=None, pretrained=False, **more
 ):
+    specs = names if not isinstance(names[0], str) else specs_of(names, pretrained)
     cfg = load_config(str(config), options=options)
-    backbones = [find_backbone(name, pretrained=pretrained) for name in names]
-    arguments = dict(pretrained=pretrained, gpus=gpus, seeds=seeds)
-    return Sweep(cfg, backbones, folder, command='sweep', **arguments)
+    return Sweep(cfg, specs, folder, command='sweep', pretrained=pretrained, **more)
 
 
 def results_of(folder):
@@ -105,9 +109,11 @@ def test_a_failed_run_is_a_row_and_is_tried_again(tmp_path, stand_in):
 
 def test_seeds(tmp_path, stand_in):
     options = {'randomness.seed': 2}
-    sweep_of(tmp_path, NAMES[1:], **options).train(stand_in)
+    sweep_of(tmp_path, NAMES[1:], options=options).train(stand_in)
     names = []
-    sweep = sweep_of(tmp_path, NAMES[1:], seeds=3, **options)  # the first seed is trained already
+    sweep = sweep_of(
+        tmp_path, NAMES[1:], seeds=3, options=options
+    )  # the first seed is trained already
     sweep.train(stand_in, lambda name, *_: names.append(name))
     assert [*dict.fromkeys(names)] == [f'timm:resnet18, seed {seed}' for seed in (2, 3, 4)]
     assert [(tmp_path / f'runs/timm-resnet18{s}/starts').read_text() for s in ('', '.seed3')] == [
@@ -149,29 +155,27 @@ def test_a_checkpoint_is_tested(tmp_path, stand_in, monkeypatch):
 def test_corrupted_images(tmp_path, stand_in, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'a.pth').touch()
-    cfg = load_config(str(DEMOS['detection']))
-    spec = find_backbone(f'{NAMES[1]}@a.pth', pretrained=False)
-    options = dict(command='sweep', pretrained=False, corruptions=['fog', 'snow'], severities=[3])
+    name = f'{NAMES[1]}@a.pth'
     for _ in range(2):
-        sweep = Sweep(cfg, [spec], tmp_path / 'x', **options)
+        sweep = sweep_of(tmp_path / 'x', [name], corruptions=['fog', 'snow'], severities=[3])
         sweep.train(stand_in)
         sweep.test_corrupted(stand_in, lambda *_: None)
     (row,) = results_of(tmp_path / 'x').values()
     assert row['metrics'] == {'box AP': 5, 'mPC': 5, 'rPC (%)': 100}
     assert 'mPC' in (tmp_path / 'x/report.md').read_text()
-    for name in ('fog', 'snow'):
-        config = load_config(str(tmp_path / f'x/configs/timm-resnet18-a.pth.{name}-3.py'))
+    for kind in ('fog', 'snow'):
+        config = load_config(str(tmp_path / f'x/configs/timm-resnet18-a.pth.{kind}-3.py'))
         pipeline = config.test_dataloader.dataset.pipeline
         assert [step['type'] for step in pipeline][:2] == ['LoadImageFromFile', 'mmdense.Corrupt']
-        assert pipeline[1].corruption == name
-        assert (tmp_path / f'x/runs/timm-resnet18-a.pth.{name}-3/starts').read_text() == '.'
-    failed = sweep.corrupted_runs(sweep.runs[spec.name][0])[0]
+        assert pipeline[1].corruption == kind
+        assert (tmp_path / f'x/runs/timm-resnet18-a.pth.{kind}-3/starts').read_text() == '.'
+    failed = corrupted_tests(sweep.runs[name][0], sweep.corruptions)[0]
     failed.save_state('failed', 1.0, error='fog is missing')
     sweep.report()
     (row,) = results_of(tmp_path / 'x').values()
     assert (row['metrics'], row['error']) == ({'box AP': 5}, 'fog 3: fog is missing')
     with pytest.raises(UserError, match="no corruption 'fig'; did you mean 'fog'"):
-        Sweep(cfg, [spec], tmp_path / 'x', **options | dict(corruptions=['fig']))
+        sweep_of(tmp_path / 'x', [name], corruptions=['fig'])
 
 
 # Commands of SLURM: an array's jobs run at once, on this machine.
@@ -267,7 +271,7 @@ def test_jobs_that_cannot_run(tmp_path, stand_in, monkeypatch):
 def test_any_metric_and_the_data_of_the_training(best, metrics, tmp_path):
     options = {f'default_hooks.checkpoint.{key}': value for key, value in best.items()}
     options['train_dataloader.dataset.data_root'] = 'data/trees/'
-    sweep = sweep_of(tmp_path, NAMES[1:], **options)
+    sweep = sweep_of(tmp_path, NAMES[1:], options=options)
     odd = dict(table=[[1.0]], note='x', time=1.0, step=1)
     records = [dict(loss=1.0, step=1), {'voc/AP50': 0.3, 'voc/mAP': 0.2} | odd]
     write_log(tmp_path / 'runs/timm-resnet18', records)
@@ -294,13 +298,13 @@ def test_other_settings_need_another_folder(tmp_path):
     run = tmp_path / 'runs/timm-resnet18'
     (run / 'last_checkpoint').write_text('epoch_1.pth')
     message = r'timm-resnet18.py belongs to a sweep with other settings: .*--out'
-    for options in (dict(gpus=2), {'train_cfg.max_epochs': 9}):
+    for options in (dict(gpus=2), dict(options={'train_cfg.max_epochs': 9})):
         with pytest.raises(UserError, match=message):
             sweep_of(tmp_path, names=NAMES[1:], **options)
     # A run that failed, or has not trained yet, begins again; its files are kept.
     (run / 'state.json').write_text(json.dumps(dict(status='failed', seconds=1, error='NaN')))
     for epochs in (9, 10):
-        sweep = sweep_of(tmp_path, names=NAMES[1:], **{'train_cfg.max_epochs': epochs})
+        sweep = sweep_of(tmp_path, NAMES[1:], options={'train_cfg.max_epochs': epochs})
         assert (
             load_config(str(tmp_path / 'configs/timm-resnet18.py')).train_cfg.max_epochs == epochs
         )
@@ -331,12 +335,14 @@ def test_settings_of_a_row(tmp_path):
         replace(find_backbone(NAMES[1], pretrained=False), name=f'net-{i}', settings=values)
         for i, values in enumerate(settings)
     ]
-    cfg = load_config(str(DEMOS['detection']))
-    sweep = Sweep(cfg, specs, tmp_path, command='sweep', pretrained=False)
+    sweep = sweep_of(tmp_path, specs)
     changed, plain = (sweep.configs[f'net-{i}'] for i in range(2))
     assert (changed.optim_wrapper.optimizer.lr, changed.train_cfg.max_epochs) == (0.5, 3)
-    assert plain.optim_wrapper.optimizer == cfg.optim_wrapper.optimizer
-    assert [sweep.runs[f'net-{i}'][0].epochs for i in range(2)] == [3, cfg.train_cfg.max_epochs]
+    assert plain.optim_wrapper.optimizer == sweep.cfg.optim_wrapper.optimizer
+    assert [sweep.runs[f'net-{i}'][0].epochs for i in range(2)] == [
+        3,
+        sweep.cfg.train_cfg.max_epochs,
+    ]
     assert 'optim_wraper' in sweep.errors['net-2']
     assert 'counts epochs: give --epochs' in sweep.errors['net-3']
     sweep.report()
@@ -344,10 +350,8 @@ def test_settings_of_a_row(tmp_path):
 
 
 def test_frozen_backbones_have_weights(tmp_path):
-    cfg = load_config(str(DEMOS['detection']))
-    specs = [find_backbone(name, pretrained=True) for name in NAMES[1:]]
-    specs.append(find_backbone(NAMES[0], pretrained=False))
-    sweep = Sweep(cfg, specs, tmp_path, command='sweep', pretrained=True, frozen=True)
+    specs = specs_of(NAMES[1:], pretrained=True) + specs_of(NAMES[:1])
+    sweep = sweep_of(tmp_path, specs, pretrained=True, frozen=True)
     assert sweep.configs[NAMES[1]].model.backbone.frozen_stages == 4
     assert sweep.errors == {
         'rdnet-nano': 'rdnet-nano starts from random weights: it cannot be --frozen'
