@@ -52,7 +52,7 @@ setup(
     package_dir={'': '.'},
     packages=find_packages(include=['mmdense', 'mmdense.*']),
     package_data={
-        'mmdense.benchmark': ['templates/*.jinja', '*.yml'],
+        '': ['*.yml', 'templates/*.jinja'],
         # mim's conventions; the folder links to the checkout's.
         'mmdense': [f'.mim/**/*.{suffix}' for suffix in ('md', 'py', 'sh', 'yml')],
     },

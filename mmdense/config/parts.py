@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine import registry
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -60,22 +61,7 @@ TYPED = re.compile(
 # and mmseg 1.2 is that close to another, but for `deformable_groups`.
 CUTOFF = 0.85
 NO_ARGUMENTS = ('type', '_scope_', 'deformable_groups')
-# Signs of errors that libraries raise when a config runs -> the way out.
-ADVICE = {
-    'Expected more than 1 value per channel': 'batch norm cannot train on a single value: set '
-    "train_dataloader.batch_size to 2 or more, or norm_cfg=dict(type='GN', num_groups=32); if only "
-    'the last batch of an epoch is too small, set train_dataloader.drop_last=True',
-    'weight tensor should be defined either for all': "a loss's class_weight needs one value for "
-    'each output of its head (in detectors the background is the last)',
-    r'expected input\[.+\] to have \d+ channels|size of tensor a .+ non-singleton dimension 0': (
-        "set a part's in_channels to what it reads; the backbone's, mean and std to the images' "
-        'channels, with bgr_to_rgb=False unless these are 3'
-    ),
-    r"no attribute '_?(?:gt_\w+|masks|labels|bboxes)'": 'the samples lack what the model learns: '
-    'LoadAnnotations needs with_bbox, with_mask or with_seg, and the files such annotations',
-    'Target -?[0-9]+ is out of bounds': 'tools/check_dataset.py finds labels outside the classes',
-    r"^(?!.*pip install).*?(?:No module named '(\w+)|([\w-]+) is not installed)": 'pip install {}',
-}
+ADVICE = yaml.safe_load(Path(__file__).with_name('advice.yml').read_text(encoding='utf-8'))
 
 
 def dicts(node: Any) -> Iterator[dict]:

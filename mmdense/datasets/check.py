@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 import mmcv
 import numpy as np
+import yaml
 from PIL import Image
 
 from mmdense.errors import first_of, one_line, printable
@@ -25,71 +26,15 @@ MAX_PIXELS = 2 * (1024**3 // 4 // 3)  # Pillow's limit; mmdense.patches sets Ope
 PIXELS_VARIABLE = 'OPENCV_IO_MAX_IMAGE_PIXELS'
 ORIENTATION, ROTATED = 0x0112, (5, 6, 7, 8)  # EXIF: the values that exchange width and height
 MIN_SIDE, MAX_RATIO = 16, 20  # of an ordinary image, in pixels and as long over short side
-REPLACE = 'get the file again'
-REMOVE = 'fix the annotation, or remove it'
-
-# Severity, and how to fix it.
-KINDS = {
-    'missing file': (ERROR, 'add it, or remove it from the annotations'),
-    'missing files': (ERROR, 'fix data_prefix, file names, img_suffix or seg_map_suffix'),
-    'empty file': (ERROR, REPLACE),
-    'not an image': (ERROR, f'{REPLACE}, or save it as JPEG or PNG'),
-    'damaged file': (ERROR, REPLACE),
-    'too many pixels': (
-        ERROR,
-        f'cut it into tiles, or allow more: export {PIXELS_VARIABLE}=NUMBER, which takes memory',
-    ),
-    'size mismatch': (ERROR, 'annotate the upright image at its actual size'),
-    'other suffix': (WARNING, 'a data set reads one: rename files, or join two by ConcatDataset'),
-    'extreme shape': (WARNING, 'resizing may leave nothing of it: crop it, or remove it'),
-    'high bit depth': (WARNING, 'training reads the upper 8 bits: convert dark images yourself'),
-    'transparency': (WARNING, 'training ignores it: flatten the image if its colours then differ'),
-    'not a label map': (ERROR, 'save one 8-bit number per pixel as PNG, grey or with a palette'),
-    'unknown label': (
-        ERROR,
-        'fix the labels or metainfo.classes; if 0 is not a class and classes count from 1, set '
-        'reduce_zero_label=True',
-    ),
-    'binary masks': (
-        ERROR,
-        "255 is ignored: write 1, or set type='mmdense.LabelMapDataset' and values=[0, 255]",
-    ),
-    'no labels': (WARNING, 'every pixel is ignored: label it, or remove it'),
-    'mostly ignored': (WARNING, 'if they have one, fix the maps, ignore_index or label_map'),
-    'one class': (WARNING, 'mIoU would be that of one class: fix the maps, or take others'),
-    'absent class': (WARNING, 'add examples, or remove it from metainfo.classes and num_classes'),
-    'nothing to learn': (ERROR, 'fix the annotations or the names in metainfo.classes'),
-    'relative boxes': (ERROR, "multiply them by their images' width and height"),
-    'box format': (ERROR, "convert them to COCO's x, y, width, height"),
-    'other classes': (ERROR, 'list the same categories in the same order, or scores are exchanged'),
-    'other labels': (ERROR, 'set it in both, so that labels mean the same classes'),
-    'shared images': (WARNING, 'the metrics would be too high: remove them from one of both'),
-    'unreadable annotations': (ERROR, 'write the file again'),
-    'wrong setting': (ERROR, 'change it in the config'),
-    'no images': (ERROR, 'fix data_root, data_prefix, ann_file, img_suffix or filter_cfg'),
-    'missing class': (ERROR, 'name the classes in metainfo.classes as the file does'),
-    'class order': (ERROR, 'order metainfo.classes like the file, by which mmdet numbers labels'),
-    'same name': (ERROR, 'give all annotations of them one category id, and remove the others'),
-    'unused category': (WARNING, 'ignored: add it to metainfo.classes to train on it'),
-    'invalid field': (ERROR, REMOVE),
-    'duplicate id': (ERROR, 'renumber them'),
-    'duplicate file': (WARNING, 'give all annotations of an image the same image id'),
-    'unknown image': (WARNING, f'ignored: {REMOVE}'),
-    'unknown category': (ERROR, REMOVE),
-    'empty box': (WARNING, f'ignored: {REMOVE}'),
-    'box outside': (WARNING, f'ignored: {REMOVE}'),
-    'box crosses border': (WARNING, 'clipped to the image'),
-    'invalid mask': (ERROR, REMOVE),
-    'short polygon': (WARNING, f'polygons with fewer than three points are ignored: {REMOVE}'),
-    'no objects': (WARNING, 'background, or left out, depending on filter_cfg.filter_empty_gt'),
-}
+# Severity -> kind of finding -> how to fix it.
+FIXES = yaml.safe_load(Path(__file__).with_name('findings.yml').read_text(encoding='utf-8'))
 
 
 @dataclass(frozen=True)
 class Finding:
     """A problem with a file, or with a part of it."""
 
-    kind: str  # a key of KINDS
+    kind: str  # a key of findings.yml
     file: str
     text: str
     id: str = ''  # of the part, such as 'image 5' or 'annotation 17'
@@ -97,11 +42,11 @@ class Finding:
     @property
     def severity(self) -> str:
         """'error' if training would stop or learn something false, else 'warning'."""
-        return KINDS[self.kind][0]
+        return ERROR if self.kind in FIXES[ERROR] else WARNING
 
     @property
     def fix(self) -> str:
-        return KINDS[self.kind][1]
+        return FIXES[self.severity][self.kind]
 
     def __str__(self) -> str:
         return printable(': '.join(part for part in (self.file, self.id, self.text) if part))
