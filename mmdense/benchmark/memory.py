@@ -5,18 +5,14 @@ also run in larger batches, until activations determine the peak. GB are 2 ** 30
 GPU's label.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -285,13 +281,6 @@ def peak_bytes(run: Callable[[], object], device: str = 'cpu') -> int:
         return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         run()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, 'trace.json')
-        record.export_chrome_trace(str(file))
-        events = json.loads(file.read_bytes())['traceEvents']
-    memory = sorted((e for e in events if e['name'] == '[memory]'), key=lambda event: event['ts'])
-    totals = [event['args']['Total Allocated'] for event in memory]
-    if not totals:
-        return 0
-    before = totals[0] - memory[0]['args']['Bytes']  # not zero after an earlier profile
-    return max(before, *totals) - before
+    events = record.profiler.kineto_results.events()  # in the order of time
+    changes = (event.nbytes() for event in events if event.name() == '[memory]')
+    return max(accumulate(changes, initial=0))
