@@ -4,8 +4,6 @@ Figures are drawn in the light colours. Their SVG refers to the colours as CSS v
 page shows it in the reader's light or dark scheme. A pixel is a point of matplotlib's.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import yaml
 from adjustText import adjust_text
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
@@ -30,44 +29,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 WIDTH, HEIGHT = 560, 340
 LEFT, BOTTOM, TOP = 48, 44, 30  # room for tick labels and titles
 LOG_FROM = 8  # costs that span more than this factor get a logarithmic axis
-COLOURS = dict(  # light, dark
-    paper=('#ffffff', '#14171b'),
-    ink=('#1b2026', '#e7eaee'),
-    soft=('#5a6370', '#9ca6b3'),
-    rule=('#e3e6ea', '#2c333b'),
-    tint=('#f0f4f9', '#1c242d'),
-    bad=('#b3261e', '#ff9a90'),
-    link=('#8a929c', '#76808c'),
-)
-# Over 15 apart in CIELAB with any colour vision (Machado et al. 2009). The markers differ too.
-FAMILIES = (
-    ('#0a5cc0', '#4c8df0'),
-    ('#d0640c', '#ee6a45'),
-    ('#0a9478', '#3be09a'),
-    ('#9a3486', '#c765a8'),
-    ('#664808', '#f0c93a'),
-    ('#50545a', '#ccd2d7'),
-)
+LOOK = yaml.safe_load(Path(__file__).with_name('plots.yml').read_text(encoding='utf-8'))
+COLOURS, FAMILIES, STYLE = LOOK['colours'], LOOK['families'], LOOK['style']
+PALETTE = COLOURS | {f'family{i}': pair for i, pair in enumerate(FAMILIES)}
+PAPER, SOFT, TINT, LINK = (COLOURS[name][0] for name in ('paper', 'soft', 'tint', 'link'))
 MARKERS = 'os^Dvh'
 DASHES = ('-', (0, (5, 2)), (0, (1.5, 1.5)), (0, (7, 2, 2, 2)), (0, (3, 3)))
-PALETTE = COLOURS | {f'family{i}': pair for i, pair in enumerate(FAMILIES)}
-PAPER, INK, SOFT, RULE, TINT, _, LINK = (light for light, _ in COLOURS.values())
-STYLE = {
-    'font.family': 'DejaVu Sans',  # wider than most fonts: labels stay apart in any browser
-    'font.size': 11,
-    'text.color': INK,
-    'text.parse_math': False,
-    'axes.edgecolor': LINK,
-    'axes.labelcolor': INK,
-    'axes.labelsize': 12,
-    'axes.grid': True,
-    'axes.axisbelow': True,
-    'grid.color': RULE,
-    'grid.linewidth': 1,
-    'lines.markeredgewidth': 1.6,
-    'legend.frameon': False,
-    'svg.fonttype': 'none',
-}
 
 
 @dataclass(frozen=True)
@@ -255,12 +222,6 @@ def swatch(family: int) -> Markup:
     path = marker.get_path().transformed(marker.get_transform().scale(11))
     axes.add_patch(PathPatch(path, color=look['color'], clip_on=False))
     return svg(figure)
-
-
-def style_sheet() -> Markup:
-    """Return the CSS variables of the palette."""
-    pairs = (f'--{name}:light-dark({light},{dark})' for name, (light, dark) in PALETTE.items())
-    return Markup(f':root{{{";".join(pairs)}}}')
 
 
 @matplotlib.rc_context(STYLE)

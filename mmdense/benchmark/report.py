@@ -4,11 +4,10 @@ The HTML page is one file that opens without a network: its plots are SVG, its p
 Layout and wording of the pages are in ``templates/``.
 """
 
-from __future__ import annotations
-
 import base64
 import csv
 import html
+import itertools
 import json
 import math
 import re
@@ -25,12 +24,11 @@ from markupsafe import Markup, escape
 from tabulate import tabulate
 
 from mmdense.benchmark.bootstrap import RESAMPLES, compare_rows
-from mmdense.benchmark.latex import latex_table
 from mmdense.benchmark.plots import (
+    PALETTE,
     Item,
     plot_curves,
     plot_scatter,
-    style_sheet,
     svg,
     swatch,
     write_png,
@@ -59,6 +57,9 @@ PARTS = (
 )
 GROUPS = dict(deployed='Inference, deployed', onnx='Inference, ONNX')
 GROUPS |= dict(trained='Inference, as trained', train='Training step')
+LATEX = {character: f'\\{character}' for character in '&%$#_{}'}
+LATEX |= {'\\': r'\textbackslash{}', '~': r'\textasciitilde{}', '^': r'\textasciicircum{}'}
+LATEX |= {'±': r'$\pm$', '–': '--', '→': r'$\to$'}
 ONLY_IN_CSV = {'train_p95_ms', 'train_speed', 'activations_m'}
 PREFIXES = {group: f'{group.lower()}, ' for group in GROUPS.values()} | {'Training': 'training '}
 
@@ -101,7 +102,7 @@ class Column:
         return MISSING if value is None else f'{value:.{self.digits}f}'
 
     @property
-    def spread(self) -> Column | None:
+    def spread(self) -> 'Column | None':
         """The standard deviations over the seeds, if there are any."""
         known = any(value is not None for value in self.deviations)
         return replace(self, name=f'{self.name}_std', values=self.deviations) if known else None
@@ -129,19 +130,15 @@ def write_report(folder: Path) -> None:
     results = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     report = Report(folder, results)
     report.write_csv(folder / 'results.csv')
-    names = [row['backbone'] + ' (not trained here)' * bool(row['source']) for row in report.rows]
-    table = latex_table(names, report.columns, report.ranked, report.published)
-    table += ''.join(f'% {row["name"]}: {row["source"]}\n' for row in results['published'])
-    (folder / 'results.tex').write_text(table, encoding='utf-8')
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).with_name('templates')),
-        autoescape=True,
+        autoescape=lambda name: not name.endswith('.tex.jinja'),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(breakable=_breakable, counted=Counter, listed=_listed, plain=_plain)
-    for name in ('report.html', 'report.md'):
+    environment.filters.update(breakable=_breakable, latex=_latex, listed=_listed, plain=_plain)
+    for name in ('report.html', 'report.md', 'results.tex'):
         page = environment.get_template(f'{name}.jinja').render(report=report, results=results)
         (folder / name).write_text(page, encoding='utf-8')
 
@@ -149,8 +146,7 @@ def write_report(folder: Path) -> None:
 class Report:
     """What the pages show, from the ``results`` of :meth:`.Sweep.report`."""
 
-    style_sheet = style_sheet()
-    missing, resamples = MISSING, RESAMPLES
+    palette, missing, resamples = PALETTE, MISSING, RESAMPLES
 
     def __init__(self, folder: Path, results: Mapping[str, Any]) -> None:
         self.folder, self.results, self.rows = folder, results, results['rows']
@@ -333,6 +329,12 @@ class Report:
         ]
 
     @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The headings over neighbouring columns, and the number of these."""
+        groups = itertools.groupby(column.group for column in self.columns)
+        return [(group, len([*members])) for group, members in groups]
+
+    @property
     def published(self) -> list[list[str]]:
         """Names and cells of published figures. No column has them, so nothing compares them."""
         return [
@@ -399,6 +401,11 @@ def _plain(text: str) -> Markup:
     """Return a text without anything that Markdown takes for markup."""
     text = html.escape(' '.join(text.split()), quote=False)
     return Markup(text.replace('|', '\\|').replace('`', "'"))
+
+
+def _latex(text: str) -> str:
+    """Return a text without anything that LaTeX takes for a command."""
+    return re.sub('|'.join(map(re.escape, LATEX)), lambda match: LATEX[match[0]], text)
 
 
 def _breakable(name: str) -> Markup:

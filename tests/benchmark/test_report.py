@@ -332,10 +332,14 @@ def test_the_latex_table(report, tmp_path):
         )
         for i, (name, ap, d) in enumerate((('a_b', 0.51, 0.012), ('50% & more~^\\{}#$', 0.6, 0.1)))
     ]
-    columns = ['box_ap', 'my_metric', 'parameters_m', 'deployed_p50_ms', 'nothing']
-    page, _, markdown = report([*rows, fail(3)], columns=columns, metrics=['box AP', 'my_metric'])
+    columns = ['box_ap', 'parameters_m', 'my_metric', 'deployed_p50_ms', 'nothing']
+    page, html, markdown = report(
+        [*rows, fail(3)], columns=columns, metrics=['box AP', 'my_metric']
+    )
     assert 'asked for, but have no values: nothing.' in ' '.join(page.text.split())
     assert '0.510 ± 0.012' in markdown
+    groups = re.findall(r'colspan="1">(\w+)', html)
+    assert groups == ['Accuracy', 'Model', 'Accuracy', 'Inference'], 'in the order of the columns'
     text = (tmp_path / 'results.tex').read_text()
     assert re.findall(r'\\(begin|end){(\w+)}', text) == [('begin', 'tabular'), ('end', 'tabular')]
     (spec,) = re.findall(r'begin{tabular}{(\w+)}', text)
@@ -346,7 +350,7 @@ def test_the_latex_table(report, tmp_path):
         cells = len(re.findall(r'(?<!\\)&', line)) + 1
         assert cells + sum(spans) - len(spans) == len(spec) == 5
         assert line.count('{') == line.count('}')
-    assert r'\textbf{0.600 $\pm$ 0.100} & 1.00 & 2.50 & 12.0' in text
+    assert r'\textbf{0.600 $\pm$ 0.100} & 2.50 & 1.00 & 12.0' in text
     name = r'50\% \& more\textasciitilde{}\textasciicircum{}\textbackslash{}\{\}\#\$'
     assert [line.split(' & ')[0] for line in lines[2:4]] == [name.split(' & ')[0], r'a\_b']
     assert not re.search(r'(?<!\\)[_#]', text.partition('toprule')[2].replace('cmidrule', ''))
