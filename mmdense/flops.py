@@ -6,8 +6,6 @@ Operators that may be products but have no formula are named. N images, K RoIs, 
 pixels.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter
@@ -62,7 +60,7 @@ class Cost:
     macs: int = 0  # executed ones, of convolutions and matrix products
     activations: int = 0  # elements of their outputs
 
-    def __add__(self, other: Cost) -> Cost:
+    def __add__(self, other: 'Cost') -> 'Cost':
         return Cost(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 

@@ -1,7 +1,5 @@
 """Backbones by name: mmdense's, timm's, and those of config files."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import difflib

@@ -1,7 +1,5 @@
 """One report of several sweeps."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

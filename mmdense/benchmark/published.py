@@ -1,7 +1,5 @@
 """Published figures, from published.yml: shown beside measured ones, never compared with them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

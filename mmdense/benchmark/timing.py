@@ -4,8 +4,6 @@ Interleaving spreads whatever else the machine does over all models. Each timed 
 untimed one of the same model.
 """
 
-from __future__ import annotations
-
 import copy
 import datetime
 import os

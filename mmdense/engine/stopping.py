@@ -1,7 +1,5 @@
 """Stopping on SIGTERM between two iterations."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -40,7 +38,7 @@ class StopSignal(Hook):
         self._since: float | None = None
         self._previous: Any = None
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> 'StopSignal':
         if threading.current_thread() is threading.main_thread():  # Python allows no other
             self._previous = signal.signal(signal.SIGTERM, self._record)
         return self
