@@ -1,6 +1,7 @@
 """Shared fixtures."""
 
 import functools
+import logging
 import os
 import subprocess
 import sys
@@ -75,6 +76,19 @@ def call_tool(project, monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """Return the list of warnings that are logged."""
+    lines = []
+
+    def print_log(text, logger=None, level=logging.INFO):
+        if level == logging.WARNING:
+            lines.append(text)
+
+    monkeypatch.setattr('mmengine.logging.print_log', print_log)
+    return lines
 
 
 class FakeGPU(list):

@@ -77,14 +77,21 @@ def test_options_that_are_no_settings(text, capsys):
     assert f'--cfg-options {text}' in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_user_error_is_one_line_and_status_2(capsys):
+@pytest.mark.parametrize(
+    ('error', 'status', 'line'),
+    [
+        (UserError('no file x\x1b'), 2, 'error: no file x\\x1b\n'),
+        (KeyboardInterrupt(), 130, 'interrupted\n'),  # Ctrl-C
+    ],
+)
+def test_one_line_and_a_status(error, status, line, capsys):
     @cli.report_errors
     def main(argv=None):
-        raise UserError(f'no file {argv[0]}\x1b')
+        raise error
 
-    with pytest.raises(SystemExit, match='2'):
-        main(['x'])
-    assert capsys.readouterr().err == 'error: no file x\\x1b\n'
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert (exit.value.code, capsys.readouterr().err) == (status, line)
 
 
 def test_other_errors_keep_their_traceback():
@@ -108,17 +115,6 @@ def test_deprecated_aliases(alias, option, capsys):
     assert parser.parse_args([alias, '0.9']) == argparse.Namespace(**values[1])
     assert capsys.readouterr().err == f'warning: {alias} is a deprecated alias of {option}\n'
     assert values[0] == dict(min_loaded=1, score=1)
-
-
-def test_ctrl_c_is_one_line_with_status_130(capsys):
-    @cli.report_errors
-    def main(argv=None):
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit) as exit:
-        main()
-    assert exit.value.code == 130
-    assert capsys.readouterr().err == 'interrupted\n'
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import json
 import pytest
 from mmengine.config import ConfigDict
 
-from mmdense.apis import classes
 from mmdense.apis.classes import class_names, coco_categories
 from mmdense.models import RDNet  # noqa: F401  (registers the scopes)
 
@@ -13,13 +12,6 @@ DIGITS = tuple('0123456789')
 LETTERS = tuple('abcdefghij')
 COLOURS = [(i, i, i) for i in range(10)]
 DIGIT_COLOURS = [(0, i, 0) for i in range(10)]
-
-
-@pytest.fixture
-def log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(classes, 'warn', lines.append)
-    return lines
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from bad_data import EPS, bomb
-from mmdense.apis import Predictor, find_images, predict, save_predictions
+from mmdense.apis import Predictor, find_images, save_predictions
 from mmdense.config.read import load_config
 from mmdense.errors import UserError
 from support import DEMOS, ROOT
@@ -153,14 +153,12 @@ def test_a_checkpoint_must_fill_the_model(detector, tmp_path):
         assert predictor(config(), file, **{name: 0.9}).classes == DIGITS
 
 
-def test_the_config_s_image_loader_and_norms(file, pixels, monkeypatch):
-    lines = []
-    monkeypatch.setattr(predict, 'warn', lines.append)
+def test_the_config_s_image_loader_and_norms(file, pixels, log):
     cfg = config()
     cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # resized without rounding
     cfg.model.neck.norm_cfg = dict(type='SyncBN')
     model = predictor(cfg)
-    assert lines == ['no checkpoint: random weights']
+    assert log == ['no checkpoint: random weights']
     assert not any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.model.modules())
     assert same(model(file)[0], model(pixels)[0])
 

@@ -1,4 +1,4 @@
-"""The demo dataset: its files, its folder, its command, and both frameworks reading it."""
+"""The demo dataset: its files, its folder and its command."""
 
 import json
 import shutil
@@ -9,13 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from mmdet.datasets import CocoDataset
-from mmseg.datasets import BaseSegDataset
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from mmdense.datasets import digits, make_digits
-from mmdense.datasets.digits import CLASSES
 from support import ROOT, load_tool
 
 SPLITS = ('train', 'val')
@@ -281,48 +278,3 @@ def test_the_command_fails_with_one_line(tmp_path, call_tool, monkeypatch):
     fails('[red]thesis.txt', '--out', tmp_path / '[red]thesis.txt/b')
     monkeypatch.setitem(sys.modules, 'sklearn.datasets', None)
     fails("pip install 'mmdense[demo]'", '--out', tmp_path / 'c')
-
-
-# The frameworks
-
-
-def test_mmdet_reads_boxes_and_masks(data):
-    dataset = CocoDataset(
-        data_root=str(data.root),
-        ann_file='annotations/instances_train.json',
-        data_prefix=dict(img='train/'),
-        metainfo=dict(classes=CLASSES),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='mmdet.LoadAnnotations', with_bbox=True, with_mask=True),
-            dict(type='mmdet.PackDetInputs'),
-        ],
-    )
-    assert len(dataset) == SMALL['train']
-    for item, (_, annotations, masks) in zip(dataset, by_image(data.root, 'train'), strict=True):
-        truth = item['data_samples'].gt_instances
-        boxes = np.array([a['bbox'] for a in annotations])
-        boxes[:, 2:] += boxes[:, :2]
-        assert item['inputs'].shape == (3, SMALL['size'], SMALL['size'])
-        assert (truth.bboxes.tensor.numpy() == boxes).all()
-        assert truth.labels.tolist() == [a['category_id'] - 1 for a in annotations]
-        assert (truth.masks.masks.astype(bool) == masks).all()
-
-
-def test_mmseg_reads_label_maps(data):
-    dataset = BaseSegDataset(
-        data_root=str(data.root),
-        data_prefix=dict(img_path='val', seg_map_path='semantic/val'),
-        metainfo=dict(classes=('background', *CLASSES)),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='mmseg.LoadAnnotations'),
-            dict(type='mmseg.PackSegInputs'),
-        ],
-    )
-    assert len(dataset) == SMALL['val']
-    for item, (_, annotations, masks) in zip(dataset, by_image(data.root, 'val'), strict=True):
-        labels = item['data_samples'].gt_sem_seg.data[0].numpy()
-        for annotation, mask in zip(annotations, masks, strict=True):
-            assert (labels[mask] == annotation['category_id']).all()
-        assert ((labels == 0) == ~np.any(masks, axis=0)).all()

@@ -337,16 +337,14 @@ def test_what_stops_training(tmp_path):
         check(train=dict(train, **remote))
 
 
-def test_a_checkpoint_of_other_classes(tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr(files_module, 'warn', lines.append)
+def test_a_checkpoint_of_other_classes(tmp_path, log):
     cfg = Config(dict(default_scope='mmdet', test_dataloader=dict(dataset=boxes(tmp_path))))
     for classes in (('a', 'b'), None):
         check_trained_labels(cfg, dict(dataset_meta=dict(classes=classes)))
     check_trained_labels(cfg, {})
-    assert not lines
+    assert not log
     check_trained_labels(cfg, dict(dataset_meta=dict(classes=('A', 'B'))))
-    assert "label 0 is 'a', but 'A' in the checkpoint" in lines[0]
+    assert "label 0 is 'a', but 'A' in the checkpoint" in log[0]
     with pytest.raises(UserError, match="label 0 is 'a', but 'b' in the checkpoint: list"):
         check_trained_labels(cfg, dict(dataset_meta=dict(classes=('b', 'a'))))
 

@@ -38,13 +38,8 @@ class Model(BaseModel):
         return dict(loss_box=loss, loss_cls=self.weight * 0.0, count=torch.tensor(math.nan))
 
 
-class Data(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2 * ITERS
-
-    def __getitem__(self, i):
-        sample = BaseDataElement(metainfo=dict(img_path=f'images/{i}.jpg'))
-        return dict(inputs=torch.zeros(1), data_samples=sample)
+SAMPLES = [BaseDataElement(metainfo=dict(img_path=f'images/{i}.jpg')) for i in range(2 * ITERS)]
+DATA = [dict(inputs=torch.zeros(1), data_samples=sample) for sample in SAMPLES]
 
 
 def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
@@ -52,7 +47,7 @@ def train(folder, model, *, hooks=(), wrapper=None, checkpoints=1, **options):
     runner = build_runner(
         folder,
         model,
-        Data(),
+        DATA,
         iters=ITERS,
         collate='pseudo_collate',
         optim_wrapper=wrapper or sgd,

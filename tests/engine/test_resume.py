@@ -10,7 +10,6 @@ from mmengine.config import Config
 from mmengine.optim import MultiStepLR, OptimWrapper
 
 from mmdense.config.read import load_config
-from mmdense.engine import resume
 from mmdense.engine.resume import (
     compare_settings,
     find_training,
@@ -42,13 +41,6 @@ def damage(file):
 
 def cut(file):
     file.write_bytes(file.read_bytes()[:-2000])
-
-
-@pytest.fixture
-def log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(resume, 'warn', lines.append)
-    return lines
 
 
 def point(folder, name):
