@@ -15,7 +15,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import KW_ONLY, asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,65 +72,49 @@ DEFAULT_METRICS = dict(detection='box AP', segmentation='mIoU (%)', classificati
 SCORE_THRESHOLD = 0.3  # of boxes in pictures
 
 
+@dataclass(eq=False)
 class Sweep:
     """A config, the backbones to put into it, and the folder of the results.
-
-    Args:
-        cfg: The config, as :func:`.load_config` returns it.
-        backbones: In the order of their rows.
-        command: The command line, for the report.
-        pretrained: Whether the backbones start from ImageNet weights, for the report.
-        gpus: Number of GPUs of a training, which is one of its settings.
-        size: Height and width of the images in pixels that MACs are counted for; by default the
-            config's largest.
-        seeds: Number of trainings of each backbone, with the config's seed and the next ones.
-        columns: Names of the columns to show, as in the CSV file; by default those of COCO's and
-            mmseg's metrics and of the costs.
-        published: Published figures to show, as :func:`.find_published` returns them.
-        frozen: Train necks and heads only, see :func:`.put_backbone`.
-        corruptions: Names of image corruptions to test under, see :func:`.corruption_names`.
-        severities: Of the corruptions, from 1 to 5.
 
     A backbone that doesn't fit the config is a row with its error. UserError if the model predicts
     depth, two backbones have the same name, or the folder cannot be written or belongs to a sweep
     with other settings.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        backbones: Sequence[BackboneSpec],
-        folder: Path,
-        *,
-        command: str,
-        pretrained: bool,
-        gpus: int = 1,
-        size: tuple[int, int] | None = None,
-        seeds: int = 1,
-        columns: Sequence[str] = (),
-        published: Sequence[Mapping[str, Any]] = (),
-        frozen: bool = False,
-        corruptions: Sequence[str] = (),
-        severities: Sequence[int] = SEVERITIES,
-    ) -> None:
+    cfg: Config  # as load_config() returns it
+    backbones: Sequence[BackboneSpec]  # in the order of their rows
+    folder: Path
+    _: KW_ONLY
+    command: str  # the command line, for the report
+    pretrained: bool  # whether the backbones start from ImageNet weights, for the report
+    gpus: int = 1  # of a training, which is one of its settings
+    size: tuple[int, int] | None = None  # H, W in pixels for counting MACs; None is the largest
+    seeds: int = 1  # trainings of each backbone, with the config's seed and the next ones
+    columns: Sequence[
+        str
+    ] = ()  # to show, as in the CSV file; () is those of usual metrics and costs
+    published: Sequence[Mapping[str, Any]] = ()  # figures to show, as find_published() returns them
+    frozen: bool = False  # train necks and heads only, see put_backbone()
+    corruptions: Sequence[str] = ()  # to test under, see corruption_names()
+    severities: Sequence[int] = SEVERITIES  # of the corruptions, from 1 to 5
+
+    def __post_init__(self) -> None:
+        cfg, folder = self.cfg, self.folder
         if cfg.model.type == 'DepthEstimator':
             raise UserError(f'{cfg.filename} predicts depth: take a detector or segmentor')
-        names = [backbone.name for backbone in backbones]
+        names = [backbone.name for backbone in self.backbones]
         if len({*names}) < len(names):
             raise UserError(f'two backbones have the same name: {", ".join(names)}')
-        self.cfg, self.folder, self.backbones = cfg, folder, list(backbones)
-        self.command, self.pretrained, self.gpus = command, pretrained, gpus
-        self.columns, self.published, self.frozen = list(columns), list(published), frozen
-        kinds = corruption_names(corruptions) if corruptions else []
-        self.corruptions = [*itertools.product(kinds, severities)]
-        self.size = size or training_size(cfg)
+        kinds = corruption_names(self.corruptions) if self.corruptions else []
+        self.all_corruptions = [*itertools.product(kinds, self.severities)]
+        self.size = self.size or training_size(cfg)
         cfg.setdefault('randomness', dict(seed=0))
         first = cfg.randomness.get('seed') or 0
-        self.seeds = [*range(first, first + seeds)]
+        self.all_seeds = [*range(first, first + self.seeds)]
         self.errors: dict[str, str] = {}  # of backbones that cannot be trained
         self.configs: dict[str, Config] = {}  # of the first seed
         self.runs: dict[str, list[TrainingRun]] = {}  # of each backbone, by its name
-        for backbone in backbones:
+        for backbone in self.backbones:
             name, runs = backbone.name, self.runs.setdefault(backbone.name, [])
             try:
                 self.configs[name] = self._make_config(backbone)
@@ -138,8 +122,8 @@ class Sweep:
                 self.errors[name] = str(error.args[0])
             config = self.configs.get(name, cfg)
             epochs = config.train_cfg.get('max_epochs')
-            several = seeds > 1 and not backbone.checkpoint
-            for seed in self.seeds if several else [first]:
+            several = self.seeds > 1 and not backbone.checkpoint
+            for seed in self.all_seeds if several else [first]:
                 file = _slug(name) + (f'.seed{seed}' if seed > first else '')
                 title = f'{name}, seed {seed}' if several else name
                 # Not in the work dir, where mmengine writes the config as the runner changed it.
@@ -264,7 +248,7 @@ class Sweep:
             test
             for name, runs in self.runs.items()
             for run in runs
-            for test in write_tests(run, self.configs.get(name), self.corruptions)
+            for test in write_tests(run, self.configs.get(name), self.all_corruptions)
         ]
         self._run(todo, command, progress, jobs)
 
@@ -428,8 +412,8 @@ class Sweep:
             data_sets=measured.get('data_sets', {}),
             pretrained=self.pretrained,
             frozen=self.frozen,
-            seeds=self.seeds,
-            corruptions=self.corruptions,
+            seeds=self.all_seeds,
+            corruptions=self.all_corruptions,
             columns=self.columns,
             **self._metrics(rows, task),
             machine=measured.get('machine') or machine(),
@@ -464,7 +448,7 @@ class Sweep:
                 seed['matches'] = str(matches.relative_to(self.folder))
             final = records[-1] if records and seed['status'] == 'done' else {}
             final = {k: v for k, v in final.items() if k != 'iter'}
-            seeds.append(dict(seed, metrics=final | robustness(run, final, self.corruptions)))
+            seeds.append(dict(seed, metrics=final | robustness(run, final, self.all_corruptions)))
         metrics, deviations = {}, {}
         for metric in seeds[0]['metrics'] if state['status'] == 'done' else ():
             values = [seed['metrics'].get(metric, math.nan) for seed in seeds]
@@ -473,7 +457,7 @@ class Sweep:
                 deviations[metric] = statistics.stdev(values)
         error = state.get('error')
         for run in runs if metrics else ():
-            for test in corrupted_tests(run, self.corruptions):
+            for test in corrupted_tests(run, self.all_corruptions):
                 if test.state['status'] == 'failed':
                     error = f'{test.name.removeprefix(f"{name}, ")}: {test.state["error"]}'
         row = dict(

@@ -169,7 +169,7 @@ def test_corrupted_images(tmp_path, stand_in, monkeypatch):
         assert [step['type'] for step in pipeline][:2] == ['LoadImageFromFile', 'mmdense.Corrupt']
         assert pipeline[1].corruption == kind
         assert (tmp_path / f'x/runs/timm-resnet18-a.pth.{kind}-3/starts').read_text() == '.'
-    failed = corrupted_tests(sweep.runs[name][0], sweep.corruptions)[0]
+    failed = corrupted_tests(sweep.runs[name][0], sweep.all_corruptions)[0]
     failed.save_state('failed', 1.0, error='fog is missing')
     sweep.report()
     (row,) = results_of(tmp_path / 'x').values()
