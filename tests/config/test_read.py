@@ -39,20 +39,15 @@ def test_data_root_moves_folders_not_prefixes(tmp_path):
     assert cfg.data_root == '/new'
 
 
-def test_data_root_replaces_one(tmp_path):
-    file = tmp_path / 'leaf.py'
-    file.write_text("model = dict(type='mmdense.RDNet')\n")
-    with pytest.raises(UserError, match='has no data_root'):
-        load_config(str(file), options=dict(data_root='x'))
-    with pytest.raises(UserError, match='data_root is empty'):
-        load_config(COCO, options=dict(data_root=''))
-
-
-def test_a_missing_config_suggests_one():
-    with pytest.raises(UserError, match='did you mean .*faster-rcnn_rdnet-t_fpn_1x_coco.py'):
-        load_config(COCO.replace('rdnet-t', 'rdnet-tiny'))
-
-
-def test_a_config_without_a_model():
-    with pytest.raises(UserError, match='has no model'):
-        load_config(str(ROOT / 'configs/detection/_base_/coco_adamw-1x.py'))
+@pytest.mark.parametrize(
+    ('path', 'options', 'message'),
+    [
+        ('mmdet::_base_/models/retinanet_r50_fpn.py', dict(data_root='x'), 'has no data_root'),
+        (COCO, dict(data_root=''), 'data_root is empty'),
+        (COCO.replace('rdnet-t', 'rdnet-tiny'), {}, 'did you mean .*faster-rcnn_rdnet-t_fpn_1x_c'),
+        (str(ROOT / 'configs/detection/_base_/coco_adamw-1x.py'), {}, 'has no model'),
+    ],
+)
+def test_errors(path, options, message):
+    with pytest.raises(UserError, match=message):
+        load_config(path, options=options)

@@ -44,16 +44,13 @@ class Classifier(BaseModel):
         return list(logits)
 
 
-class Data(torch.utils.data.Dataset):
-    """Two images of each size, with different heights and widths."""
+def picture(i):
+    """Return an image, in one of three sizes, and its label."""
+    generator = torch.Generator().manual_seed(i)
+    return torch.randn(3, SIDES[i // 2], 160, generator=generator, dtype=torch.float64), i % 2
 
-    def __len__(self):
-        return 2 * len(SIDES)
 
-    def __getitem__(self, i):
-        side = SIDES[i // 2]
-        generator = torch.Generator().manual_seed(i)
-        return torch.randn(3, side, 160, generator=generator, dtype=torch.float64), i % 2
+DATA = [picture(i) for i in range(2 * len(SIDES))]
 
 
 class Metric(BaseMetric):
@@ -65,8 +62,7 @@ class Metric(BaseMetric):
 
 
 def validation():
-    data = [Data()[i] for i in range(2)]
-    return dict(val_dataloader=loader(data), val_cfg=dict(), val_evaluator=dict(type=Metric))
+    return dict(val_dataloader=loader(DATA[:2]), val_cfg=dict(), val_evaluator=dict(type=Metric))
 
 
 def train(folder, *, backbone=None, iters=3, **options):
@@ -74,7 +70,7 @@ def train(folder, *, backbone=None, iters=3, **options):
     torch.manual_seed(0)
     wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
     model = Classifier(backbone).double()
-    runner = build_runner(folder, model, Data(), iters=iters, optim_wrapper=wrapper, **options)
+    runner = build_runner(folder, model, DATA, iters=iters, optim_wrapper=wrapper, **options)
     runner.train()
     return runner
 
