@@ -88,7 +88,9 @@ def explain(fault: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Return any library's error as one line of at most 200 characters."""
+    """Return any library's error as one line of at most 200 characters; a UserError is one."""
+    if isinstance(error, UserError):
+        return str(error)
     first, *more = [line.strip() for line in str(error).splitlines() if line.strip()] or ['']
     if first.endswith(':') and more:
         first = f'{first} {more[0]}'

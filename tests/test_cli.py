@@ -8,7 +8,7 @@ import pytest
 from mmengine.config import DictAction
 
 from mmdense import cli
-from mmdense.errors import UserError
+from mmdense.errors import UserError, one_line
 
 
 def setting(text):
@@ -92,6 +92,12 @@ def test_one_line_and_a_status(error, status, line, capsys):
     with pytest.raises(SystemExit) as exit:
         main()
     assert (exit.value.code, capsys.readouterr().err) == (status, line)
+
+
+def test_an_error_in_another_keeps_its_way_out():
+    text = f'{"x" * 300}: download it'
+    assert one_line(UserError(text)) == text
+    assert len(one_line(ValueError(text))) == 200
 
 
 def test_other_errors_keep_their_traceback():
