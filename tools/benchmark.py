@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
         'the same settings, a sweep continues where it stopped. A CondenseNetV2 that starts from\n'
         'random weights learns its connections during the training.',
         **cli.example(
-            'tools/benchmark.py sweep --backbones configs/detection/demo/*.py timm:resnet10t'
+            'tools/benchmark.py sweep --backbones configs/detection/demo/*nano_fpn* timm:resnet10t'
         ),
     )
     sweep.add_argument(
