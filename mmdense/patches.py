@@ -15,6 +15,8 @@ from typing import Any
 
 # Warnings of libraries that a user can do nothing about, by their beginning.
 SILENCED = (
+    *('Setting MKL_NUM_THREADS', 'Setting OMP_NUM_THREADS'),  # mmengine's, in each process
+    '`broadcast_buffers` is deprecated',
     'faster_coco_eval is not installed',  # mmdet: a metric that is not used
     'Fail to import ``MultiScaleDeformableAttention``',  # mmcv-lite
     '"FileClient" will be deprecated',  # mmengine's own hooks use both
