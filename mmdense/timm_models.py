@@ -5,8 +5,6 @@ CondenseNetV2 is ``condensenetv2_a``, ``_b`` and ``_c``; timm's own DenseNet is 
 ``pretrained_cfg_overlay=dict(file=...)`` loads a local file.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any

@@ -6,8 +6,6 @@ GlobalAveragePooling. A neck maps the backbone's tuple of feature maps, of which
 [N, C, H, W] counts, to a tuple of one tensor [N, C'].
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """How strongly each layer of a CondenseNetV2 reads and updates each earlier one."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -15,8 +15,6 @@ means are the gradients of w_j and of the bias, and the second part is added onc
 complete. So the cost of statistics, and the exchange of SyncBN, are linear in the depth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -11,8 +11,6 @@ network is trained (``form='learned'``), of the converted ones once it is conden
 (``form='condensed'``).
 """
 
-from __future__ import annotations
-
 import operator
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

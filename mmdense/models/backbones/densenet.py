@@ -8,8 +8,6 @@ strides 4, 8, 16 and 32.
 Parameter names are those of timm's and torchvision's ``densenet*``; tests compare the outputs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence

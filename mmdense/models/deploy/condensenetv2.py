@@ -11,8 +11,6 @@ GPU they fuse what lies between products: a third fewer kernels.
 N images, C channels, P = H * W pixels, G groups, K channels that a group keeps.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 

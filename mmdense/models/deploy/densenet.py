@@ -6,8 +6,6 @@ become a clamp; the affine part folds into the convolution. Nothing is kept betw
 operators are torch's public ones.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

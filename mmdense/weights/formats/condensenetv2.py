@@ -6,8 +6,6 @@ zeros and ones, mmdense by the column of the one in each row. Masks and counters
 and integers in mmdense; they are rounded, as the released moving average covers them too.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

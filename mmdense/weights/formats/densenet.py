@@ -1,7 +1,5 @@
 """DenseNet: timm's and torchvision's classifiers, and mmpretrain's."""
 
-from __future__ import annotations
-
 from mmdense.weights.formats.format import AFFINE, NORM, Format
 
 LAYER = r'(?:norm|conv)'
