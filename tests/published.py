@@ -1,6 +1,6 @@
 """Published networks that cannot be installed, rebuilt from their descriptions.
 
-Either as a module, or as the names and shapes of its tensors.
+As a module, or as the names and shapes of its tensors; and mmpretrain's DenseNet, a config.
 """
 
 import torch
@@ -117,66 +117,12 @@ class ReXUNet(nn.Module):
         return [x, *reversed(outputs)]
 
 
-class DenseLayer(nn.Module):
-    def __init__(self, channels, growth):
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(channels)
-        self.conv1 = nn.Conv2d(channels, 4 * growth, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(4 * growth)
-        self.conv2 = nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False)
-
-    def forward(self, x):
-        y = self.conv1(self.norm1(x).relu())
-        return torch.cat([x, self.conv2(self.norm2(y).relu())], 1)
-
-
-class Stage(nn.Module):
-    def __init__(self, *layers):
-        super().__init__()
-        self.block = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return self.block(x)
-
-
-class Transition(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels // 2, 1, bias=False)
-
-    def forward(self, x):
-        return F.avg_pool2d(self.conv(self.norm(x).relu()), 2)
-
-
-class MMPretrainDenseNet(nn.Module):
-    """mmpretrain's DenseNet-121, a classifier; its feature maps are those after transitions."""
-
-    def __init__(self):
-        super().__init__()
-        stem = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64)]
-        stem += [nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
-        stages, transitions, channels = nn.ModuleList(), nn.ModuleList(), 64
-        for number in (6, 12, 24, 16):
-            stages.append(Stage(*(DenseLayer(channels + 32 * j, 32) for j in range(number))))
-            channels += 32 * number
-            transitions.append(Transition(channels))
-            channels //= 2
-        transitions[-1] = nn.Sequential(nn.BatchNorm2d(1024), nn.ReLU())
-        backbone = dict(stem=nn.Sequential(*stem), stages=stages, transitions=transitions)
-        self.backbone = nn.ModuleDict(backbone)
-        self.head = nn.ModuleDict(dict(fc=nn.Linear(1024, 1000)))
-
-    def logits(self, x):
-        return self.head['fc'](self(x).mean((2, 3)))
-
-    def forward(self, x):
-        x = self.backbone['stem'](x)
-        for stage, transition in zip(
-            self.backbone['stages'], self.backbone['transitions'], strict=True
-        ):
-            x = transition(stage(x))
-        return x
+MMPRETRAIN_DENSENET = dict(
+    type='mmpretrain.ImageClassifier',
+    backbone=dict(type='mmpretrain.DenseNet', arch='121'),
+    neck=dict(type='mmpretrain.GlobalAveragePooling'),
+    head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=1024),
+)
 
 
 # The released RDNet detectors and segmentors: names and shapes in mmdet 2.25 and mmseg 0.22.

@@ -69,27 +69,27 @@ def from_torchvision(arch):
 
 
 def from_timm(family, arch):
-    name = {
-        RDNet: f'rdnet_{arch}',
-        DenseNet: f'densenet{arch}',
-        ReXNet: f'rexnet_{arch.replace(".", "")}0',
-    }[family]
+    name = f'rdnet_{arch}' if family is RDNet else f'rexnet_{arch.replace(".", "")}0'
     return timm.create_model(name) if timm.is_model(name) else RexNet(width_mult=float(arch))
 
 
 # Name -> family, arch, options, and what makes the published network.
 REFERENCES = {
     f'timm-{family.__name__}-{arch}': (family, arch, {}, lambda f=family, a=arch: from_timm(f, a))
-    for family in (RDNet, DenseNet, ReXNet)
+    for family in (RDNet, ReXNet)
     for arch in family.archs
-    if family is not DenseNet or timm.is_model(f'densenet{arch}')
     if 'lite' not in arch
 }
 REFERENCES |= {
     f'torchvision-DenseNet-{arch}': (DenseNet, arch, {}, lambda a=arch: from_torchvision(a))
     for arch in DenseNet.archs
 }
-REFERENCES['mmpretrain-DenseNet-121'] = (DenseNet, '121', {}, published.MMPretrainDenseNet)
+REFERENCES['mmpretrain-DenseNet-121'] = (
+    DenseNet,
+    '121',
+    {},
+    lambda: MODELS.build(published.MMPRETRAIN_DENSENET),
+)
 REFERENCES['clovaai-ReXNet-1.0'] = (ReXNet, '1.0', {}, published.ClovaaiReXNet)
 REFERENCES |= {
     f'clovaai-ReXNet-lite-{width}': (
@@ -117,7 +117,6 @@ SLOW = (
     '264',
     '232',
     '201',
-    'timm-DenseNet-1',
     'ReXNet-3',
 )
 

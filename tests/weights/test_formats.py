@@ -1,6 +1,6 @@
 """The key maps: the same feature maps as published networks, and no key that goes unnoticed.
 
-timm and torchvision are installed; ``published.py`` rebuilds the other networks.
+timm, torchvision and mmpretrain are installed; ``published.py`` rebuilds the other networks.
 """
 
 import argparse
@@ -74,6 +74,11 @@ def intermediates(net, x):
     return net.forward_intermediates(x, indices=indices, intermediates_only=True)
 
 
+def from_mmpretrain():
+    pytest.importorskip('mmpretrain')
+    return MODELS.build(published.MMPRETRAIN_DENSENET)
+
+
 def features(net, x):
     return net(x)[-4:]
 
@@ -84,7 +89,7 @@ def outputs(net, x):
 
 def last_stage(net, x):
     """mmpretrain's other feature maps are those after transitions."""
-    return [None, None, None, net(x)]
+    return [None, None, None, *net.backbone(x)]
 
 
 def torchvision_blocks(net, x):
@@ -170,9 +175,9 @@ SAMPLES = dict(
         torchvision_blocks,
         named_as_by_gpleiss,
     ),
-    mmpretrain=Sample('densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage),
+    mmpretrain=Sample('densenet-mmpretrain', from_mmpretrain, DenseNet, last_stage),
     mmpretrain_backbone=Sample(
-        'densenet-mmpretrain', published.MMPretrainDenseNet, DenseNet, last_stage, without_backbone
+        'densenet-mmpretrain', from_mmpretrain, DenseNet, last_stage, without_backbone
     ),
     condensenetv2_learned=Sample(
         'condensenetv2', released_condensenetv2('learned'), condensenetv2('learned'), outputs
@@ -265,7 +270,6 @@ def test_feature_maps_are_equal(sample):
 def test_descriptions():
     """The rebuilt networks have as many tensors as the published ones."""
     assert {*published.rdnet_tiny('stem.stem', 'dense_stages.{}', True)} == {*state_of('naver')}
-    assert len(state_of('mmpretrain')) == 727
     assert len(state_of('clovaai')) == 413
     assert state_of('clovaai')['output.1.weight'].shape == (1000, 1280, 1, 1)
     assert len(state_of('lite')) == 303

@@ -19,15 +19,6 @@ from mmdense.models.backbones import densenet
 from mmdense.models.backbones._densenet_shared import can_share
 
 SMALL = dict(growth_rate=8, layers=(2, 3, 2))
-REFERENCES = {
-    '121': dict(timm='densenet121'),
-    '161': dict(timm='densenet161'),
-    '169': dict(timm='densenet169'),
-    '201': dict(timm='densenet201'),
-    '264': dict(growth_rate=32, block_config=(6, 12, 64, 48)),
-    '232-k48': dict(growth_rate=48, block_config=(6, 12, 48, 48)),
-    '264-k48': dict(growth_rate=48, block_config=(6, 12, 64, 48)),
-}
 
 
 def same_as(theirs, ours, forward, *, size, train):
@@ -41,36 +32,21 @@ def same_as(theirs, ours, forward, *, size, train):
     same_step(*results)
 
 
-def timm_twin(options, stem=''):
-    torch.manual_seed(0)
-    if 'timm' in options:
-        net = timm.create_model(options['timm'], num_classes=0)
-    else:
-        net = timm.models.densenet.DenseNet(num_classes=0, stem_type=stem, **options)
-    return randomise(net)
-
-
 def timm_outputs(net):
     return lambda x: net.forward_intermediates(x, indices=(1, 2, 3, 4), intermediates_only=True)
 
 
-@pytest.mark.parametrize(
-    ('arch', 'train'),
-    [
-        ('121', True),
-        *(
-            pytest.param(arch, i % 2 == 0, marks=pytest.mark.slow)
-            for i, arch in enumerate(REFERENCES)
-        ),
-    ],
-)
-def test_equals_timm(arch, train):
-    theirs = timm_twin(REFERENCES[arch])
-    same_as(theirs, DenseNet(arch=arch), timm_outputs(theirs), size=(64, 64), train=train)
+def test_equals_timm():
+    """test_classifiers.py compares the logits of all archs."""
+    torch.manual_seed(0)
+    theirs = randomise(timm.create_model('densenet121', num_classes=0))
+    same_as(theirs, DenseNet(arch='121'), timm_outputs(theirs), size=(64, 64), train=True)
 
 
 def test_deep_stem_equals_timm():
-    theirs = timm_twin(dict(growth_rate=8, block_config=(2, 3, 2, 2)), stem='deep')
+    torch.manual_seed(0)
+    options = dict(growth_rate=8, block_config=(2, 3, 2, 2), stem_type='deep', num_classes=0)
+    theirs = randomise(timm.models.densenet.DenseNet(**options))
     ours = DenseNet(arch=dict(growth_rate=8, layers=(2, 3, 2, 2), stem='deep'))
     same_as(theirs, ours, timm_outputs(theirs), size=(45, 70), train=False)
 

@@ -37,9 +37,6 @@ def their_outputs(net, x, ends):
         ('1.0', 'stages', (45, 70), False),
         ('1.0', 'unet', (33, 64), True),
         ('1.3', 'stages', (32, 64), True),
-        pytest.param('1.5', 'stages', (32, 32), True, marks=pytest.mark.slow),
-        pytest.param('2.0', 'stages', (32, 32), True, marks=pytest.mark.slow),
-        pytest.param('3.0', 'unet', (32, 32), True, marks=pytest.mark.slow),
     ],
 )
 def test_equals_timm(width, taps, size, training):

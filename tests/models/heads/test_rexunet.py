@@ -1,4 +1,7 @@
-"""The decoder of the ReXNet U-Net, alone and in mmseg's segmentors."""
+"""The decoder of the ReXNet U-Net, alone and in mmseg's segmentors.
+
+tests/weights/test_formats.py compares its outputs with the published network's.
+"""
 
 import pytest
 import torch
@@ -75,18 +78,6 @@ def batch(height=64, width=64, number=2):
     return dict(inputs=list(images), data_samples=samples(height, width, number))
 
 
-def test_published_size():
-    encoder = ReXNet(taps='unet')
-    head = ReXUNetHead(in_channels=encoder.out_channels, num_classes=1)
-    parameters = [p for m in (encoder, head) for p in m.parameters()]
-    assert sum(p.numel() for p in parameters) == 4_009_167
-    assert len(encoder.state_dict()) + len(head.state_dict()) == 547
-    gates = [head.get_submodule(f'decode_conv{k}').se.fc1.out_channels for k in range(1, 7)]
-    assert gates == [106, 11, 6, 4, 2, 1]
-    outputs = [head.get_submodule(f'output_conv{k}').weight.shape for k in range(1, 6)]
-    assert outputs == [(1, c, 3, 3) for c in (16, 27, 50, 72, 140)]
-
-
 @pytest.mark.parametrize('size', [(64, 96), (33, 47), (65, 50)])
 def test_six_outputs(size):
     outputs = ReXUNetHead(in_channels=CHANNELS, num_classes=20)(features(*size))
@@ -97,32 +88,15 @@ def test_six_outputs(size):
     assert tuple(outputs[0].shape[2:]) == tuple(2 * side for side in halves[0])
 
 
-def test_steps_of_the_decoder():
-    head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
-    inputs = features()
-    up = torch.nn.Upsample(scale_factor=2, mode='bilinear')
-    with torch.no_grad():
-        outputs = head(inputs)
-        x = head.decode_conv1(inputs[5]) + inputs[4]
-        expected = [head.output_conv5(x)]
-        for k, index in ((2, 3), (3, 2), (4, 1), (5, 0)):
-            x = up(head.get_submodule(f'decode_conv{k}')(x)) + inputs[index]
-            expected.append(head.get_submodule(f'output_conv{index + 1}')(x))
-        expected.append(up(head.decode_conv6(x)))
-        for a, b in zip(outputs, reversed(expected), strict=True):
-            torch.testing.assert_close(a, b)
-        # The last block has no shortcut, though its channels rise.
-        assert head.decode_conv6.drop_path is None
-        head.align_corners = True
-        assert not torch.allclose(head(inputs)[0], outputs[0])
-
-
-def test_in_index_selects_the_feature_maps():
+def test_in_index_and_align_corners_have_an_effect():
     head = ReXUNetHead(in_channels=CHANNELS, num_classes=20).eval()
     turned = ReXUNetHead(in_channels=CHANNELS, in_index=(5, 4, 3, 2, 1, 0), num_classes=20).eval()
     turned.load_state_dict(head.state_dict())
-    for a, b in zip(turned(features()[::-1]), head(features()), strict=True):
+    outputs = head(features())
+    for a, b in zip(turned(features()[::-1]), outputs, strict=True):
         assert torch.equal(a, b)
+    head.align_corners = True
+    assert not torch.allclose(head(features())[0], outputs[0])
 
 
 @pytest.mark.parametrize('weights', [(1, 0.5, 0.5, 0.5, 0.5, 0.5), (2, 0, 0, 1, 0, 0)])
