@@ -3,7 +3,6 @@
 test_ops_fuzz.py compares random cases with references, test_ops_reference.py with mmcv.
 """
 
-import numpy as np
 import pytest
 import torch
 from mmcv.ops import batched_nms, nms, nms_match, soft_nms
@@ -54,14 +53,6 @@ def test_nms_keeps_the_digits_of_the_boxes(device):
     assert nms(boxes.float(), scores, 0.5)[1].tolist() == [0, 1]
 
 
-def test_nms_filters_and_limits():
-    dets, keep = nms(tensor(BOXES), tensor(SCORES), 0.5, score_threshold=0.75, max_num=1)
-    assert keep.tolist() == [0]
-    dets, keep = nms(np.array(BOXES, np.float32), np.array(SCORES, np.float32), 0.4)
-    assert isinstance(keep, np.ndarray)
-    assert keep.tolist() == [0, 2]
-
-
 @pytest.mark.parametrize('split_thr', [10000, 100])
 @pytest.mark.parametrize('kind', ['nms', 'soft_nms'])
 def test_batched_nms_treats_classes_apart(device, rng, split_thr, kind):
@@ -86,27 +77,6 @@ def test_batched_nms_treats_classes_apart(device, rng, split_thr, kind):
     )
     assert (dets[:, 4].diff() <= 0).all()
     torch.testing.assert_close(dets[:, :4], boxes[keep])
-
-
-def test_batched_nms_can_ignore_classes_and_be_skipped(device):
-    boxes, scores = tensor(BOXES, device=device), tensor(SCORES, device=device).flip(0)
-    labels = torch.arange(3, device=device)
-    config = dict(type='nms', iou_threshold=0.4)
-    assert batched_nms(boxes, scores, labels, config)[1].tolist() == [2, 1, 0]
-    assert batched_nms(boxes, scores, labels, config, class_agnostic=True)[1].tolist() == [2, 1]
-    assert batched_nms(boxes, scores, labels, None)[1].tolist() == [2, 1, 0]
-
-
-def test_nms_match_groups_by_the_box_that_suppresses(device):
-    boxes = [*BOXES, [0.0, 0.0, 10.0, 9.0], [20.0, 20.0, 30.0, 28.0]]
-    dets = tensor([[*box, s] for box, s in zip(boxes, [0.5, 0.6, 0.7, 0.8, 0.9], strict=True)])
-    groups = nms_match(dets.to(device), 0.5)
-    assert [group.tolist() for group in groups] == [[4, 2], [3, 1, 0]]
-    assert groups[0].device.type == device.type
-    assert nms_match(torch.zeros(0, 5, device=device), 0.5) == []
-    # At the threshold it matches, where nms keeps.
-    assert [len(g) for g in nms_match(dets[:2], 0.5)] == [2]
-    assert [len(g) for g in nms_match(dets[:2], 0.51)] == [1, 1]
 
 
 def test_nms_match_keeps_the_order_of_equal_scores(device):

@@ -67,20 +67,6 @@ def test_memory_format_and_autocast_change_nothing(device, rng, layer):
     assert torch.equal(out, expected)
 
 
-def test_roi_pool_by_hand(device):
-    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
-    out = RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device))
-    assert out.tolist() == [[[[5, 7], [13, 15]]]]
-    # Of equal values the first counts, and the gradient goes there.
-    maps = torch.zeros(1, 1, 4, 4, device=device, requires_grad=True)
-    RoIPool(2)(maps, tensor([[0.0, 0, 0, 3, 3]], device=device)).sum().backward()
-    assert maps.grad[0, 0].nonzero().tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
-    # Three columns in two bins: both reach over the middle one.
-    maps = torch.arange(16.0, device=device).view(1, 1, 4, 4)
-    out = RoIPool((1, 2))(maps, tensor([[0.0, 0, 0, 2, 0]], device=device))
-    assert out.tolist() == [[[[1, 2]]]]
-
-
 @pytest.mark.parametrize('layer', [RoIAlign(2), RoIPool(2)])
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
 def test_rois_that_are_not_finite_give_nan_and_no_gradient(device, layer, value):

@@ -449,15 +449,6 @@ def test_released_models(scope, tmp_path):
 # The released CondenseNetV2 models
 
 
-def load_condensenetv2(file, **options):
-    init = dict(type='Pretrained', checkpoint=f'condensenetv2://{file}')
-    net = MODELS.build(
-        dict(type='mmdense.CondenseNetV2', init_cfg=init, out_indices=None, **options)
-    )
-    net.init_weights()
-    return net.eval()
-
-
 @torch.no_grad()
 def check_condensenetv2(net, released):
     x = torch.randn(2, 3, 64, 47).double()
@@ -473,19 +464,10 @@ def averaged(state):
     return {k: v * 0.99996 if k.endswith(('_stage', '_count')) else v for k, v in state.items()}
 
 
-@pytest.mark.parametrize(
-    ('arch', 'form'),
-    [
-        ('tiny', 'condensed'),
-        ('tiny', 'learned'),
-        ('a', 'condensed'),
-        ('b', 'condensed'),
-        ('c', 'condensed'),
-        ('c', 'learned'),
-    ],
-)
-def test_released_condensenetv2(arch, form, tmp_path):
-    released = published.CondenseNetV2(arch, form)
+@pytest.mark.parametrize('form', ['condensed', 'learned'])
+def test_released_condensenetv2(form, tmp_path):
+    """As the files have them; tests/models/test_classifiers.py has the logits of all archs."""
+    released = published.CondenseNetV2('tiny', form)
     state = released.state_dict()
     content = dict(state_dict=parallel(state), args=argparse.Namespace(lr=0.1), epoch=350)
     if form == 'learned':
@@ -493,8 +475,10 @@ def test_released_condensenetv2(arch, form, tmp_path):
         content |= dict(state_dict=parallel(other), state_dict_ema=averaged(state))
     file = tmp_path / 'released.pth.tar'
     torch.save(content, file)
-    net = load_condensenetv2(file, arch=TINY if arch == 'tiny' else arch, form=form)
-    file.unlink()  # up to 100 MB
+    init = dict(type='Pretrained', checkpoint=f'condensenetv2://{file}')
+    net = CondenseNetV2(init_cfg=init, out_indices=None, arch=TINY, form=form)
+    net.init_weights()
+    net.eval()
     assert_same(convert(content), net.state_dict())
     assert net.stage == net.last_stage
     check_condensenetv2(net, released)

@@ -292,6 +292,8 @@ def test_norm_cfg(form):
         (dict(arch=dict(layers=(1,), growth=(8,), stem_stride=0)), 'must be positive'),
         (dict(arch=dict(layers=(1, 1), growth=(8, 12))), 'groups must divide'),
         (dict(arch=dict(layers=(1,), growth=(8,), condense_factor=3)), 'condense_factor must'),
+        (dict(norm_cfg=dict(type='GN', num_groups=4)), 'norm_cfg must be of a batch norm'),
+        (dict(norm_cfg=dict(type='BN', affine=False)), 'norm_cfg must be of a batch norm'),
     ],
 )
 def test_impossible_options(options, message):
@@ -301,8 +303,7 @@ def test_impossible_options(options, message):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('form', 'backend'),
-    [('condensed', 'aot_eager'), ('deployed', 'aot_eager'), ('deployed', 'inductor')],
+    ('form', 'backend'), [('condensed', 'aot_eager'), ('deployed', 'inductor')]
 )
 def test_compiles(form, backend):
     net = build(COMPILED, out_indices=None)
@@ -332,8 +333,6 @@ def test_weights_of_the_other_form_are_refused(form):
     message = f"the network is of form='{form}': build it with form='{other.form}'"
     with pytest.raises(UserError, match=message):
         load_state_dict(model, weights)  # mmengine's, which only warns of keys that don't fit
-    with pytest.raises(UserError, match="the network is of form='deployed': load weights before"):
-        deployed(build()).load_state_dict(other.state_dict(), strict=False)
 
 
 def test_weights_that_would_not_fit_are_refused():
@@ -349,9 +348,3 @@ def test_weights_that_would_not_fit_are_refused():
     released[key] = torch.eye(len(released[key]))
     with pytest.raises(UserError, match='condensenetv2://FILE'):
         load_state_dict(condensed, released)
-
-
-@pytest.mark.parametrize('norm_cfg', [dict(type='GN', num_groups=4), dict(type='BN', affine=False)])
-def test_norms_that_cannot_be_condensed_are_refused(norm_cfg):
-    with pytest.raises(ValueError, match='norm_cfg must be of a batch norm'):
-        CondenseNetV2(arch=SMALL, norm_cfg=norm_cfg)
