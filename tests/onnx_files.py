@@ -16,6 +16,10 @@ BASE = dict(
     resize=None,
 )
 SIZE = ['N', 3, 'H', 'W']
+# What a detector finds; the last is padding, and masks are the upper half of the boxes.
+BOXES, SCORES, LABELS = [[8, 4, 40, 30], [2, 2, 20, 20], [0, 0, 0, 0]], [0.6, 0.2, -1.0], [1, 0, 0]
+MASKS = np.zeros((3, 28, 28), np.float32)
+MASKS[:, :14] = 0.9
 
 
 def write(file, nodes, outputs, values=None, dtype=TensorProto.UINT8, shape=SIZE, **metadata):
@@ -33,7 +37,7 @@ def write(file, nodes, outputs, values=None, dtype=TensorProto.UINT8, shape=SIZE
     return file
 
 
-def write_detector(file, boxes, scores, labels, masks=None, **options):
+def write_detector(file, boxes=BOXES, scores=SCORES, labels=LABELS, masks=None, **options):
     """Write a detector that finds the same in each image: boxes [K, 4] and so on.
 
     The mean of an image, divided by 1000, is added to its scores.

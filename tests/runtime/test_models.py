@@ -16,16 +16,20 @@ from pycocotools.coco import COCO
 from mmdense.errors import UserError
 from mmdense.runtime import Classifier, Detector, Segmentor, Session, models, open_model
 from mmdense.runtime.__main__ import main
-from onnx_files import write_classifier, write_detector, write_segmentor
-
-BOXES, SCORES, LABELS = [[8, 4, 40, 30], [2, 2, 20, 20], [0, 0, 0, 0]], [0.6, 0.2, -1.0], [1, 0, 0]
-MASKS = np.zeros((3, 28, 28), np.float32)
-MASKS[:, :14] = 0.9  # the upper half
+from onnx_files import (
+    BOXES,
+    LABELS,
+    MASKS,
+    SCORES,
+    write_classifier,
+    write_detector,
+    write_segmentor,
+)
 
 
 @pytest.fixture
 def detector(tmp_path):
-    return write_detector(tmp_path / 'boxes.onnx', BOXES, SCORES, LABELS)
+    return write_detector(tmp_path / 'boxes.onnx')
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def test_boxes_are_in_pixels_of_the_original(tmp_path, folder, detector):
     np.testing.assert_allclose(one[0]['scores'], SCORES[:2], atol=1e-6)
     assert one[0]['labels'].tolist() == LABELS[:2]
     resize = dict(scale=[128, 96], keep_ratio=False)
-    file = write_detector(tmp_path / 'x.onnx', BOXES, SCORES, LABELS, resize=resize)
+    file = write_detector(tmp_path / 'x.onnx', resize=resize)
     scaled = Detector(file)(folder / 'c.png')[0]['bboxes']  # 32 x 48 becomes 128 x 96
     np.testing.assert_allclose(scaled, np.array(BOXES[:2]) / [4, 2, 4, 2])
 
@@ -74,13 +78,13 @@ def test_a_batch_predicts_what_images_do_alone(folder, detector, segmentor, monk
             for name, value in one.items():
                 np.testing.assert_array_equal(value, other[name])
     assert [shape[0] for shape in shapes] == [2, 1, 1, 1, 1] * 2
-    fixed = write_detector(file.with_name('x.onnx'), BOXES, SCORES, LABELS, shape=[1, 3, 48, 64])
+    fixed = write_detector(file.with_name('x.onnx'), shape=[1, 3, 48, 64])
     assert Detector(fixed, batch=8).batch == 1
 
 
 def test_images_are_padded_where_the_pipeline_does(tmp_path, folder, monkeypatch):
     inputs, pad = [], dict(size=[70, 50], value=114.0)
-    file = write_detector(tmp_path / 'x.onnx', BOXES, SCORES, LABELS, pad=pad)
+    file = write_detector(tmp_path / 'x.onnx', pad=pad)
     monkeypatch.setattr(Session, 'run', lambda self, images: inputs.append(images) or {})
     with pytest.raises(KeyError):
         Detector(file)(folder / 'a.png')
@@ -104,7 +108,7 @@ def test_masks_are_pasted_as_mmdet_does(tmp_path):
     assert pasted.any((1, 2)).sum() > 15
     assert (pasted == (expected >= 0.5).numpy())[sure.numpy()].all()
     image = np.zeros((48, 64, 3), np.uint8)
-    file = write_detector(tmp_path / 'x.onnx', BOXES, SCORES, LABELS, MASKS)
+    file = write_detector(tmp_path / 'x.onnx', masks=MASKS)
     (prediction,) = Detector(file)(image)
     assert prediction['masks'].shape == (2, 48, 64)
     assert prediction['masks'][0, 5:16, 9:39].all()
@@ -146,7 +150,7 @@ def test_each_kind_refuses_the_other_s_file(tmp_path, detector, segmentor):
     with pytest.raises(UserError, match=r'is for depth: load it by mmdense\.runtime\.Session'):
         open_model(write_segmentor(tmp_path / 'x.onnx', task='depth'))
     resize = dict(scale=[64, 64], keep_ratio=True)
-    model = Detector(write_detector(tmp_path / 'y.onnx', BOXES, SCORES, LABELS, resize=resize))
+    model = Detector(write_detector(tmp_path / 'y.onnx', resize=resize))
     with pytest.raises(UserError, match='1 x 5000 pixels: too narrow'):
         model(np.zeros((1, 5000, 3), np.uint8))
 
@@ -172,7 +176,7 @@ def test_a_classifier(tmp_path, folder):
 
 @pytest.mark.parametrize('batch', [1, 4])
 def test_a_folder(batch, tmp_path, folder, capsys):
-    file = write_detector(tmp_path / 'x.onnx', BOXES, SCORES, LABELS, MASKS)
+    file = write_detector(tmp_path / 'x.onnx', masks=MASKS)
     arguments = [file, folder, '--out', tmp_path / 'out', '--batch', batch, '--threads', 1]
     with pytest.raises(SystemExit) as status:
         main([str(argument) for argument in arguments])

@@ -253,15 +253,6 @@ def test_synchronised_norms(family):
     same(run(nn.SyncBatchNorm.convert_sync_batchnorm(net), image()), expected)
 
 
-def test_init_cfg_loads_a_checkpoint(family, tmp_path):
-    trained = randomise(build(family))
-    file = str(tmp_path / 'backbone.pth')
-    torch.save(dict(state_dict=trained.state_dict()), file)
-    net = build(family, init_cfg=dict(type='Pretrained', checkpoint=file))
-    net.init_weights()
-    same([*net.parameters()], [*trained.parameters()], 0)
-
-
 @pytest.mark.parametrize(
     ('family', 'memory'),
     [

@@ -33,22 +33,12 @@ def test_equals_timm(size, batch):
     same_step(step(ours, x)[0], expected)
 
 
-@pytest.mark.parametrize(
-    ('arch', 'channels', 'millions'),
-    [
-        ('tiny', (256, 440, 744, 1040), 22.82),
-        ('small', (264, 512, 760, 1264), 49.17),
-        ('base', (408, 584, 1000, 1760), 85.69),
-        ('large', (528, 840, 1528, 2000), 184.26),
-    ],
-)
-def test_sizes_equal_timm(arch, channels, millions):
+@pytest.mark.parametrize('arch', RDNet.archs)
+def test_sizes_equal_timm(arch):
     with torch.device('meta'):
         ours, theirs = RDNet(arch=arch), timm_twin(f'rdnet_{arch}')
-    assert ours.out_channels == channels
     expected = {k: v.shape for k, v in theirs.state_dict().items()}
     assert {k: v.shape for k, v in ours.state_dict().items()} == expected
-    assert round(sum(p.numel() for p in ours.parameters()) / 1e6, 2) == millions
 
 
 def test_drop_path_rates_equal_timm():
