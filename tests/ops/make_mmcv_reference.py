@@ -10,19 +10,14 @@ Only operators that mmcv has for the CPU are here.
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator
 from functools import partial
 
+import mmcv.ops
 import numpy as np
 import torch
 
-Arrays = dict[str, np.ndarray]
-Case = Callable[[np.random.RandomState], Arrays]
 
-
-def boxes(
-    rng: np.random.RandomState, count: int, grid: bool = False, ties: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
+def boxes(rng, count, grid=False, ties=False):
     """Return crowded boxes and scores; on a ``grid`` many IoUs coincide, with ``ties`` scores.
 
     Among equal scores soft-NMS has an order; that of mmcv's nms and nms_match is left to torch's
@@ -38,13 +33,11 @@ def boxes(
     return torch.from_numpy(data[:, :4].copy()), torch.from_numpy(data[:, 4].copy())
 
 
-def normal(rng: np.random.RandomState, *shape: int) -> torch.Tensor:
+def normal(rng, *shape):
     return torch.from_numpy(rng.randn(*shape).astype(np.float32))
 
 
-def with_grads(
-    rng: np.random.RandomState, function: Callable[..., torch.Tensor], **leaves: torch.Tensor
-) -> Arrays:
+def with_grads(rng, function, **leaves):
     """Return the output of ``function(**leaves)`` and gradients, for a random output gradient."""
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
     out = function(**leaves)
@@ -53,63 +46,46 @@ def with_grads(
     return {'output': out.detach().numpy(), **arrays}
 
 
-def nms(rng: np.random.RandomState, offset: int, grid: bool, threshold: float) -> Arrays:
-    from mmcv.ops import nms
-
-    dets, keep = nms(*boxes(rng, 60, grid), threshold, offset=offset)
+def nms(rng, offset, grid, threshold):
+    dets, keep = mmcv.ops.nms(*boxes(rng, 60, grid), threshold, offset=offset)
     return {'dets': dets.numpy(), 'keep': keep.numpy()}
 
 
-def soft_nms(rng: np.random.RandomState, method: str, offset: int, ties: bool) -> Arrays:
-    from mmcv.ops import soft_nms
-
+def soft_nms(rng, method, offset, ties):
     options = dict(iou_threshold=0.3, sigma=0.5, min_score=0.05, method=method, offset=offset)
-    dets, keep = soft_nms(*boxes(rng, 40, ties, ties), **options)
+    dets, keep = mmcv.ops.soft_nms(*boxes(rng, 40, ties, ties), **options)
     return {'dets': dets.numpy(), 'keep': keep.numpy()}
 
 
-def nms_match(rng: np.random.RandomState, grid: bool) -> Arrays:
-    from mmcv.ops import nms_match
-
+def nms_match(rng, grid):
     dets, scores = boxes(rng, 50, grid)
-    groups = nms_match(torch.cat((dets, scores[:, None]), 1), 0.4)
+    groups = mmcv.ops.nms_match(torch.cat((dets, scores[:, None]), 1), 0.4)
     return {'members': torch.cat(groups).numpy(), 'sizes': np.array([len(g) for g in groups])}
 
 
-def roi_align(rng: np.random.RandomState, sampling_ratio: int, aligned: bool) -> Arrays:
-    from mmcv.ops import roi_align
-
+def roi_align(rng, sampling_ratio, aligned):
     # Some reach over the edges of the 10 x 12 maps (40 x 48 pixels), or far beyond them.
     rois = boxes(rng, 5)[0] * torch.tensor([1.8, 1.5, 1.2, 1.1]) - 5
     rois[:, 2:] = torch.maximum(rois[:, 2:], rois[:, :2] + 0.5)
     rois = torch.cat((torch.from_numpy(rng.randint(0, 2, (5, 1))).float(), rois), 1)
     options = rois, (2, 3), 0.25, sampling_ratio, 'avg', aligned
     maps = normal(rng, 2, 3, 10, 12)
-    return with_grads(rng, lambda input: roi_align(input, *options), input=maps)
+    return with_grads(rng, lambda input: mmcv.ops.roi_align(input, *options), input=maps)
 
 
-def convolve(
-    rng: np.random.RandomState,
-    stride: int = 1,
-    dilation: int = 1,
-    both_groups: tuple[int, int] = (1, 1),
-    **leaves: torch.Tensor,
-) -> Arrays:
+def convolve(rng, stride=1, dilation=1, both_groups=(1, 1), **leaves):
     """Run deformable convolution of ``leaves``, version 2 if there is a mask."""
-    from mmcv.ops import deform_conv2d, modulated_deform_conv2d
 
     def run(input, offset, weight, mask=None, bias=None):
         options = stride, 1, dilation, *both_groups
         if mask is None:
-            return deform_conv2d(input, offset, weight, *options)
-        return modulated_deform_conv2d(input, offset, mask, weight, bias, *options)
+            return mmcv.ops.deform_conv2d(input, offset, weight, *options)
+        return mmcv.ops.modulated_deform_conv2d(input, offset, mask, weight, bias, *options)
 
     return with_grads(rng, run, **leaves)
 
 
-def deform_conv2d(
-    rng: np.random.RandomState, stride: int, dilation: int, both_groups: tuple[int, int]
-) -> Arrays:
+def deform_conv2d(rng, stride, dilation, both_groups):
     size = [(n + 2 - dilation * 2 - 1) // stride + 1 for n in (4, 5)]
     leaves = dict(
         input=normal(rng, 2, 4, 4, 5),
@@ -119,9 +95,7 @@ def deform_conv2d(
     return convolve(rng, stride, dilation, both_groups, **leaves)
 
 
-def modulated_deform_conv2d(
-    rng: np.random.RandomState, stride: int, both_groups: tuple[int, int], with_bias: bool
-) -> Arrays:
+def modulated_deform_conv2d(rng, stride, both_groups, with_bias):
     size = [(n + 2 - 3) // stride + 1 for n in (4, 5)]
     leaves = dict(
         input=normal(rng, 2, 4, 4, 5),
@@ -134,7 +108,7 @@ def modulated_deform_conv2d(
     return convolve(rng, stride, 1, both_groups, **leaves)
 
 
-def oversized_offsets(rng: np.random.RandomState, deform_groups: int) -> Arrays:
+def oversized_offsets(rng, deform_groups):
     """Offsets and masks of the next finer level, as mmdet's DyHead passes them."""
     leaves = dict(
         input=normal(rng, 2, 2, 3, 4),
@@ -145,7 +119,7 @@ def oversized_offsets(rng: np.random.RandomState, deform_groups: int) -> Arrays:
     return convolve(rng, both_groups=(1, deform_groups), **leaves)
 
 
-def samples_at_the_rim(rng: np.random.RandomState, offsets: str, modulated: bool) -> Arrays:
+def samples_at_the_rim(rng, offsets, modulated):
     """Offsets of zero, as training begins, or of whole pixels: samples lie exactly at -1 and H."""
     whole = torch.from_numpy(rng.randint(-2, 3, (2, 18, 4, 5)).astype(np.float32))
     leaves = dict(
@@ -158,18 +132,16 @@ def samples_at_the_rim(rng: np.random.RandomState, offsets: str, modulated: bool
     return convolve(rng, **leaves)
 
 
-def psa_mask(rng: np.random.RandomState, psa_type: str, mask_size: tuple[int, int]) -> Arrays:
-    from mmcv.ops import PSAMask
-
-    channels = mask_size[0] * mask_size[1]
-    return with_grads(rng, PSAMask(psa_type, mask_size), input=normal(rng, 2, channels, 3, 4))
+def psa_mask(rng, psa_type, mask_size):
+    mask = normal(rng, 2, mask_size[0] * mask_size[1], 3, 4)
+    return with_grads(rng, mmcv.ops.PSAMask(psa_type, mask_size), input=mask)
 
 
-def cases() -> Iterator[tuple[str, Case]]:
+def cases():
     """Yield every case with its name."""
     booleans = False, True
     pairs = (1, 2), (2, 1)  # of groups and deformable groups
-    grid: list[tuple[Callable[..., Arrays], dict]] = [
+    grid = [
         (nms, dict(offset=(0, 1), grid=booleans, threshold=(0.3, 0.6))),
         (soft_nms, dict(method=('naive', 'linear', 'gaussian'), offset=(0, 1), ties=booleans)),
         (nms_match, dict(grid=booleans)),
@@ -190,17 +162,17 @@ def cases() -> Iterator[tuple[str, Case]]:
             yield f'{function.__name__}({name})', partial(function, **chosen)
 
 
-def run(case: Case, seed: int) -> Arrays:
+def run(case, seed):
     # The stream of RandomState is frozen: every numpy makes the same inputs.
     return case(np.random.RandomState(seed))  # noqa: NPY002
 
 
-def pack(arrays: Arrays) -> np.ndarray:
+def pack(arrays):
     """Return all values in one array: a file of many small arrays is mostly headers."""
     return np.concatenate([array.ravel() for array in arrays.values()]).astype(np.float32)
 
 
-def unpack(packed: np.ndarray, like: Arrays) -> Arrays:
+def unpack(packed, like):
     """Return ``packed`` with the names and shapes of ``like``; they must fit."""
     ends = np.cumsum([array.size for array in like.values()])
     if packed.size != ends[-1]:
@@ -209,7 +181,7 @@ def unpack(packed: np.ndarray, like: Arrays) -> Arrays:
     return {k: part.reshape(a.shape) for (k, a), part in zip(like.items(), parts, strict=True)}
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
     parser.add_argument('--out', required=True, help='file to write')
     args = parser.parse_args()

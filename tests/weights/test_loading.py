@@ -417,6 +417,9 @@ def test_another_form_of_condensenetv2(tmp_path):
     weights = condensed_weights()
     file = save(tmp_path, weights)
     assert error_of(initialise, 'CondenseNetV2', file).startswith(f'{file}: {OTHER_FORM}')
+    learned = save(tmp_path, weights_of('CondenseNetV2'), 'learned.pth')
+    text = error_of(initialise, 'CondenseNetV2', learned, form='condensed')
+    assert "build it with form='learned'" in text
     net = initialise('CondenseNetV2', file, form='condensed')
     assert_equal(net.state_dict(), weights)
     checkpoint = dict(state_dict=with_prefix('backbone.', weights))
