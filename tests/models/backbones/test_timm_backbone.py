@@ -23,31 +23,26 @@ SMALL = 'mobilenetv2_035'
 
 
 @pytest.mark.parametrize('name', HEADS)
-def test_equals_features_only(name):
-    ours = randomise(TimmBackbone(model_name=name)).eval()
-    theirs = timm.create_model(name, features_only=True, out_indices=ours.out_indices).eval()
-    values = ours.state_dict().values()
-    renamed = dict(zip(theirs.state_dict(), values, strict=True))  # in the same order
-    theirs.load_state_dict(renamed)
-    assert ours.out_channels == tuple(theirs.feature_info.channels())
-    assert ours.out_strides == tuple(theirs.feature_info.reduction()) == (4, 8, 16, 32)
-    x = torch.randn(1, 3, 45, 70)
-    for a, b in zip(ours(x), theirs(x), strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize('name', HEADS)
-def test_a_checkpoint_of_the_classifier_loads(name, tmp_path):
-    theirs = randomise(timm.create_model(name)).state_dict()
+def test_equals_timm(name, tmp_path):
+    """A checkpoint of the classifier loads; feature maps are those of ``features_only``."""
+    classifier = randomise(timm.create_model(name)).state_dict()
     file = str(tmp_path / 'classifier.pth')
-    torch.save(theirs, file)
-    net = TimmBackbone(model_name=name, init_cfg=dict(type='Pretrained', checkpoint=file))
+    torch.save(classifier, file)
+    net = TimmBackbone(model_name=name, init_cfg=dict(type='Pretrained', checkpoint=file)).eval()
     net.init_weights()
     ours = net.state_dict()
-    assert {key.split('.')[0] for key in theirs.keys() - ours.keys()} == HEADS[name]
+    assert {key.split('.')[0] for key in classifier.keys() - ours.keys()} == HEADS[name]
     assert [n for n, _ in net.named_parameters()] == [n for n, _ in net._net.named_parameters()]
     for key, value in ours.items():
-        assert torch.equal(value, theirs[key]), key
+        assert torch.equal(value, classifier[key]), key
+    theirs = timm.create_model(name, features_only=True, out_indices=net.out_indices).eval()
+    renamed = dict(zip(theirs.state_dict(), ours.values(), strict=True))  # in the same order
+    theirs.load_state_dict(renamed)
+    assert net.out_channels == tuple(theirs.feature_info.channels())
+    assert net.out_strides == tuple(theirs.feature_info.reduction()) == (4, 8, 16, 32)
+    x = torch.randn(1, 3, 45, 70)
+    for a, b in zip(net(x), theirs(x), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
