@@ -17,7 +17,7 @@ BASE = dict(
 )
 SIZE = ['N', 3, 'H', 'W']
 # What a detector finds; the last is padding, and masks are the upper half of the boxes.
-BOXES, SCORES, LABELS = [[8, 4, 40, 30], [2, 2, 20, 20], [0, 0, 0, 0]], [0.6, 0.2, -1.0], [1, 0, 0]
+BOXES, SCORES, LABELS = [[8, 4, 40, 30], [2, 2, 20, 20], [0, 0, 0, 0]], [0.6, 0.1, -1.0], [1, 0, 0]
 MASKS = np.zeros((3, 28, 28), np.float32)
 MASKS[:, :14] = 0.9
 

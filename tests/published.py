@@ -1,9 +1,11 @@
 """Published networks that cannot be installed, rebuilt from their descriptions.
 
-As a module, or as the names and shapes of its tensors; and mmpretrain's DenseNet, a config.
+Either as a module, or as the names and shapes of its tensors.
 """
 
+import pytest
 import torch
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn import functional as F
 
@@ -117,12 +119,14 @@ class ReXUNet(nn.Module):
         return [x, *reversed(outputs)]
 
 
-MMPRETRAIN_DENSENET = dict(
-    type='mmpretrain.ImageClassifier',
-    backbone=dict(type='mmpretrain.DenseNet', arch='121'),
-    neck=dict(type='mmpretrain.GlobalAveragePooling'),
-    head=dict(type='mmpretrain.LinearClsHead', num_classes=1000, in_channels=1024),
-)
+def mmpretrain_densenet():
+    """Return mmpretrain's own DenseNet-121, a classifier."""
+    pytest.importorskip('mmpretrain')
+    backbone = dict(type='DenseNet', arch='121')
+    head = dict(type='LinearClsHead', num_classes=1000, in_channels=1024)
+    config = dict(backbone=backbone, neck=dict(type='GlobalAveragePooling'), head=head)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(dict(type='ImageClassifier', **config))
 
 
 # The released RDNet detectors and segmentors: names and shapes in mmdet 2.25 and mmseg 0.22.

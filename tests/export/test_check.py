@@ -96,7 +96,7 @@ def shifted(by):
         (shifted(5e-4), ''),
         (shifted(0.01), 'lost 0, boxes 0.01, scores'),
         (shifted(30), 'lost 1, boxes 0'),
-        (dict(scores=[0.6, 0.2001]), 'scores 0.0001'),
+        (dict(scores=[0.6, 0.1001]), 'scores 0.0001'),
         (dict(labels=[1, 1]), 'lost 0.5'),
         (dict(bboxes=BOXES[:1], scores=SCORES[:1], labels=LABELS[:1]), 'lost 0.3'),
         # Where the model itself changes as much by noise, rounding is to blame.

@@ -84,12 +84,7 @@ REFERENCES |= {
     f'torchvision-DenseNet-{arch}': (DenseNet, arch, {}, lambda a=arch: from_torchvision(a))
     for arch in DenseNet.archs
 }
-REFERENCES['mmpretrain-DenseNet-121'] = (
-    DenseNet,
-    '121',
-    {},
-    lambda: MODELS.build(published.MMPRETRAIN_DENSENET),
-)
+REFERENCES['mmpretrain-DenseNet-121'] = (DenseNet, '121', {}, published.mmpretrain_densenet)
 REFERENCES['clovaai-ReXNet-1.0'] = (ReXNet, '1.0', {}, published.ClovaaiReXNet)
 REFERENCES |= {
     f'clovaai-ReXNet-lite-{width}': (

@@ -74,11 +74,6 @@ def intermediates(net, x):
     return net.forward_intermediates(x, indices=indices, intermediates_only=True)
 
 
-def from_mmpretrain():
-    pytest.importorskip('mmpretrain')
-    return MODELS.build(published.MMPRETRAIN_DENSENET)
-
-
 def features(net, x):
     return net(x)[-4:]
 
@@ -175,9 +170,9 @@ SAMPLES = dict(
         torchvision_blocks,
         named_as_by_gpleiss,
     ),
-    mmpretrain=Sample('densenet-mmpretrain', from_mmpretrain, DenseNet, last_stage),
+    mmpretrain=Sample('densenet-mmpretrain', published.mmpretrain_densenet, DenseNet, last_stage),
     mmpretrain_backbone=Sample(
-        'densenet-mmpretrain', from_mmpretrain, DenseNet, last_stage, without_backbone
+        'densenet-mmpretrain', published.mmpretrain_densenet, DenseNet, last_stage, without_backbone
     ),
     condensenetv2_learned=Sample(
         'condensenetv2', released_condensenetv2('learned'), condensenetv2('learned'), outputs
