@@ -1,8 +1,9 @@
 """Compare Faster R-CNN on mmdense's backbones with the same detector on timm's.
 
-timm's networks run in mmpretrain's TIMMBackbone. Backbone, neck and heads have the same weights,
-and every step the same images, boxes and random numbers. TIMMBackbone can't freeze stages or norms,
-so nothing is frozen, and RDNet has neither stochastic depth nor output norms.
+timm's networks run in mmpretrain's TIMMBackbone, and their RoIAlign is torchvision's kernel: on a
+CPU the same loop on one thread as in a compiled mmcv. Backbone, neck and heads have the same
+weights, and every step the same images, boxes and random numbers. TIMMBackbone can't freeze stages
+or norms, so nothing is frozen, and RDNet has neither stochastic depth nor output norms.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
-from dev.benchmark.compare import DTYPES, MMDENSE, Contender, Setting, summary, timed
+from dev.benchmark.compare import DTYPES, MMDENSE, Contender, Setting, summary
 from dev.benchmark.networks import NETWORKS
 from mmdense.benchmark.memory import peak_bytes, random_batch
-from mmdense.benchmark.timing import Run, inference_run, training_run
+from mmdense.benchmark.timing import Run, inference_run, seconds_of, training_run
 from mmdense.config.edit import use_amp
 from mmdense.errors import UserError, one_line
 from mmdense.models.deploy import deploy
@@ -72,7 +73,6 @@ def build(contender: Contender, setting: Setting, parts: Mapping[str, Tensor]) -
             features_only=True,
             out_indices=tuple(peer.feature_info.out_indices),
         )
-        # RoIAlign without mmdense: the same loop on one thread as in a compiled mmcv.
         cfg.model.roi_head.bbox_roi_extractor.roi_layer.use_torchvision = True
     cfg.model.backbone = backbone
     torch.manual_seed(SEED)  # of the images and boxes
@@ -135,14 +135,19 @@ def compare_detectors(
     must agree in float64. ``error`` is that of the losses or maps, ``memory`` is measured on a GPU.
 
     Raises:
-        UserError: If they don't agree, or all of timm's configurations fail.
+        UserError: If they don't agree, a norm gets a single value, or all of timm's configurations
+            fail.
     """
     torch.compiler.reset()  # or another size would be compiled for dynamic shapes
     progress('comparing in float64')
     run = build(Contender(MMDENSE), setting, {})
     weights = run.model.state_dict().items()
     parts = {key: x.clone() for key, x in weights if not key.startswith('backbone.')}
-    exact = outputs(run, setting, torch.float64)
+    try:
+        exact = outputs(run, setting, torch.float64)
+    except ValueError as failure:  # BatchNorm of a single value
+        reason = one_line(failure)
+        raise UserError(f'{setting.network}: {reason}; use a larger --batch') from failure
     run = build(Contender('timm'), setting, parts)
     difference = _error(outputs(run, setting, torch.float64), exact)
     if not difference <= AGREEMENT:
@@ -166,7 +171,7 @@ def compare_detectors(
     for number in range(rounds):
         progress(f'round {number + 1} of {rounds}')
         for contender in random.sample(list(steps), len(steps)):
-            seconds[contender].append(timed(steps[contender], setting.device))
+            seconds[contender].append(seconds_of(steps[contender], setting.device))
     result = summary(setting, rows, seconds)
     result['setting']['network'] = Path(CONFIGS[setting.network]).stem
     return result

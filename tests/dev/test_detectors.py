@@ -61,6 +61,11 @@ def test_detectors_that_differ_are_not_timed(monkeypatch):
         compare_detectors(replace(SMALL, mode='infer'))
 
 
+def test_batch_norms_of_a_single_value_are_an_error():
+    with pytest.raises(UserError, match='rexnet_100: .* per channel .*use a larger --batch'):
+        compare_detectors(replace(SMALL, batch=1))
+
+
 @pytest.mark.slow
 def test_detectors_agree_and_are_timed():
     result = compare_detectors(SMALL, compiled=False, rounds=1)
