@@ -18,7 +18,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import CheckpointLoader
 from safetensors.torch import save_file
 
-import mmdense  # noqa: F401
+import mmdense.models  # noqa: F401  (applies the patches)
 from checkpoints import WRITERS, Call, assert_same, error_of, tensors
 from mmdense.weights import sources
 from mmdense.weights.files import read_checkpoint, write_checkpoint
