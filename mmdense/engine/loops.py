@@ -226,26 +226,26 @@ def misfits(runner: Runner) -> Iterator[str]:
     loop, schedules = runner.train_loop, runner.param_schedulers or []
     by_epoch = isinstance(loop, EpochBasedTrainLoop)
     limits = {True: loop.max_epochs, False: loop.max_iters}
-    epochs = f' ({loop.max_epochs} epochs of {len(loop.dataloader)})' if by_epoch else ''
-    length = f'since the training has {loop.max_iters} iterations{epochs}'
+    epoch = f' (epoch {loop.max_epochs})' if by_epoch else ''
+    length = f'since training ends at iteration {loop.max_iters}{epoch}'
     groups = schedules.values() if isinstance(schedules, dict) else [schedules]
     for i, schedule in (pair for group in groups for pair in enumerate(group)):
         limit, unit = limits[schedule.by_epoch], 'epoch' if schedule.by_epoch else 'iteration'
         kind, value, end = type(schedule).__name__, schedule.param_name, schedule.end
         steps = sorted(schedule.begin + step for step in getattr(schedule, 'milestones', ()))
         if late := [str(step) for step in steps if limit <= step < end]:
-            fault = f'changes {value} at {unit} {", ".join(late)}, which never comes'
+            fault = f'changes {value} at {unit} {", ".join(late)}, which is never reached'
         elif steps or not limit < end < INF:
             continue
         else:
-            fault = f'goes on until {unit} {end}: {value} does not get to its last value'
+            fault = f'ends at {unit} {end}: {value} never reaches its final value'
         yield f'param_scheduler.{i}: {kind} {fault}, {length}'
     for hook in runner.hooks:
         name = type(hook).__name__
         if isinstance(hook, CheckpointHook) and hook.interval > limits[hook.by_epoch]:
-            yield f'{name}.interval={hook.interval}: it saves at the end alone, {length}'
+            yield f'{name}.interval={hook.interval}: it saves only at the end, {length}'
         for key in ('num_last_epochs', 'switch_epoch') if by_epoch else ():
             if (epoch := getattr(hook, key, -1)) >= loop.max_epochs:
-                yield f'{name}.{key}={epoch}: it never acts, {length}'
+                yield f'{name}.{key}={epoch}: it never takes effect, {length}'
     if runner.val_loop is not None and loop.val_interval > limits[by_epoch]:
-        yield f'train_cfg.val_interval={loop.val_interval}: validation at the end alone, {length}'
+        yield f'train_cfg.val_interval={loop.val_interval}: validation only at the end, {length}'

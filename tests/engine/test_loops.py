@@ -270,20 +270,20 @@ def short(folder, kind='epochs', **options):
         (
             'epochs',
             dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=101),
-            'LinearLR goes on until iteration 101: lr does not get to its last value, since the '
-            'training has 12 iterations (3 epochs of 4)',
+            'LinearLR ends at iteration 101: lr never reaches its final value, since training ends '
+            'at iteration 12 (epoch 3)',
         ),
         (
             'epochs',
             dict(type='MultiStepLR', milestones=[2, 8, 11], end=12),
-            'MultiStepLR changes lr at epoch 8, 11, which never comes, since the training has 12 '
-            'iterations (3 epochs of 4)',
+            'MultiStepLR changes lr at epoch 8, 11, which is never reached, since training ends at '
+            'iteration 12 (epoch 3)',
         ),
         (
             'iterations',
             dict(type='PolyLR', by_epoch=False, end=160),
-            'PolyLR goes on until iteration 160: lr does not get to its last value, since the '
-            'training has 12 iterations',
+            'PolyLR ends at iteration 160: lr never reaches its final value, since training ends '
+            'at iteration 12',
         ),
         ('epochs', dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=12), None),
         ('epochs', dict(type='MultiStepLR', milestones=[1, 2], end=3), None),
@@ -305,9 +305,9 @@ def test_schedules_longer_than_the_training_are_named(kind, schedule, warning, t
             4,
             3,
             [
-                'Act.switch_epoch=3: it never acts',
-                'CheckpointHook.interval=13: it saves at the end alone',
-                'train_cfg.val_interval=4: validation at the end alone',
+                'Act.switch_epoch=3: it never takes effect',
+                'CheckpointHook.interval=13: it saves only at the end',
+                'train_cfg.val_interval=4: validation only at the end',
             ],
         ),
     ],
@@ -320,7 +320,7 @@ def test_intervals_longer_than_the_training(
     hook = dict(type='mmdense.CheckpointHook', **checkpoint)
     runner = build(tmp_path, 'epochs', switch, checkpoint=hook)
     runner.train_loop.val_interval, runner.param_schedulers = val_interval, None
-    length = ', since the training has 12 iterations (3 epochs of 4)'
+    length = ', since training ends at iteration 12 (epoch 3)'
     assert [*misfits(runner)] == [line + length for line in warnings]
 
 
