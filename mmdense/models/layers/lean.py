@@ -24,10 +24,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from mmdense.models.layers.recompute import StatisticsUntouched
 
 # Modules with these forwards are replaced by their operators here.
-FORWARDS = (
-    *(_BatchNorm.forward, nn.SyncBatchNorm.forward),
-    *(nn.Conv2d.forward, SEModule.forward),
-)
+FORWARDS = _BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward, SEModule.forward
 
 
 class Statistics(NamedTuple):
@@ -187,19 +184,10 @@ def conv_backward(
     conv: nn.Conv2d, grad: Tensor, x: Tensor, weight: Tensor, needed: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return the needed gradients of x, weight and bias, in the precision of ``grad``."""
-    return torch.ops.aten.convolution_backward(
-        grad,
-        x.to(grad.dtype),
-        weight.to(grad.dtype),
-        [conv.out_channels],
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        False,
-        [0, 0],
-        conv.groups,
-        list(needed),
-    )
+    tensors = grad, x.to(grad.dtype), weight.to(grad.dtype)
+    options = conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups
+    backward = torch.ops.aten.convolution_backward
+    return backward(*tensors, [conv.out_channels], *options, list(needed))
 
 
 def format_of(x: Tensor) -> torch.memory_format:
@@ -227,7 +215,9 @@ def lean_conv(
     if not (saves_memory() and is_plain(conv)):
         return plain_conv(chain, conv, *inputs, weight=weight)
     weight = conv.weight if weight is None else weight
-    return _LeanConv.apply(chain, conv, len(inputs), weight, conv.bias, *inputs, *_of(chain))
+    modules = _modules(chain)  # once: walking through them takes as long as a small layer
+    tensors = weight, conv.bias, *inputs, *_of(modules)
+    return _LeanConv.apply(chain, modules, conv, len(inputs), *tensors)
 
 
 def plain_conv(
@@ -245,15 +235,14 @@ def _modules(chain: Sequence[Callable[..., Tensor]]) -> list[nn.Module]:
     return [m for step in chain if isinstance(step, nn.Module) for m in step.modules()]
 
 
-def _of(chain: Sequence[Callable[..., Tensor]]) -> list[Tensor]:
-    """Return the parameters of a chain, once each, always in the same order."""
+def _of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the parameters of modules, once each, always in the same order."""
     parameters: dict[int, Tensor] = {}
-    for module in _modules(chain):
+    for module in modules:
         # FSDP and DataParallel turn parameters into plain attributes.
-        named = {**module._parameters, **vars(module)}
-        parameters |= {
-            id(named[k]): named[k] for k in sorted(named) if isinstance(named[k], Tensor)
-        }
+        named = (*module._parameters.items(), *vars(module).items())
+        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
+        parameters |= {id(tensors[name]): tensors[name] for name in sorted(tensors)}
     return list(parameters.values())
 
 
@@ -262,6 +251,7 @@ class _LeanConv(torch.autograd.Function):
     def forward(
         ctx: Any,
         chain: Sequence[Callable[..., Tensor]],
+        modules: Sequence[nn.Module],
         conv: nn.Conv2d,
         number: int,
         weight: Tensor,
@@ -269,15 +259,15 @@ class _LeanConv(torch.autograd.Function):
         *tensors: Tensor,
     ) -> Tensor:
         inputs = tensors[:number]  # the parameters of the chain follow
-        ctx.chain, ctx.conv = chain, conv
+        ctx.chain, ctx.modules, ctx.conv = chain, modules, conv
         ctx.autocast = current_autocast(inputs[0].device.type)
-        drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in _modules(chain))
+        drops = any(isinstance(m, _DropoutNd) and m.training and m.p for m in modules)
         ctx.random = (torch.get_rng_state(), *get_device_states(inputs[0])) if drops else None
         ctx.kept = {}
         with ctx.autocast:
             x = _run(chain, inputs, ctx.kept)
             y = conv._conv_forward(x, weight, bias)
-        ctx.number, ctx.modes = number, [module.training for module in _modules(chain)]
+        ctx.number, ctx.modes = number, [module.training for module in modules]
         ctx.save_for_backward(weight, *tensors)  # parameters too: torch notices changes
         return y
 
@@ -285,31 +275,30 @@ class _LeanConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *inputs = ctx.saved_tensors[: 1 + ctx.number]
-        needed = ctx.needs_input_grad[5:]
-        if ctx.modes != [module.training for module in _modules(ctx.chain)]:
+        needed = ctx.needs_input_grad[6:]
+        if ctx.modes != [module.training for module in ctx.modules]:
             raise RuntimeError("memory='lean': the mode was changed between forward and backward")
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=False)]
-        modules = {i: step for i, step in enumerate(ctx.chain) if isinstance(step, nn.Module)}
-        others = [step for i, step in modules.items() if i not in ctx.kept]
-        untouched = StatisticsUntouched(others)
+        others = [step for i, step in enumerate(ctx.chain) if i not in ctx.kept]
+        untouched = StatisticsUntouched([step for step in others if isinstance(step, nn.Module)])
         with torch.enable_grad(), ctx.autocast, _random_again(ctx.random), untouched:
             x = _run(ctx.chain, leaves, ctx.kept, again=True)
-        conv_needs = (x.requires_grad, *ctx.needs_input_grad[3:5])
+        conv_needs = (x.requires_grad, *ctx.needs_input_grad[4:6])
         dx, d_weight, d_bias = conv_backward(ctx.conv, grad, x.detach(), weight, conv_needs)
         grads = iter(())
         if x.requires_grad:
-            of = zip([*leaves, *_of(ctx.chain)], needed, strict=False)
+            of = zip([*leaves, *_of(ctx.modules)], needed, strict=False)
             of = [tensor for tensor, need in of if need]
             grads = iter(torch.autograd.grad(x, of, dx.to(x.dtype), allow_unused=True))
         grads = [next(grads, None) if need else None for need in needed]
         conv_grads = (d if d is None else d.to(weight.dtype) for d in (d_weight, d_bias))
-        return None, None, None, *conv_grads, *grads
+        return None, None, None, None, *conv_grads, *grads
 
 
 class _Gate(NamedTuple):
     """What a gate computed from a batch, with the graph of its derivatives."""
 
-    se: SEModule
+    modules: list[nn.Module]
     mean: Tensor  # of x, [N, C, 1, 1]
     value: Tensor  # [N, C, 1, 1]
     trained: list[Tensor]
@@ -320,14 +309,15 @@ class _Gate(NamedTuple):
         with torch.enable_grad():
             mean = x.detach().mean((2, 3), keepdim=True).requires_grad_()
             value = se.gate(se.fc2(se.act(se.bn(se.fc1(mean)))))
-        known = cls(se, mean, value, [p for p in _of([se]) if p.requires_grad])
+        modules = list(se.modules())
+        known = cls(modules, mean, value, [p for p in _of(modules) if p.requires_grad])
         return known.apply(x), known
 
     def apply(self, x: Tensor) -> Tensor:
         return x * self.value.detach()
 
     def parameters(self) -> tuple[Tensor, ...]:
-        return tuple(p for p in _of([self.se]) if p.requires_grad)  # FSDP has others in backward
+        return tuple(p for p in _of(self.modules) if p.requires_grad)  # FSDP has others in backward
 
     def backward(self, grad: Tensor, x: Tensor, needed: Sequence[bool]) -> Sequence[Tensor]:
         _, mean, value, trained = self
