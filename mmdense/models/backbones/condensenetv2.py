@@ -144,7 +144,7 @@ class DenseLayer(nn.Module):
         self.conv_2 = nn.Sequential(
             OrderedDict(
                 norm=build_norm_layer(dict(norm_cfg), wide)[1],
-                activation=activation(),
+                activation=activation(inplace=activation is nn.ReLU),
                 conv=nn.Conv2d(wide, growth, 3, padding=1, groups=arch.groups, bias=False),
             )
         )

@@ -60,7 +60,8 @@ class _Layer(nn.Module):
         self.norm = build_norm_layer(dict(norm_cfg), conv.in_channels)[1]
         if not isinstance(self.norm, _BatchNorm) or not self.norm.affine:
             raise ValueError(f'norm_cfg must be of a batch norm with weights, not {dict(norm_cfg)}')
-        self.activation = activation()
+        # In place only where autograd saves the output: others would copy their input.
+        self.activation = activation(inplace=activation is nn.ReLU)
         self.drop = nn.Dropout(drop_rate)
         self.conv = conv
         self.memory = memory
