@@ -1,7 +1,7 @@
 """Check a config's data before training: decode every image and label map, read every annotation.
 
-Errors stop training, or teach the model something false; warnings tell what is ignored, clipped or
-changed. The exit status is 1 if there are errors.
+Errors stop training or make the model learn something wrong; warnings list what is ignored,
+clipped or changed. The exit status is 1 if there are errors.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Prepare a trained model for deployment, and print what its backbone costs deployed.
+"""Prepare a trained model for deployment, and print the costs of its backbone.
 
 Writes a checkpoint of the weights only, with CondenseNetV2 condensed into group convolutions, and a
 config of the same name: `tools/test.py --deploy` and `mmdense.apis.deploy(model)` fold them after

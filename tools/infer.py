@@ -2,8 +2,7 @@
 
 DIR/pictures gets a picture per image, with boxes, masks or a segmentation, and DIR/label_maps a
 segmentor's label maps. DIR/predictions.json is a data set in COCO's format whose annotations have
-scores. Images that cannot be read are reported
-and skipped, and the exit status is then 1.
+scores. Images that cannot be read are reported and skipped, and the exit status is then 1.
 """
 
 import argparse

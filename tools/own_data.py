@@ -1,7 +1,7 @@
 """Train models on your own data, compare them, and predict with the best one.
 
-The annotations tell the task: COCO files (.json) and lists of Pascal VOC (.txt) are for detection,
-with --masks for instance segmentation; folders of label maps are for semantic segmentation.
+The annotations determine the task: COCO files (.json) and lists of Pascal VOC (.txt) are for
+detection, with --masks for instance segmentation; label maps are for semantic segmentation.
 Writes DIR/config.py, checks all files (tools/check_dataset.py), trains the config with each
 backbone (tools/benchmark.py sweep), and saves the predictions of the best model on the validation
 images (tools/infer.py) in DIR/best. Run again, it continues where it stopped.

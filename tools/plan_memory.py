@@ -1,4 +1,4 @@
-"""Print which batch each memory mode of a config fits into a GPU, and the settings for the best."""
+"""Print the largest batch that fits a GPU in each memory mode, and the settings for the best."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""Plot the losses and metrics of several training runs in one figure, and print their best."""
+"""Plot losses and metrics of training runs in one figure, and print the best values."""
 
 import argparse
 from collections.abc import Sequence
