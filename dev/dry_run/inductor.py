@@ -1,8 +1,9 @@
 """What inductor schedules for a GPU in a compiled training step, counted without one.
 
-``python -m dev.dry_run.inductor [LAYERS...]``, started with the environment of
-:func:`dev.dry_run.fake_cuda.environment`, prints a line of JSON for DenseNet with shared statistics
-and for timm's: kernels, GB that they read and write, and GB that forward keeps for backward.
+``python -m dev.dry_run.inductor [NAME...]``, started with the environment of
+:func:`dev.dry_run.fake_cuda.environment`, prints a line of JSON for each network, or for those with
+these names: kernels, GB that they read and write, and GB that forward keeps for backward. Names end
+in mmdense's memory mode or 'timm'. The first stages are counted: they move most of the bytes.
 """
 
 from __future__ import annotations
@@ -22,11 +23,22 @@ import torch
 from torch import Tensor, nn
 
 from dev.dry_run import fake_cuda
-from mmdense.models import DenseNet
+from mmdense.models import DenseNet, RDNet, ReXNet
 
 __all__ = ['count', 'start']
 
-LAYERS, BATCH, SIZE = (6, 8), 2, (800, 1344)
+BATCH, SIZE = 2, (800, 1344)
+BLOCKS = (6, 8)
+FULL = dict(densenet121=DenseNet, rdnet_tiny=partial(RDNet, arch='tiny'), rexnet_100=ReXNet)
+SHORT = dict(
+    densenet=(
+        partial(DenseNet, arch=dict(growth_rate=32, layers=BLOCKS)),
+        dict(model_name='densenet121', block_config=BLOCKS, out_indices=(1, 2)),
+    ),
+    rdnet=(partial(RDNet, out_indices=(0, 1)), dict(model_name='rdnet_tiny', out_indices=(0, 1))),
+    rexnet=(partial(ReXNet, out_indices=(1, 2)), dict(model_name='rexnet_100', out_indices=(1, 2))),
+)
+MODES = ('plain', 'lean')
 GPU = SimpleNamespace(
     **dict(type='cuda', index=0, cc=90, major=9, minor=0, name='', gcnArchName='', warp_size=32),
     **dict(multi_processor_count=132, total_memory=2**37, L2_cache_size=50 * 2**20),
@@ -128,14 +140,17 @@ def count(net: nn.Module, image: Tensor) -> dict[str, Any]:
 def main() -> None:
     mode = start()
     warnings.simplefilter('ignore')
-    layers = tuple(map(int, sys.argv[1:])) or LAYERS
-    indices = tuple(range(1, 1 + len(layers)))
-    options = dict(features_only=True, out_indices=indices, block_config=layers)
-    networks = dict(
-        mmdense=lambda: DenseNet(arch=dict(growth_rate=32, layers=layers)),
-        timm=lambda: timm.create_model('densenet121', **options),
-    )
+    networks: dict[str, Callable[[], nn.Module]] = {}
+    for name, (ours, options) in SHORT.items():
+        networks |= {f'{name} {mode}': partial(ours, memory=mode) for mode in MODES}
+        networks[f'{name} timm'] = partial(timm.create_model, features_only=True, **options)
+    for name, ours in FULL.items():
+        if name in sys.argv:
+            networks |= {f'{name} {mode}': partial(ours, memory=mode) for mode in MODES}
+            networks[f'{name} timm'] = partial(timm.create_model, name, features_only=True)
     for name, build in networks.items():
+        if sys.argv[1:] and name.split()[0] not in sys.argv:
+            continue
         net = fake_cuda.to_fake(build().to(memory_format=torch.channels_last), mode).train()
         with mode:
             image = torch.empty(BATCH, 3, *SIZE, device='cuda')

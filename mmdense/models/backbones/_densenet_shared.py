@@ -20,10 +20,6 @@ from mmdense.models.backbones._densenet_lean import can_be_lean, record_all
 from mmdense.models.layers import lean
 
 GROUP = 4
-# Of torch.compile, if it has them: else inductor stores sums and masks in float32.
-OPTIONS = dict(
-    realize_reads_threshold=16, realize_acc_reads_threshold=64, realize_opcount_threshold=200
-)
 
 
 def can_share(block: nn.Sequential, x: Tensor) -> bool:

@@ -20,6 +20,7 @@ from dataclasses import fields as fields_of
 from typing import Any, TypeVar
 
 import torch
+import torch._functorch.config as functorch
 from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,6 +29,13 @@ from mmdense.errors import UserError, suggest_name
 
 ArchT = TypeVar('ArchT')
 GRANULARITIES = ('stage', 'layer')
+# Of torch.compile for backbones with batch norm: else inductor stores sums, masks and gradients in
+# float32.
+FUSE_MORE = dict(
+    realize_reads_threshold=16, realize_acc_reads_threshold=64, realize_opcount_threshold=200
+)
+# Else the graph's partitioner saves each activation that a kernel of backward reads.
+RECOMPUTE_MORE = dict(ban_recompute_materialized_backward=False)
 
 
 def resolve_arch(arch: str | Mapping[str, Any], known: Mapping[str, ArchT]) -> ArchT:
@@ -94,6 +102,7 @@ class Backbone(BaseModule):
     form_marks: Mapping[str, str | tuple[str, ...]] = {}
     memory_modes: tuple[str, ...] = ('plain', 'lean', 'recompute')
     not_pretrained: tuple[str, ...] = ()  # prefixes of names that no ImageNet weights have
+    compile_options: Mapping[str, Any] = {}  # of torch.compile on CUDA, if it has them
 
     form: str = 'trained'
     out_channels: tuple[int, ...]
@@ -136,6 +145,27 @@ class Backbone(BaseModule):
         if with_cp and memory == 'lean':
             raise ValueError("with_cp=True is memory='recompute': set memory='lean' alone")
         self.memory = 'recompute' if with_cp else memory
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile, as :meth:`torch.nn.Module.compile` does; arguments are those of torch.compile.
+
+        Without any, on CUDA, the compiler has the family's ``compile_options``, and for 'lean' it
+        recomputes activations in backward.
+        """
+        tuned = not (args or kwargs) and self._on_cuda()
+        if tuned and self._options_exist():
+            kwargs = dict(options=dict(self.compile_options))
+        super().compile(*args, **kwargs)
+        if tuned and self.memory == 'lean' and hasattr(functorch, *RECOMPUTE_MORE):
+            call = functorch.patch(RECOMPUTE_MORE)(self._compiled_call_impl)
+            self._compiled_call_impl = call
+
+    def _on_cuda(self) -> bool:
+        """Return whether the network may be trained on CUDA."""
+        return self.form != 'deployed' and next(self.parameters()).is_cuda
+
+    def _options_exist(self) -> bool:
+        return self.compile_options.keys() <= {*torch._inductor.list_options()}
 
     def _stage_modules(self, stage: int) -> list[nn.Module]:
         """Return the modules of one stage; stage 0 is the stem."""

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmdense.models.backbones._densenet_lean import can_be_lean, lean_block
-from mmdense.models.backbones._densenet_shared import OPTIONS, can_share, shared_block
-from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.backbones._densenet_shared import can_share, shared_block
+from mmdense.models.backbones.base import FUSE_MORE, Backbone, resolve_arch
 from mmdense.models.deploy.densenet import (
     DeployedBlock,
     DeployedNorm,
@@ -168,6 +168,7 @@ class DenseNet(Backbone):
         '121': 'timm://densenet121.ra_in1k',
         **{arch: f'timm://densenet{arch}.tv_in1k' for arch in ('161', '169', '201')},
     }
+    compile_options = FUSE_MORE
     recipe = dict(tap='activated')
     form_marks = dict(trained='.running_mean', deployed=('.norm1.low', '.norm1.scale'))
 
@@ -243,13 +244,12 @@ class DenseNet(Backbone):
 
         Without any, layers share batch statistics in training on CUDA, but for 'recompute'.
         """
-        shares = self.memory != 'recompute' and next(self.parameters()).is_cuda
-        if args or kwargs or not shares or not OPTIONS.keys() <= {*torch._inductor.list_options()}:
-            super().compile(*args, **kwargs)
+        super().compile(*args, **kwargs)
+        shares = self.memory != 'recompute' and self._on_cuda() and self._options_exist()
+        if args or kwargs or not shares:
             return
         for i in range(1, self._built + 1):
             self.features[f'denseblock{i}'].may_share = True
-        super().compile(options=OPTIONS)
         # DDP's optimizer would split the graph, which torch refuses if it has a custom backward.
         whole = torch._dynamo.config.patch(optimize_ddp=False)
         self._compiled_call_impl = whole(self._compiled_call_impl)

@@ -163,7 +163,7 @@ class MixBlock(nn.Module):
     def forward(self, features: list[Tensor]) -> Tensor:
         depthwise, norm, widen, activation, narrow, *gate = self.layers.layers
         x = self.conv((_concatenate,), depthwise, *features)
-        if widen.in_channels < RECOMPUTE_BELOW:
+        if widen.in_channels < RECOMPUTE_BELOW and not torch.compiler.is_compiling():
             x = self.conv((norm, widen, activation), narrow, x)
         else:
             x = self.conv((activation,), narrow, self.conv((norm,), widen, x))

@@ -22,7 +22,7 @@ from timm.layers import DropPath, SEModule, make_divisible
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmdense.models.backbones.base import Backbone, resolve_arch
+from mmdense.models.backbones.base import FUSE_MORE, Backbone, resolve_arch
 from mmdense.models.deploy.rexnet import DeployedBottleneck, DeployedConv
 from mmdense.models.layers import lean_conv, plain_conv, recompute
 from mmdense.registry import MODELS
@@ -211,6 +211,7 @@ class ReXNet(Backbone):
 
     archs = ARCHS
     weights = {f'{w / 100}': f'timm://rexnet_{w}.nav_in1k' for w in (100, 130, 150, 200, 300)}
+    compile_options = FUSE_MORE
     form_marks = dict(trained='stem.bn.weight', deployed='stem.conv.bias')
 
     def __init__(

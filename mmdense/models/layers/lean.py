@@ -228,6 +228,11 @@ def plain_conv(
 ) -> Tensor:
     """Return the same as :func:`lean_conv`, saving what autograd saves."""
     x = _run(chain, inputs)
+    on_gpu = conv.weight.is_cuda and torch.compiler.is_compiling()
+    if on_gpu and conv.bias is not None and is_plain(conv):
+        # Inductor would add the bias in a kernel of its own, and store the sum for backward.
+        x = conv._conv_forward(x, conv.weight if weight is None else weight, None)
+        return x + conv.bias.to(x.dtype).view(-1, 1, 1)
     return conv(x) if weight is None else conv._conv_forward(x, weight, conv.bias)
 
 

@@ -276,6 +276,41 @@ def test_compiles_without_graph_break(family, memory):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('family', ['DenseNet', 'RDNet', 'ReXNet'])
+def test_what_compile_does_on_a_gpu_changes_nothing(family, norm_eval, monkeypatch):
+    """The partitioner recomputes more, with the same random numbers and running statistics."""
+    compiled, results = torch.compile, []
+    backend = dict(fullgraph=True, backend='aot_eager_decomp_partition')
+    monkeypatch.setattr(torch, 'compile', lambda call, **options: compiled(call, **backend))
+    for memory in ('plain', 'lean'):
+        torch._dynamo.reset()
+        options = dict(memory=memory, frozen_stages=1, norm_eval=norm_eval)
+        net = randomise(build(family, **options, **random_options(family, 0.3))).double()
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Parameter, 'is_cuda', memory == 'lean', raising=False)
+            net.compile()
+            results.append(step(net, image(64, 96, batch=2).double()))
+    (plain, plain_bytes), (lean, lean_bytes) = results
+    same_step(lean, plain)
+    assert lean_bytes < 0.9 * plain_bytes
+
+
+def test_a_bias_is_added_after_a_compiled_convolution(monkeypatch):
+    results = []
+    for on_gpu in (False, True):
+        net = randomise(build('RDNet')).double()
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Parameter, 'is_cuda', on_gpu, raising=False)
+            patch.setattr(torch.compiler, 'is_compiling', lambda on_gpu=on_gpu: on_gpu)
+            with Operators() as operators:
+                results.append(step(net, image(batch=2).double())[0])
+        results.append(operators.names.count('add'))
+    same_step(results[2], results[0])
+    assert results[3] > results[1]
+
+
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
