@@ -61,8 +61,8 @@ def scheduled():
 @pytest.mark.parametrize(
     ('network', 'kernels', 'size', 'kept'),
     [
-        ('densenet plain', 1, 0.7, 0.5),
-        ('densenet lean', 1.05, 0.75, 0.3),
+        ('densenet plain', 1, 0.9, 0.6),
+        ('densenet lean', 1.05, 0.97, 0.34),
         ('rdnet plain', 0.95, 0.86, 0.98),
         ('rdnet lean', 1.1, 0.98, 0.56),
         ('rexnet plain', 0.98, 0.73, 1.01),
