@@ -23,6 +23,8 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from mmdense.models.layers.recompute import StatisticsUntouched
 
+# Of every module, none of them a parameter.
+ATTRIBUTES = frozenset(vars(nn.Module()))
 # Modules with these forwards are replaced by their operators here.
 FORWARDS = _BatchNorm.forward, nn.SyncBatchNorm.forward, nn.Conv2d.forward, SEModule.forward
 
@@ -245,9 +247,10 @@ def _of(modules: Sequence[nn.Module]) -> list[Tensor]:
     parameters: dict[int, Tensor] = {}
     for module in modules:
         # FSDP and DataParallel turn parameters into plain attributes.
-        named = (*module._parameters.items(), *vars(module).items())
-        tensors = {name: value for name, value in named if isinstance(value, Tensor)}
-        parameters |= {id(tensors[name]): tensors[name] for name in sorted(tensors)}
+        others = {name: vars(module)[name] for name in vars(module).keys() - ATTRIBUTES}
+        named = {**module._parameters, **others}
+        tensors = [named[name] for name in sorted(named) if isinstance(named[name], Tensor)]
+        parameters |= {id(tensor): tensor for tensor in tensors}
     return list(parameters.values())
 
 
