@@ -1,7 +1,9 @@
 """DenseNet equals timm's and torchvision's; test_contract.py has what all families share."""
 
 import copy
+import functools
 import statistics
+from unittest import mock
 
 import pytest
 import timm
@@ -345,6 +347,32 @@ def test_only_a_gpu_compiles_for_shared_statistics(monkeypatch):
         net.compile(**options)
         assert net.features['denseblock1'].may_share == (calls[-1].keys() == {'options'})
     assert [{*options} for options in calls] == [set(), {'options'}, {'mode'}]
+
+
+def train_one_of_two(rank, store):
+    """Compare shared statistics with plain blocks, both in DistributedDataParallel."""
+    dist.init_process_group('gloo', f'file://{store}', world_size=2, rank=rank)
+    eager = functools.partial(torch.compile, backend='aot_eager')
+    results = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        net = randomise(DenseNet(arch=SMALL), signed=True).double().train()
+        with (
+            mock.patch.object(nn.Parameter, 'is_cuda', shared, create=True),
+            mock.patch.object(torch, 'compile', lambda call, **options: eager(call)),
+        ):
+            net.compile()
+        assert net.features['denseblock1'].may_share == shared
+        both = nn.parallel.DistributedDataParallel(net)
+        results.append(step(both, image(32, 48, batch=2, seed=rank).double()))
+    (plain, _), (result, _) = results
+    same_step(result, plain)
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_shared_statistics_change_nothing_in_two_processes(tmp_path):
+    torch.multiprocessing.spawn(train_one_of_two, (tmp_path / 'store',), nprocs=2)
 
 
 def test_dropout_follows_every_convolution_but_the_first():
