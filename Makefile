@@ -84,7 +84,7 @@ benchmark: setup  ## compare backbones and detectors with others', for docs/perf
 	$(COMPARE) --names condensenetv2_a condensenetv2_b condensenetv2_c --no-compile --rounds 20
 	$(COMPARE) --names rexnet_100 --dtype float32 bfloat16 --rounds 15
 	$(COMPARE) --names densenet121 rdnet_tiny --against timm --dtype float32 bfloat16 --rounds 12 --no-memory
-	$(TRAIN) --names densenet121 rdnet_tiny rexnet_100 --size 320 320 --forms plain lean --against timm torchvision --rounds 10 --no-memory
+	$(TRAIN) --names densenet121 rdnet_tiny rexnet_100 --size 320 320 --forms plain lean --against timm --rounds 10 --no-memory
 	$(TRAIN) --names densenet121 --no-compile --against torchvision torchvision_memory_efficient --rounds 5
 	$(TRAIN) --names rdnet_tiny --no-compile --dtype bfloat16 --rounds 5
 	$(BIN)/python -m dev.benchmark detectors --json $(RECORD) --no-compile

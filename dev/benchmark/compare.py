@@ -225,8 +225,11 @@ def contenders(
             configurations.append(Contender(library, form))
         if form != 'unshared':
             configurations.append(Contender(library, form, channels_last=True))
-        # Compiling takes a minute: only the faster format, and of mmdense only the fastest form.
-        if compiled and (library != MMDENSE or setting.mode == 'train' or form == forms[-1]):
+        # Compiling takes a minute: only the faster format, and of mmdense only the fastest form to
+        # infer with. Compiled for a CPU, lean is plain.
+        trains = setting.mode == 'train' and (form != 'lean' or setting.device != 'cpu')
+        infers = setting.mode == 'infer' and form == forms[-1]
+        if compiled and (library != MMDENSE or trains or infers):
             configurations.append(Contender(library, form, channels_last=True, compiled=True))
     if graphs and setting.mode == 'infer':
         configurations += [replace(c, graph=True) for c in configurations if c.channels_last]
