@@ -123,9 +123,10 @@ def training_results(result: Mapping[str, Any]) -> list[dict[str, str]]:
     for form, name in fastest.items():
         row = contenders[name]
         cells = _summary(result, name, TRAINING_GOAL if name == best else None)
+        plain = contenders.get(name.replace(f', {form}', ''), row)
         cells['against plain'] = ''
-        if form != 'plain' and 'plain' in fastest:
-            speed = row['ratio'] / contenders[fastest['plain']]['ratio']
+        if plain is not row and 'ratio' in plain:
+            speed = row['ratio'] / plain['ratio']
             goal = _goal(speed, LEAN_GOAL if form == 'lean' else None, result['setting'])
             cells['against plain'] = f'{speed:.2f}' + (f', goal {goal}' if goal else '')
         known = 'memory' in row and 'memory' in peer
