@@ -23,6 +23,14 @@ TITLES = dict(
     infer='Inference: 800 x 1344, batch 1, bfloat16, channels-last, eager',
 )
 GOALS = dict(lean=1.2, recompute=1.4)  # modelled time of a training step over that of plain
+COMPILED = """
+## Training: 800 x 1344, batch 2, autocast to bfloat16, channels-last, compiled
+
+What inductor schedules (`dev/dry_run/inductor.py`). In brackets: share of timm's compiled network.
+
+"""
+# Shares of GB and of kept GB.
+COMPILED_GOALS = dict(densenet121=(0.75, 0.45), rdnet_tiny=(0.9, 0.6), rexnet_100=(0.9, 0.6))
 NOTES = dict(
     infer="""
 The goal for deployed CondenseNetV2-C is 350 kernels. Eagerly, each of its 18 gated layers needs
@@ -52,8 +60,26 @@ def lines_of(module: str, *arguments: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{')]
 
 
-def page(rows: Sequence[dict[str, Any]]) -> str:
-    """Return docs/gpu_dry_run.md for what ``dev.dry_run.networks`` counted."""
+def _compiled(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return the cells of what ``dev.dry_run.inductor`` counted, with shares of timm's."""
+    cells = []
+    names = [row['row'].split() for row in rows]
+    timm = {name: row for (name, form), row in zip(names, rows, strict=True) if form == 'timm'}
+    for (name, form), row in zip(names, rows, strict=True):
+        line = {'network': name, 'form': form, 'kernels': str(row['kernels'])}
+        goals = zip(('gb', 'kept_gb'), ('GB', 'kept GB'), COMPILED_GOALS[name], strict=True)
+        for key, title, goal in goals:
+            share = row[key] / timm[name][key]
+            known = form != 'timm'
+            line[title] = f'{row[key]:.2f}' + (f' ({share:.2f})' if known else '')
+            met = 'met' if share <= goal else 'missed'
+            line[f'goal of {title}'] = f'{goal} ({met})' if known else ''
+        cells.append(line)
+    return cells
+
+
+def page(rows: Sequence[dict[str, Any]], compiled: Sequence[dict[str, Any]]) -> str:
+    """Return docs/gpu_dry_run.md for what ``dev.dry_run.networks`` and ``inductor`` counted."""
     text = HEAD + f'\ntorch {torch.__version__.split("+")[0]}.\n'
     plain = {(row['network'], row['mode']): row['ms'] for row in rows if row['form'] == 'plain'}
     for mode, title in TITLES.items():
@@ -74,7 +100,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
         ]
         text += f'\n## {title}\n\n{table(cells)}'
         text += NOTES.get(mode, '')
-    return text
+    return text + COMPILED + table(_compiled(compiled))
 
 
 def main() -> None:
@@ -83,7 +109,8 @@ def main() -> None:
     counts = {row['row']: [row['kernels'], row['bytes']] for row in rows if not row['error']}
     record = dict(torch=torch.__version__.split('+')[0], rows=counts)
     COUNTS.write_text(json.dumps(record, indent=0) + '\n')
-    PAGE.write_text(page(lines_of('dev.dry_run.networks')), encoding='utf-8')
+    compiled = lines_of('dev.dry_run.inductor', *COMPILED_GOALS)
+    PAGE.write_text(page(lines_of('dev.dry_run.networks'), compiled), encoding='utf-8')
     failed = [f'{row["row"]}: {row["error"]}' for row in rows if row['error']]
     if failed:
         sys.exit('\n'.join(failed))

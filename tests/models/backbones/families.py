@@ -2,6 +2,7 @@
 
 import copy
 import os
+import statistics
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +189,15 @@ def step(net, x, forward=None, *, amp=None):
     result = {f'output {i}': y.detach() for i, y in enumerate(outputs)} | {'image': x.grad}
     result |= {name: p.grad for name, p in net.named_parameters()}
     return result | dict(net.named_buffers()), sum(saved.values())
+
+
+def median_error(result, exact, least=1e-9):
+    """Return the median relative error of a step's tensors; below a norm it is only rounding."""
+    return statistics.median(
+        float((result[name] - value).norm() / value.norm())
+        for name, value in exact.items()
+        if value.is_floating_point() and value.norm() > least
+    )
 
 
 def same_step(result, expected, tolerance=1e-9):

@@ -1,6 +1,6 @@
 """The contract of mmdense/models/backbones/base.py, for every family."""
 
-import statistics
+import itertools
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from families import (
     Operators,
     build,
     image,
+    median_error,
     random_options,
     randomise,
     run,
@@ -183,11 +184,7 @@ def test_memory_modes_under_autocast(family, memory):
         net = randomise(build(family, memory=mode))
         result, _ = step(net, image(batch=4), amp=torch.bfloat16)
         assert all(p.grad.dtype == torch.float32 for p in net.parameters())
-        errors[mode] = statistics.median(
-            float((result[name] - value).norm() / value.norm())
-            for name, value in exact.items()
-            if value.is_floating_point() and value.norm() > 1e-9  # else it is only rounding
-        )
+        errors[mode] = median_error(result, exact)
         for name, buffer in net.named_buffers():
             assert result[name] is buffer
     assert 0 < errors[memory] < 1.5 * errors['plain']
@@ -278,7 +275,7 @@ def test_compiles_without_graph_break(family, memory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('norm_eval', [False, True])
-@pytest.mark.parametrize('family', ['DenseNet', 'RDNet', 'ReXNet'])
+@pytest.mark.parametrize('family', ['CondenseNetV2', 'DenseNet', 'RDNet', 'ReXNet'])
 def test_what_compile_does_on_a_gpu_changes_nothing(family, norm_eval, monkeypatch):
     """The partitioner recomputes more, with the same random numbers and running statistics."""
     compiled, results = torch.compile, []
@@ -298,17 +295,20 @@ def test_what_compile_does_on_a_gpu_changes_nothing(family, norm_eval, monkeypat
 
 
 def test_a_bias_is_added_after_a_compiled_convolution(monkeypatch):
-    results = []
-    for on_gpu in (False, True):
-        net = randomise(build('RDNet')).double()
+    steps = {None: [], torch.bfloat16: [], torch.float16: []}
+    for amp, on_gpu in itertools.product(steps, (False, True)):
+        net = randomise(build('RDNet')).to(torch.float32 if amp else torch.float64)
         with monkeypatch.context() as patch:
             patch.setattr(nn.Parameter, 'is_cuda', on_gpu, raising=False)
             patch.setattr(torch.compiler, 'is_compiling', lambda on_gpu=on_gpu: on_gpu)
             with Operators() as operators:
-                results.append(step(net, image(batch=2).double())[0])
-        results.append(operators.names.count('add'))
-    same_step(results[2], results[0])
-    assert results[3] > results[1]
+                x = image(batch=2).to(net.stem[0].weight.dtype)
+                steps[amp].append((step(net, x, amp=amp)[0], operators.names.count('add')))
+    (exact, adds), (result, adds_on_gpu) = steps.pop(None)
+    same_step(result, exact)
+    assert adds_on_gpu > adds
+    for (plain, _), (result, _) in steps.values():
+        assert 0 < median_error(result, exact) < 1.5 * median_error(plain, exact)
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,13 @@
 
 import copy
 import functools
-import statistics
 from unittest import mock
 
 import pytest
 import timm
 import torch
 import torchvision
-from families import DEVICE, image, randomise, run, same_step, step
+from families import DEVICE, image, median_error, randomise, run, same_step, step
 from torch import distributed as dist
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -301,13 +300,7 @@ def test_shared_statistics_under_autocast(amp):
     for shared in (False, True):
         (result,) = compiled_steps(copy.deepcopy(net), (64, 96), shared=shared, amp=amp)
         assert all(result[name].dtype == p.dtype for name, p in net.named_parameters())
-        errors.append(
-            statistics.median(
-                float((result[name] - value).norm() / value.norm())
-                for name, value in exact.items()
-                if value.is_floating_point() and value.norm() > 1e-4  # else it is only rounding
-            )
-        )
+        errors.append(median_error(result, exact, 1e-4))
     assert 0 < errors[1] < 1.5 * errors[0]
 
 
