@@ -4,6 +4,7 @@ import json
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 
@@ -40,6 +41,6 @@ def write_log(work_dir, records, run='20260101_000000'):
 
 
 def forget_runs():
-    """Forget the scopes and visualizers that mmengine keeps by name for the whole process."""
-    for kind in (DefaultScope, Visualizer, *Visualizer.__subclasses__()):
+    """Forget the scopes, loggers and visualizers that mmengine keeps for the whole process."""
+    for kind in (DefaultScope, MMLogger, Visualizer, *Visualizer.__subclasses__()):
         kind._instance_dict.clear()

@@ -102,7 +102,7 @@ def test_models_and_options_that_are_refused(call_tool, tmp_path):
         (shuffle, out, 'error: ShuffleNetV2 has no inference form: '),
         (DETECTOR, ['--out', tmp_path / 'out.onnx'], 'must end in .pth'),
         (DETECTOR, ['--out', checkpoint], 'would overwrite'),
-        (DETECTOR, [*out, '--size', 0, -5], 'must be positive'),
+        (DETECTOR, [*out, '--size', 0, -5], '--size: 0 is not an integer >= 1'),
         (DETECTOR, ['--out', DETECTOR / 'out.pth'], f'cannot write {DETECTOR / "out.pth"}: '),
     ):
         arguments = [config, checkpoint, *more, '--work-dir', tmp_path / 'work']
