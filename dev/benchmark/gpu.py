@@ -50,7 +50,7 @@ TESTS: dict[str, tuple[float, list[str], list[str]]] = dict(
         [BACKBONES, f'--deselect={ACROSS}'],
         [f'{BACKBONES}/test_contract.py', '-k', 'ReXNet and gradients_reach'],
     ),
-    ops=(200, ['tests/ops'], ['tests/ops/test_ops_roi.py', '-k', 'by_hand']),
+    ops=(200, ['tests/ops'], ['tests/ops/test_ops_roi.py', '-k', 'memory_format']),
     deploy=(200, [DEPLOY], [f'{DEPLOY}/test_deploy_contract.py', '-k', 'ReXNet and formats']),
     devices=(200, [ACROSS], [ACROSS, '-k', 'lean and NHWC and bfloat16']),
 )

@@ -176,6 +176,6 @@ def _readable(input: Tensor, weight: Tensor, offset: Tensor, geometry: tuple[int
     dy, dx = pairs.unbind(4)
     height, width = input.shape[2:]
     inside = (y + dy > -1) & (y + dy < height) & (x + dx > -1) & (x + dx < width)
-    # Not -2.0 - y, which torch.onnx cannot export for integers.
-    pairs = torch.stack((dy.where(inside, -y - 2.0), dx.where(inside, -x - 2.0)), 4)
+    # Integers, since torch.onnx cannot export -2.0 - y of them.
+    pairs = torch.stack((dy.where(inside, -2 - y), dx.where(inside, -2 - x)), 4)
     return pairs.flatten(1, 4)

@@ -70,6 +70,14 @@ class Model(BaseModel):
         return dict(loss=(self.weight * x).mean())
 
 
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return dict(x=float(index))
+
+
 class Terminate(Hook):
     """Send SIGTERM to the second process in the second iteration."""
 
@@ -92,7 +100,7 @@ def work(rank, store, folder):
         runner = build_runner(
             folder / f'{rank}-{patience}',
             Model(),
-            [dict(x=float(i)) for i in range(8)],
+            Data(),
             train_cfg=dict(type='mmdense.IterBasedTrainLoop', max_iters=40),
             optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.1)),
             default_hooks=guard if patience else {},

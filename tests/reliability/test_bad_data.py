@@ -191,6 +191,7 @@ def test_training_continues_where_the_check_only_warns(tmp_path):
     assert shapes.pop('rotated.jpg') == (3, 192, 128)
     assert shapes.pop('dot.png') == (3, 192, 192)
     assert shapes.pop('line.png') == (3, 1, 192)
+    assert shapes.pop('side-116.png') == (3, 139, 192)
     assert set(shapes.values()) == {(3, 128, 192)}
     # Every format has the colours of the same picture.
     picture = recorder.inputs['opaque.png'][0].int()
