@@ -183,7 +183,7 @@ class CondenseNetV2(Backbone):
     pruned network to the condensed form. Both forms can be trained.
 
     Heights and widths are rounded up by the stem and down by each pooling. ``memory='lean'`` takes
-    about half the memory of training, for 1.2 times the time on a CPU. Others: see
+    about two thirds of the memory of training, for 1.2 times the time on a CPU. Others: see
     :class:`Backbone`.
 
     Args:

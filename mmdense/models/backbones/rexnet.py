@@ -191,8 +191,8 @@ class LinearBottleneck(nn.Module):
 class ReXNet(Backbone):
     """ReXNet with feature maps at strides 2 to 32.
 
-    Heights and widths are rounded up at each halving, as in timm. ``memory='lean'`` takes about a
-    third of the memory of training, for 1.2 times the time on a CPU. Others: see :class:`Backbone`.
+    Heights and widths are rounded up at each halving, as in timm. ``memory='lean'`` takes about
+    40 % of the memory of training, for 1.2 times the time on a CPU. Others: see :class:`Backbone`.
 
     The squeeze-excite gates normalize one value per image and channel: train with at least two
     images per process (or in all processes, with SyncBatchNorm), or with ``norm_eval=True``. With a
